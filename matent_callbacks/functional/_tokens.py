@@ -1,0 +1,68 @@
+"""From hidden states and a mask to the tokens that every quantity is computed from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """Centred and normalised tokens, ``(B, T, d)``; rows that do not count are zero."""
+
+    values: Tensor
+    valid: Tensor
+    """``(B, T)`` bool: the tokens that count."""
+    nonfinite: Tensor
+    """``()`` int64: tokens left out although the mask had them in, because of NaN or Inf."""
+
+
+def check_hidden_states(hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return hidden states as ``(B, T, d)`` and the mask as bool ``(B, T)``, or raise naming the argument."""
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"`hidden_states` must be a torch.Tensor, got {type(hidden_states).__name__}.")
+    if not hidden_states.is_floating_point():
+        raise TypeError(f"`hidden_states` must be a floating point tensor, got {hidden_states.dtype}.")
+    if hidden_states.ndim not in (2, 3):
+        raise ValueError(
+            f"`hidden_states` must have shape (tokens, features) or (batch, tokens, features), "
+            f"got {tuple(hidden_states.shape)}."
+        )
+    if hidden_states.shape[-1] == 0:
+        raise ValueError(f"`hidden_states` must have at least one feature, got {tuple(hidden_states.shape)}.")
+    expected = hidden_states.shape[:-1]
+    if attention_mask is None:
+        attention_mask = torch.ones(expected, dtype=torch.bool, device=hidden_states.device)
+    elif not isinstance(attention_mask, Tensor):
+        raise TypeError(f"`attention_mask` must be a torch.Tensor or None, got {type(attention_mask).__name__}.")
+    elif attention_mask.shape != expected:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `hidden_states` without its features, {tuple(expected)}, "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    elif attention_mask.is_complex():
+        raise TypeError(f"`attention_mask` must be bool, integer or real, got {attention_mask.dtype}.")
+    mask = attention_mask.to(hidden_states.device) > 0
+    if hidden_states.ndim == 2:
+        return hidden_states.unsqueeze(0), mask.unsqueeze(0)
+    return hidden_states, mask
+
+
+def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> Tokens:
+    """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length."""
+    x = hidden_states.to(dtype)
+    # A row sum is NaN or Inf exactly when the row holds one: one reduction instead of a d-wide bool tensor.
+    finite = torch.isfinite(x.sum(-1))
+    valid = mask & finite
+    x = torch.where(valid.unsqueeze(-1), x, 0.0)
+    if center:
+        weight = valid.unsqueeze(-1).to(dtype)
+        count = weight.sum(1, keepdim=True).clamp(min=1)
+        # Twice: the second pass removes the rounding of a mean that dwarfs the spread.
+        for _ in range(2):
+            x.addcmul_(weight, x.sum(1, keepdim=True) / count, value=-1)
+    if normalize:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x = x / torch.where(norm > 0, norm, 1.0)
+    return Tokens(x, valid, (mask & ~finite).sum())

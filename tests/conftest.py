@@ -1,0 +1,128 @@
+"""Real text, real architectures built small, and the slow definition that everything is compared with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+VOCABULARY = 128
+
+# The models are tiny: threads would only wait for each other, and for those of the processes of distributed tests.
+torch.set_num_threads(1)
+
+
+def slow_entropy(z: Tensor, mask: Tensor | None = None) -> float:
+    """The paper's procedure for one sequence: d x d covariance, all singular values, float64."""
+    z = z.double() if mask is None else z[mask.bool()].double()
+    z = z - z.mean(0)
+    norms = z.norm(dim=1, keepdim=True)
+    z = torch.where(norms > 0, z / norms, z)
+    covariance = z.T @ z / z.shape[0]
+    values = torch.linalg.svd(covariance / covariance.trace())[1]
+    values = values[values > 0]
+    return float(-(values * values.log()).sum())
+
+
+def slow_pooled_entropy(hidden: Tensor, mask: Tensor | None = None) -> float:
+    """One covariance of all tokens of all sequences, each centred by its sequence; float64."""
+    rows = []
+    for i, z in enumerate(hidden):
+        z = (z if mask is None else z[mask[i].bool()]).double()
+        z = z - z.mean(0)
+        rows.append(z / z.norm(dim=1, keepdim=True))
+    stacked = torch.cat(rows)
+    values = torch.linalg.eigvalsh(stacked.T @ stacked / stacked.square().sum())
+    return float(torch.special.entr(values.clamp(min=0)).sum())
+
+
+def text_examples(count: int, length: int = 24, *, start: int = 0) -> list[dict[str, Any]]:
+    """English text that ships with CPython as character codes; every third example is shorter."""
+    text = "".join(c for topic in sorted(topics) for c in topics[topic] if ord(c) < VOCABULARY)
+    examples = []
+    for i in range(start, start + count):
+        size = length if i % 3 else length // 2
+        ids = [ord(c) for c in text[i * length : i * length + size]]
+        examples.append({"input_ids": ids, "attention_mask": [1] * size, "labels": list(ids)})
+    return examples
+
+
+def collate(examples: list[dict[str, Any]], *, side: str = "right") -> dict[str, Tensor]:
+    """Pad to the longest."""
+    longest = max(len(e["input_ids"]) for e in examples)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        rest = [fill] * (longest - len(values))
+        return values + rest if side == "right" else rest + values
+
+    return {key: torch.tensor([padded(e[key], fill) for e in examples]) for key, fill in padding.items()}
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, Tensor]:
+    return collate(text_examples(6))
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., Any]:
+    def make(*, layers: int = 3, hidden: int = 32, dropout: float = 0.1, seed: int = 0) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            attention_dropout=dropout,
+            max_position_embeddings=128,
+        )
+        return LlamaForCausalLM(config)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """A real Trainer on real text, with dropout, that logs each step and reports nowhere unless told."""
+
+    def make(callbacks: list[Any] | None = None, *, model: Any = None, examples: int = 96, **arguments: Any) -> Any:
+        from transformers import Trainer, TrainingArguments
+
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        settings: dict[str, Any] = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 6,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+        }
+        return Trainer(
+            model=model if model is not None else make_llama(),
+            args=TrainingArguments(**{**settings, **arguments}),
+            train_dataset=text_examples(examples),
+            eval_dataset=text_examples(10, start=examples),
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+
+    return make
