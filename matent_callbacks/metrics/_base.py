@@ -1,0 +1,161 @@
+"""What the metric classes share: arguments, input checks, torchmetrics' machinery around a state that merges as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
+from matent_callbacks.functional.entropy import check_alpha
+
+NORMALIZE_BY = (None, "log_d", "log_rank")
+
+
+class TokenMetric(Metric):
+    """A metric over tokens whose state tensors only make sense together (a count, a mean, a scatter)."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    settings: Tensor
+    _counters: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        center_sequences: bool,
+        normalize: bool,
+        alpha: float,
+        dtype: torch.dtype,
+        num_features: int | None,
+        settings: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> None:
+        check_alpha(alpha)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
+        if num_features is not None and num_features < 1:
+            raise ValueError(f"`num_features` must be at least 1 or None, got {num_features}.")
+        super().__init__(**kwargs)
+        self.normalize = normalize
+        self.alpha = alpha
+        self.num_features = num_features
+        self._center_sequences = center_sequences
+        # As a state, so that torchmetrics' compute groups, which compare states, keep unlike metrics apart.
+        signature = torch.tensor([center_sequences, normalize, dtype == torch.float64, *settings], dtype=torch.int64)
+        self.add_state("settings", signature, dist_reduce_fx=None)
+
+    def update(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            hidden_states: ``(N, d)``, one sequence, or ``(B, T, d)``.
+            attention_mask: ``(N,)`` or ``(B, T)``; a token counts where it is greater than 0. ``None``: all count.
+
+        Raises:
+            TypeError: If ``hidden_states`` is not a floating point tensor.
+            ValueError: If a shape is wrong, or d is not that of the updates before.
+        """
+        states, mask = self._check(hidden_states, attention_mask)
+        with full_precision(states.device):
+            tokens = prepare_tokens(
+                states.detach(), mask, center=self._center_sequences, normalize=self.normalize, dtype=self._state_dtype
+            )
+            self._accumulate(tokens)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add tokens and return the value of this batch alone."""
+        # torchmetrics sets the accumulated state aside before it updates: an error must come before that.
+        self._check(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or a list of values over steps, as torchmetrics does; without ``val``, what compute gives.
+
+        Args:
+            val: One result of ``forward`` or ``compute``, or a list of them.
+            ax: A matplotlib axis to draw on.
+
+        Returns:
+            Figure and axis.
+        """
+        return self._plot(val, ax)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric of the same class and settings has accumulated.
+
+        Raises:
+            ValueError: If class, settings or d differ.
+        """
+        theirs = incoming_state.get("settings") if isinstance(incoming_state, dict) else incoming_state.settings
+        if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), self.settings.cpu()):
+            raise ValueError(
+                f"`incoming_state` was accumulated with other settings of {type(self).__name__} (center, normalize, "
+                "dtype, ...) than this metric's."
+            )
+        super().merge_state(incoming_state)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def _known_features(self) -> int | None:
+        raise NotImplementedError
+
+    def _accumulate(self, tokens: Tokens) -> None:
+        raise NotImplementedError
+
+    def _merge(self, incoming: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def _all_reduce(self, group: Any) -> None:
+        raise NotImplementedError
+
+    def _check(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        checked = check_hidden_states(hidden_states, attention_mask)
+        known = self._known_features()
+        if known is not None and hidden_states.shape[-1] != known:
+            raise ValueError(
+                f"`hidden_states` must have {known} features as in the updates before (or as `num_features` says), "
+                f"got {hidden_states.shape[-1]}."
+            )
+        return checked
+
+    # torchmetrics reduces one state at a time; a mean and a scatter can only be merged together. These two methods
+    # are where it does so: for `forward` and `merge_state`, and for distributed runs.
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(f"`incoming_state` must hold the states {list(self._defaults)}, {missing} are missing.")
+        self._merge(incoming_state)
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        if dist_sync_fn is not gather_all_tensors:
+            self._sync_gathered(dist_sync_fn, process_group or self.process_group)
+            return
+        self._all_reduce(process_group or self.process_group)
+
+    def _sync_gathered(self, gather: Any, group: Any) -> None:
+        """A gather of the user's own: merge what it brings, rank by rank."""
+        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
+        ranks = [dict(zip(gathered, states, strict=True)) for states in zip(*gathered.values(), strict=True)]
+        for name, state in ranks[0].items():
+            setattr(self, name, state)
+        for state in ranks[1:]:
+            self._merge(state)
+
+    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
+        this: Any = super()._apply(fn, exclude_state)
+        # `set_dtype` casts every state; counts stay whole numbers.
+        for name in ("settings", *self._counters):
+            this._defaults[name] = this._defaults[name].to(torch.int64)
+            setattr(this, name, getattr(this, name).to(torch.int64))
+        return this
