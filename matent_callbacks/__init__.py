@@ -1,0 +1,27 @@
+"""See what representations do while a transformer trains: matrix entropy, effective rank, image-text alignment."""
+
+from typing import TYPE_CHECKING, Any
+
+from matent_callbacks.monitor import EntropyMonitor
+
+if TYPE_CHECKING:
+    from matent_callbacks.metrics import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EffectiveRank",
+    "EntropyMonitor",
+    "MatrixEntropy",
+    "SequenceEffectiveRank",
+    "SequenceMatrixEntropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torchmetrics imports transformers where it is installed, so it waits until a metric class is asked for.
+    if name in __all__:
+        from matent_callbacks import metrics
+
+        return getattr(metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""The names that ``metrics=`` takes, and what each of them needs to accumulate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal
+
+Source = Literal["pooled", "raw", "sequence"]
+"""``pooled``: one covariance of all tokens, each centred by its sequence and scaled to unit length. ``raw``: that of
+the tokens as they are. ``sequence``: the mean of the entropies of the sequences."""
+
+CATALOGUE: dict[str, Source] = {
+    "matrix_entropy": "pooled",
+    "normalized_matrix_entropy": "pooled",
+    "effective_rank": "pooled",
+    "renyi_2": "pooled",
+    "participation_ratio": "pooled",
+    "stable_rank": "pooled",
+    "top_share": "pooled",
+    "numerical_rank": "pooled",
+    "alpha_req": "pooled",
+    "rankme": "raw",
+    "sequence_matrix_entropy": "sequence",
+    "sequence_effective_rank": "sequence",
+}
+
+
+def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The names asked for, once each, or an error with near matches."""
+    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    if not names:
+        raise ValueError(f"`metrics` must name at least one of {', '.join(CATALOGUE)}; got none.")
+    for name in names:
+        if name not in CATALOGUE:
+            near = difflib.get_close_matches(str(name), CATALOGUE, n=3) or list(CATALOGUE)
+            raise ValueError(f"`metrics` asks for {name!r}, which is not in the catalogue. Near: {', '.join(near)}.")
+    return names

@@ -1,0 +1,1 @@
+"""Getting hidden states and their mask out of a model."""

@@ -1,0 +1,128 @@
+"""From what the user asks for (``"last"``, 3, ``"every:4"``, ``"*.mlp"``) to the modules to read."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from matent_callbacks.capture.stack import Stack, clean_name, find_stack, unwrap
+
+LayerSpec = str | int | Sequence[str | int]
+
+
+@dataclass(frozen=True)
+class ReadPoint:
+    """One tensor to read: the input or the output of a module."""
+
+    key: str
+    module: nn.Module
+    where: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What was asked for, found in a model."""
+
+    points: tuple[ReadPoint, ...]
+    chain: tuple[nn.Module, ...]
+    """Modules that may be given the attention mask, outermost first."""
+
+
+def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str | None = None) -> Layers:
+    """Find the modules to read.
+
+    Args:
+        model: The model as it is trained, wrapped or not.
+        layers: ``"last"``, ``"all"``, ints, ``"every:n"``, module names or globs, or a list of these.
+        module: Path of the part of the model to look in; ``None``: the language model, or the encoder of an
+            encoder-decoder.
+
+    Raises:
+        ValueError: If nothing matches; the message has near matches.
+    """
+    inner = unwrap(model)
+    root = inner if module is None else _submodule(inner, module)
+    asked = [layers] if isinstance(layers, str | int) else list(layers)
+    if not asked:
+        raise ValueError("`layers` must name at least one layer, got an empty list.")
+    named = _named_modules(root)
+    stack: Stack | None = None
+    points: dict[str, ReadPoint] = {}
+    for spec in asked:
+        if isinstance(spec, bool) or not isinstance(spec, str | int):
+            raise TypeError(f"`layers` must hold names and ints, got {spec!r} ({type(spec).__name__}).")
+        matched = fnmatch.filter(named, spec) if isinstance(spec, str) and not _is_stack_name(spec) else None
+        if matched is None:
+            stack = stack or find_stack(root)
+            indices = _indices(spec, len(stack.blocks))
+            found = [_stack_point(stack, index) for index in indices]
+        elif matched:
+            found = [ReadPoint(name, named[name], "output") for name in matched]
+        else:
+            raise ValueError(_unknown(spec, list(named)))
+        points.update({point.key: point for point in found})
+    owner = stack.owner if stack else None
+    # An encoder-decoder is called with the encoder's mask: whoever looks into one part of it wants that part's own.
+    outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
+    chain = [*outside, root, *([owner] if owner else [])]
+    return Layers(tuple(points.values()), tuple(dict.fromkeys(chain)))
+
+
+def _is_stack_name(spec: str) -> bool:
+    return spec in ("last", "all") or spec.startswith(("every:", "layer_"))
+
+
+def _stack_point(stack: Stack, index: int) -> ReadPoint:
+    """The place that ``output_hidden_states[index]`` comes from."""
+    if index == len(stack.blocks):
+        return ReadPoint("last", stack.last, "output")
+    if index == 0:
+        return ReadPoint("layer_00", stack.blocks[0], "input")
+    return ReadPoint(f"layer_{index:02d}", stack.blocks[index - 1], "output")
+
+
+def _indices(spec: str | int, num_blocks: int) -> list[int]:
+    if spec == "last":
+        return [num_blocks]
+    if spec == "all":
+        return list(range(num_blocks + 1))
+    if isinstance(spec, int):
+        number: int | None = spec
+    else:
+        number = _number(spec.removeprefix("every:").removeprefix("layer_"))
+    if number is None or (isinstance(spec, str) and number < (1 if spec.startswith("every:") else 0)):
+        raise ValueError(f"`layers` must be like 'every:4' or 'layer_07', got {spec!r}.")
+    if isinstance(spec, str) and spec.startswith("every:"):
+        return list(range(0, num_blocks + 1, number))
+    if not -num_blocks - 1 <= number <= num_blocks:
+        raise ValueError(
+            f"`layers` asks for {spec!r}, but the model has {num_blocks} blocks: 0 (embeddings) to {num_blocks} "
+            f"('last'), or -1 to {-num_blocks - 1}."
+        )
+    return [number % (num_blocks + 1)]
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {clean_name(name): module for name, module in model.named_modules() if name}
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    named = _named_modules(model)
+    if path not in named:
+        raise ValueError(_unknown(path, list(named), argument="module"))
+    return named[path]
+
+
+def _unknown(spec: str | int, names: list[str], *, argument: str = "layers") -> str:
+    near = difflib.get_close_matches(str(spec), ["last", "all", *names], n=4, cutoff=0.4)
+    hint = f"Near matches: {', '.join(near)}." if near else f"Its first modules: {', '.join(names[:4])}."
+    return f"`{argument}` asks for {spec!r}, and no module of the model matches it. {hint}"

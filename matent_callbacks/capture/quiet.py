@@ -1,0 +1,83 @@
+"""Running a model on the side without the training noticing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks.capture.stack import unwrap
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes, counters, buffers and random numbers are as before."""
+    # `training` is one of these attributes; others are counters that a forward may move on.
+    attributes = [(module, _plain_attributes(module)) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with _same_random_numbers(model), torch.no_grad():
+        try:
+            # Module by module: `model.eval()` may be overridden to do more.
+            for module, _ in attributes:
+                module.training = False
+            yield
+        finally:
+            for module, before in attributes:
+                vars(module).update(before)
+            for module, name, buffer, values in buffers:
+                # A forward may write into a buffer, or put another in its place.
+                module._buffers[name] = buffer
+                buffer.copy_(values)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | None)}
+
+
+@contextmanager
+def _same_random_numbers(model: nn.Module) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        for device in devices or {torch.device("cpu")}:
+            indices = [] if device.index is None else [device.index]
+            stack.enter_context(torch.random.fork_rng(indices, device_type=device.type))
+        yield
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    """One forward on a batch of keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = to_device(batch, device)
+    if isinstance(batch, Mapping):
+        model(**batch, **_cheap_arguments(model, batch))
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors inside mappings, lists and tuples, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def _cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """No key-value cache, and logits for one position only, where the model knows how."""
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    wanted = {"use_cache": False, **({} if "labels" in batch else {"logits_to_keep": 1})}
+    return {name: value for name, value in wanted.items() if name in parameters and name not in batch}

@@ -1,0 +1,118 @@
+"""Finding the stack of transformer blocks inside a model, and the modules whose outputs are its hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of one transformer, in order, and the module whose output is the last hidden state."""
+
+    blocks: tuple[nn.Module, ...]
+    last: nn.Module
+    owner: nn.Module
+    """The transformer itself: the module that is given the attention mask."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under DDP, FSDP, ``torch.compile`` and PEFT wrappers."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def clean_name(name: str) -> str:
+    """A module path without the parts that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The one obvious stack of blocks in ``model``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    transformer = _hugging_face_transformer(model) or model
+    found = _outermost_list(transformer)
+    if found is None:
+        raise ValueError(
+            f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
+            f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`."
+        )
+    parent, blocks = found
+    if transformer is not model or _is_hugging_face(model):
+        return Stack(tuple(blocks.children()), last=transformer, owner=transformer)
+    return Stack(tuple(blocks.children()), last=_last_of(parent, blocks), owner=parent)
+
+
+def _is_hugging_face(model: nn.Module) -> bool:
+    # Told by what is used of it, so that transformers need not be imported.
+    return all(hasattr(model, name) for name in ("config", "base_model", "get_encoder", "get_decoder"))
+
+
+def _hugging_face_transformer(model: nn.Module) -> nn.Module | None:
+    """What ``AutoModel`` would be: the module whose first output is the last hidden state of the language model."""
+    candidate: Any = model
+    if not _is_hugging_face(model):
+        inside = [m for m in _shallow_modules(model) if _is_hugging_face(m)]
+        if not inside:
+            return None
+        candidate = inside[0]
+    if getattr(candidate.config, "is_encoder_decoder", False):
+        return candidate.get_encoder()  # type: ignore[no-any-return]
+    return candidate.get_decoder()  # type: ignore[no-any-return]
+
+
+def _shallow_modules(model: nn.Module) -> list[nn.Module]:
+    """All modules below ``model``, nearest first."""
+    level, found = [model], []
+    while level:
+        level = [child for parent in level for child in parent.children()]
+        found += level
+    return found
+
+
+def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The longest list of like blocks on the outermost level that has one; experts and heads lie further in."""
+    level = [model]
+    while level:
+        lists = [
+            (parent, child)
+            for parent in level
+            for child in parent.children()
+            if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child)
+        ]
+        if lists:
+            return max(lists, key=lambda found: len(list(found[1].children())))
+        level = [child for parent in level for child in parent.children()]
+    return None
+
+
+def _is_stack(blocks: nn.Module) -> bool:
+    """Whether these are blocks: modules with modules inside; of one kind, unless listed as hybrids are."""
+    children = list(blocks.children())
+    if not children or any(not list(child.children()) for child in children):
+        return False
+    kinds = {type(child) for child in children}
+    return len(kinds) == 1 or isinstance(blocks, nn.ModuleList)
+
+
+def _last_of(parent: nn.Module, blocks: nn.Module) -> nn.Module:
+    """The norm that follows the blocks, in the order the modules were made; the last block where there is none."""
+    siblings = list(parent.children())
+    after = siblings[next(i for i, sibling in enumerate(siblings) if sibling is blocks) + 1 :]
+    norms = [m for m in after if "norm" in type(m).__name__.lower()]
+    return norms[0] if norms else list(blocks.children())[-1]

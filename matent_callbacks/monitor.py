@@ -1,0 +1,159 @@
+"""The framework-neutral monitor: hidden states of chosen layers in, named numbers out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks._accumulate import LayerAccumulator, compute_readings
+from matent_callbacks._catalogue import CATALOGUE, check_metrics
+from matent_callbacks.capture.hooks import Capture
+from matent_callbacks.capture.layers import LayerSpec, resolve_layers
+from matent_callbacks.capture.quiet import quiet, run
+
+
+class EntropyMonitor:
+    """Measures the hidden states of a model while it runs, layer by layer.
+
+    Inside ``with monitor:`` every forward of the model is read as it happens: nothing is run twice, no activation is
+    kept, and the autograd graph is not touched. A forward that is handed a key-value cache (generation) is not
+    counted, nor is what gradient checkpointing computes again. In a distributed run ``compute`` puts the tokens of
+    all ranks together; every rank has to call it.
+
+    Args:
+        model: The model as it is trained: plain, or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
+        layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
+            (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
+            module names or globs (``"*.mlp"``), or a list of these.
+        metrics: Names of the catalogue. Of one covariance of all tokens, each centred by its sequence and scaled to
+            unit length: ``matrix_entropy`` and ``renyi_2`` (nats), ``normalized_matrix_entropy`` (over log d),
+            ``effective_rank``, ``participation_ratio``, ``stable_rank``, ``numerical_rank`` (dimensions),
+            ``top_share``, ``alpha_req``. Of the tokens as they are: ``rankme``. Of each sequence, then averaged, as
+            in the paper: ``sequence_matrix_entropy`` (nats), ``sequence_effective_rank``.
+        module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
+            an encoder-decoder.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
+        dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
+        on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
+
+    Raises:
+        ValueError: If a layer, metric or module is not known (with near matches), or an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from matent_callbacks import EntropyMonitor
+        >>> layer = torch.nn.TransformerEncoderLayer(d_model=8, nhead=2, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        >>> monitor = EntropyMonitor(model, layers="all")
+        >>> with monitor:
+        ...     _ = model(torch.randn(4, 16, 8))
+        >>> sorted(monitor.compute())  # doctest: +NORMALIZE_WHITESPACE
+        ['effective_rank/last', 'effective_rank/layer_00', 'effective_rank/layer_01',
+         'matrix_entropy/last', 'matrix_entropy/layer_00', 'matrix_entropy/layer_01']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        module: str | None = None,
+        max_tokens: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        on_error: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"`on_error` must be 'raise' or 'warn', got {on_error!r}.")
+        self.model = model
+        self.metrics = check_metrics(metrics)
+        self._max_tokens = max_tokens
+        self._dtype = dtype
+        self._on_error = on_error
+        self._layers = resolve_layers(model, layers, module=module)
+        self._capture = Capture(self._layers, self._record)
+        self._failed: set[str] = set()
+        self.reset()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that are read, as they stand in the keys."""
+        return tuple(point.key for point in self._layers.points)
+
+    def __enter__(self) -> EntropyMonitor:
+        self._capture.open()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._capture.close()
+
+    @contextmanager
+    def training_forwards(self) -> Iterator[None]:
+        """Like ``with monitor:``, but only forwards in training mode with gradients are read."""
+        self._capture.open(training_only=True)
+        try:
+            yield
+        finally:
+            self._capture.close()
+
+    def read(self, batches: Any) -> None:
+        """Run batches through the model on the side and read them: evaluation mode, no gradient, no trace left.
+
+        Args:
+            batches: One batch (a mapping of keyword arguments, or a tensor) or a list of batches.
+        """
+        with quiet(self.model), self:
+            for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
+                run(self.model, batch)
+
+    def compute(self) -> dict[str, float]:
+        """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
+
+        ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
+        saw no valid token is left out with a warning.
+        """
+        accumulators = self._accumulators
+        self.reset()
+        readings = compute_readings(accumulators, self.metrics)
+        empty = [layer for layer, reading in readings.items() if not reading.values and layer not in self._failed]
+        if empty:
+            warnings.warn(f"No valid token was seen, so there is no reading of: {', '.join(empty)}.", stacklevel=2)
+        result = {
+            f"{metric}/{layer}": reading.values[metric]
+            for metric in self.metrics
+            for layer, reading in readings.items()
+            if metric in reading.values
+        }
+        bad = {f"nonfinite_tokens/{layer}": float(r.nonfinite) for layer, r in readings.items() if r.nonfinite}
+        return {**result, **bad}
+
+    def reset(self) -> None:
+        """Forget what was read since the last ``compute``."""
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        sources = frozenset(CATALOGUE[name] for name in self.metrics)
+        self._accumulators = {
+            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device)
+            for layer in self.layers
+        }
+
+    def _record(self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
+        if layer in self._failed:
+            return
+        try:
+            with torch.no_grad():
+                self._accumulators[layer].update(hidden_states, attention_mask)
+        except Exception as error:
+            message = f"Reading layer {layer!r} failed: {error}"
+            if self._on_error == "raise":
+                raise RuntimeError(message) from error
+            self._failed.add(layer)
+            warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)

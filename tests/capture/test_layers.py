@@ -1,0 +1,169 @@
+"""Layers are the hidden states that the model itself gives, on real architectures built small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
+
+from matent_callbacks import EntropyMonitor
+from matent_callbacks.capture.layers import resolve_layers
+from tests.conftest import VOCABULARY, slow_pooled_entropy
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    made = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4)),
+        "bert": lambda: BertForMaskedLM(BertConfig(**SMALL, intermediate_size=64)),
+        "t5 encoder": lambda: T5EncoderModel(T5Config(**T5)),
+        "qwen3": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**SMALL, intermediate_size=64, head_dim=8, num_key_value_heads=2)
+        ),
+        "mixture of experts": lambda: MixtralForCausalLM(
+            MixtralConfig(**SMALL, intermediate_size=64, num_local_experts=4, num_key_value_heads=2)
+        ),
+    }
+    return made[name]().eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5 encoder", "qwen3", "mixture of experts"])
+def test_all_layers_are_the_hidden_states_of_the_model(name, batch):
+    model = build(name)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    monitor = EntropyMonitor(model, layers="all", dtype=torch.float64)
+    with monitor, torch.no_grad():
+        hidden_states = model(**inputs, output_hidden_states=True).hidden_states
+    readings = monitor.compute()
+    names = ["layer_00", "layer_01", "layer_02", "last"]
+    assert list(readings) == [f"{metric}/{n}" for metric in ("matrix_entropy", "effective_rank") for n in names]
+    for layer, hidden in zip(names, hidden_states, strict=True):
+        expected = slow_pooled_entropy(hidden, batch["attention_mask"])
+        assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_encoder_decoder_reads_the_encoder_and_on_request_the_decoder(batch):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)).eval()
+    decoder_mask = torch.ones(6, 5, dtype=torch.long)
+    decoder_mask[0, 3:] = 0
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "decoder_input_ids": batch["input_ids"][:, :5],
+        "decoder_attention_mask": decoder_mask,
+    }
+    for module, states, mask in [
+        (None, "encoder_hidden_states", batch["attention_mask"]),
+        ("decoder", "decoder_hidden_states", decoder_mask),
+    ]:
+        monitor = EntropyMonitor(model, layers=[1, "last"], module=module, dtype=torch.float64)
+        with monitor, torch.no_grad():
+            output = model(**inputs, output_hidden_states=True, use_cache=False)
+        readings = monitor.compute()
+        for layer, index in [("layer_01", 1), ("last", -1)]:
+            expected = slow_pooled_entropy(output[states][index], mask)
+            assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys"),
+    [
+        ("last", ["last"]),
+        (-1, ["last"]),
+        (3, ["last"]),
+        (0, ["layer_00"]),
+        (-2, ["layer_02"]),
+        ("all", ["layer_00", "layer_01", "layer_02", "last"]),
+        ("every:2", ["layer_00", "layer_02"]),
+        ("every:3", ["layer_00", "last"]),
+        ("layer_01", ["layer_01"]),
+        ([1, "last", -1], ["layer_01", "last"]),
+        ("model.layers.*.mlp", ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]),
+        (["model.norm", 0], ["model.norm", "layer_00"]),
+    ],
+)
+def test_ways_to_name_layers(layers, keys):
+    assert [point.key for point in resolve_layers(build("llama"), layers).points] == keys
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ("model.layers.0.mpl", ValueError, r"'model.layers.0.mpl'.*Near matches: .*model.layers.0.mlp"),
+        ("lats", ValueError, r"'lats'.*Near matches: last"),
+        ("*.nothing", ValueError, r"`layers` asks for '\*.nothing'"),
+        (4, ValueError, r"`layers` asks for 4, but the model has 3 blocks"),
+        (-5, ValueError, r"`layers` asks for -5, but the model has 3 blocks"),
+        ("layer_09", ValueError, r"`layers` asks for 'layer_09', but the model has 3 blocks"),
+        ("every:0", ValueError, r"`layers` must be like 'every:4' or 'layer_07', got 'every:0'"),
+        ("every:x", ValueError, r"`layers` must be like 'every:4' or 'layer_07', got 'every:x'"),
+        ([], ValueError, r"`layers` must name at least one layer"),
+        ([1.5], TypeError, r"`layers` must hold names and ints, got 1.5 \(float\)"),
+        (True, TypeError, r"`layers` must hold names and ints, got True \(bool\)"),
+    ],
+)
+def test_unknown_layers_are_named_with_near_matches(layers, error, message):
+    with pytest.raises(error, match=message):
+        EntropyMonitor(build("llama"), layers=layers)
+
+
+def test_no_stack_and_unknown_module_are_named():
+    with pytest.raises(ValueError, match="`layers` needs a stack of blocks"):
+        EntropyMonitor(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"`module` asks for 'modle'.*Near matches: model"):
+        EntropyMonitor(build("llama"), module="modle")
+
+
+class OwnGPT(nn.Module):
+    """A model of one's own: blocks in a list, a final norm, a head."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2)
+        )
+        self.ln_f = nn.LayerNorm(16) if norm else nn.Identity()
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        self.states = [self.embed(input_ids)]
+        for block in self.blocks:
+            self.states.append(block(self.states[-1], src_key_padding_mask=attention_mask == 0))
+        self.states.append(self.ln_f(self.states[-1]))
+        return self.head(self.states[-1])
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_own_module_with_positional_arguments(batch, norm):
+    torch.manual_seed(0)
+    model = OwnGPT(norm)
+    monitor = EntropyMonitor(model, layers="all", dtype=torch.float64)
+    with monitor:
+        model(batch["input_ids"], batch["attention_mask"])
+    readings = monitor.compute()
+    for layer, hidden in zip(["layer_00", "layer_01", "last"], [*model.states[:2], model.states[-1]], strict=True):
+        expected = slow_pooled_entropy(hidden.detach(), batch["attention_mask"])
+        assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)

@@ -1,0 +1,43 @@
+"""Running a function on several real processes that talk over gloo."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 90) -> list[Any]:
+    """What ``function(rank, world_size, *args)`` returned on each rank. A rank that fails or hangs ends all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _on_rank, (function, world_size, folder, args), nprocs=world_size, join=False, start_method="spawn"
+        )
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        try:
+            while not context.join(timeout=1):
+                if datetime.datetime.now() > deadline:
+                    raise TimeoutError(f"{function.__name__} did not end on {world_size} ranks within {seconds} s.")
+        finally:
+            for process in context.processes:
+                process.kill()
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _on_rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    result = function(rank, world_size, *args)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

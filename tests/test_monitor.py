@@ -1,0 +1,229 @@
+"""The framework-neutral monitor."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRank, SequenceMatrixEntropy
+from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks.functional import spectral_summary, spectrum
+from tests.conftest import collate, text_examples
+
+
+def hidden_states(model, batch, layer: int = -1):
+    with torch.no_grad():
+        return model(**batch, output_hidden_states=True).hidden_states[layer]
+
+
+def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_llama, batch):
+    model = make_llama(dropout=0.0)
+    monitor = EntropyMonitor(model, metrics=CATALOGUE, dtype=torch.float64)
+    with monitor:
+        model(**batch)
+    readings = monitor.compute()
+    assert set(readings) == {f"{name}/last" for name in CATALOGUE}
+
+    hidden, mask = hidden_states(model, batch), batch["attention_mask"]
+    rows = torch.cat([z[m.bool()] for z, m in zip(hidden, mask, strict=True)]).double()
+    own_centre = torch.cat([z - z.mean(0) for z in (h[m.bool()].double() for h, m in zip(hidden, mask, strict=True))])
+    pooled = spectral_summary(spectrum(own_centre, center=False))
+    raw = spectral_summary(spectrum(rows, center=False, normalize=False))
+    expected = {name: (raw if source == "raw" else pooled).get(name) for name, source in CATALOGUE.items()}
+    for name, cls in [
+        ("sequence_matrix_entropy", SequenceMatrixEntropy),
+        ("sequence_effective_rank", SequenceEffectiveRank),
+    ]:
+        metric = cls(dtype=torch.float64)
+        metric.update(hidden, mask)
+        expected[name] = metric.compute()
+    for name, value in expected.items():
+        assert readings[f"{name}/last"] == pytest.approx(value.item(), rel=1e-8), name
+
+
+def test_compute_pools_the_forwards_since_the_last_and_starts_afresh(make_llama):
+    model = make_llama(dropout=0.0)
+    batches = [collate(text_examples(4, start=s)) for s in (0, 4, 8)]
+    monitor = EntropyMonitor(model, metrics="effective_rank")
+
+    def expected(*chosen):
+        metric = EffectiveRank()
+        for b in chosen:
+            metric.update(hidden_states(model, b), b["attention_mask"])
+        return metric.compute().item()
+
+    with monitor:
+        model(**batches[0])
+    model(**batches[2])  # outside: not read
+    with monitor:
+        model(**batches[1])
+    assert monitor.compute() == {"effective_rank/last": pytest.approx(expected(*batches[:2]), rel=1e-5)}
+    with monitor:
+        model(**batches[2])
+    assert monitor.compute() == {"effective_rank/last": pytest.approx(expected(batches[2]), rel=1e-5)}
+    with pytest.warns(UserWarning, match="No valid token was seen, so there is no reading of: last"):
+        assert monitor.compute() == {}
+
+
+def test_read_leaves_no_trace(make_llama, batch):
+    class Counting(nn.Module):
+        """Counts its forwards in a buffer and in a plain attribute, and puts a new buffer in place of another."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.calls = 0
+            self.register_buffer("counter", torch.zeros(1))
+            self.register_buffer("replaced", torch.zeros(1))
+
+        def forward(self, **kwargs):
+            self.calls += 1
+            self.counter += 1
+            self.register_buffer("replaced", torch.ones(2))
+            torch.rand(3)
+            return self.inner(**kwargs)
+
+    model = Counting(make_llama())
+    model.train()
+    model.inner.model.layers[1].eval()  # frozen on purpose
+    modes = [module.training for module in model.modules()]
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    monitor = EntropyMonitor(model)
+    monitor.read([batch, batch])
+    assert "matrix_entropy/last" in monitor.compute()
+    assert [module.training for module in model.modules()] == modes
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+
+    class Fails(nn.Module):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("no")
+
+    model.inner.model.layers[2] = Fails()
+    with pytest.raises(RuntimeError, match="no"):
+        monitor.read(batch)
+    assert [m.training for m in model.modules() if not isinstance(m, Fails)][:5] == modes[:5]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_generation_and_recomputation_are_not_counted(make_llama, batch):
+    model = make_llama(dropout=0.0)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    plain = EntropyMonitor(model, layers="all")
+    with plain:
+        model(**inputs)
+    expected = plain.compute()
+
+    monitor = EntropyMonitor(model, layers="all")
+    with monitor:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+        model(**inputs)
+    assert monitor.compute() == expected
+
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        with monitor:
+            model(**batch).loss.backward()
+        tokens = monitor._accumulators["layer_01"].moments["pooled"].num_tokens
+        assert tokens == batch["attention_mask"].sum()
+        assert monitor.compute() == pytest.approx(expected, rel=1e-5)
+
+
+def test_autograd_is_not_touched_and_nothing_is_kept(make_llama, batch):
+    model = make_llama(dropout=0.0)
+    model(**batch).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    seen: list[weakref.ref[torch.Tensor]] = []
+    handle = model.model.layers[0].register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+    monitor = EntropyMonitor(model, layers="all", metrics=list(CATALOGUE))
+    with monitor:
+        model(**batch).loss.backward()
+    handle.remove()
+    gc.collect()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert seen[0]() is None
+
+
+def test_autocast_and_its_cache_are_left_alone(make_llama, batch):
+    model = make_llama(dropout=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(**batch, output_hidden_states=True)
+        monitor = EntropyMonitor(model, layers="all")
+        with monitor:
+            watched = model(**batch)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(plain.logits, watched.logits)
+    readings = monitor.compute()
+    metric = EffectiveRank()
+    metric.update(plain.hidden_states[1].float(), batch["attention_mask"])
+    assert readings["effective_rank/layer_01"] == pytest.approx(metric.compute().item(), rel=1e-5)
+
+
+def test_max_tokens_spans_forwards(make_llama):
+    model = make_llama(dropout=0.0)
+    batches = [collate(text_examples(2, start=1)) for _ in range(3)]
+    monitor = EntropyMonitor(model, max_tokens=60)
+    with monitor:
+        for b in batches:
+            model(**b)
+    assert batches[0]["attention_mask"].sum() == 48
+    assert monitor._accumulators["last"].moments["pooled"].num_tokens == 60
+
+
+def test_bad_arguments_are_named(make_llama):
+    model = make_llama()
+    for arguments, message in [
+        ({"max_tokens": 1}, "`max_tokens` must be at least 2 or None, got 1"),
+        ({"dtype": torch.float16}, r"`dtype` must be torch.float32 or torch.float64, got torch.float16"),
+        ({"on_error": "ignore"}, "`on_error` must be 'raise' or 'warn', got 'ignore'"),
+        ({"metrics": []}, "`metrics` must name at least one of matrix_entropy"),
+        ({"metrics": "efective_rank"}, "`metrics` asks for 'efective_rank'.*Near: effective_rank"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            EntropyMonitor(model, **arguments)
+
+
+def test_an_output_that_is_no_hidden_state_names_the_layer():
+    class Scores(nn.Module):
+        def forward(self, x):
+            return {"score": 1.0} if x is None else x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = Scores()
+
+        def forward(self, x):
+            return self.scores(x)
+
+    model = Model()
+    with (
+        pytest.raises(RuntimeError, match=r"Reading layer 'scores' failed: .* got NoneType"),
+        EntropyMonitor(model, layers="scores"),
+    ):
+        model(None)
+    monitor = EntropyMonitor(model, layers="scores", on_error="warn")
+    with pytest.warns(UserWarning, match=r"Reading layer 'scores' failed: .*\(2, 3, 4, 5\)"), monitor:
+        model(torch.randn(2, 3, 4, 5))
+    with monitor:
+        model(torch.ones(3, 4, dtype=torch.long))  # said once
+    assert monitor.compute() == {}
+    assert not model.scores._forward_hooks
+
+
+def test_importing_the_package_imports_no_extra():
+    code = "import sys, matent_callbacks, matent_callbacks.functional; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "matent_callbacks.monitor" in loaded
+    assert not {"transformers", "lightning", "pytorch_lightning", "wandb", "matplotlib"} & set(loaded)
