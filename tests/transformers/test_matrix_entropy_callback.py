@@ -1,0 +1,378 @@
+"""The Hugging Face callback on a real Trainer."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from matent_callbacks.transformers import MatrixEntropyCallback
+from tests.conftest import collate, slow_pooled_entropy, text_examples
+from tests.wandb_history import read_history
+
+KEY = "matrix_entropy/last"
+
+
+def records(trainer: Any, key: str = KEY) -> list[dict[str, Any]]:
+    return [record for record in trainer.state.log_history if key in record]
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+class ReadEachForward:
+    """An independent reading: hidden states of every forward, by the model's own means."""
+
+    def __init__(self, model: Any) -> None:
+        self.states: list[tuple[torch.Tensor, ...]] = []
+        self.masks: list[torch.Tensor] = []
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **{**kwargs, "output_hidden_states": True})
+            self.states.append(tuple(h.detach().clone() for h in output.hidden_states))
+            self.masks.append(kwargs["attention_mask"].clone())
+            return output
+
+        model.forward = spy
+
+
+def test_training_forward_is_read_with_the_loss_of_its_step(make_trainer, make_llama):
+    model = make_llama()
+    spy = ReadEachForward(model)
+    trainer = make_trainer([MatrixEntropyCallback(2, layers="all")], model=model)
+    trainer.train()
+    read = records(trainer)
+    assert [r["step"] for r in read] == [2, 4, 6]
+    assert all("loss" in r for r in read)
+    for record in read:
+        forward = record["step"] - 1
+        for i, hidden in enumerate(spy.states[forward]):
+            name = "last" if i == 3 else f"layer_{i:02d}"
+            assert record[f"matrix_entropy/{name}"] == pytest.approx(
+                slow_pooled_entropy(hidden, spy.masks[forward]), rel=1e-5
+            )
+
+
+def test_gradient_accumulation_gives_one_record_over_all_micro_batches(make_trainer, make_llama):
+    model = make_llama(dropout=0.0)
+    spy = ReadEachForward(model)
+    trainer = make_trainer([MatrixEntropyCallback(1)], model=model, gradient_accumulation_steps=4, max_steps=2)
+    trainer.train()
+    assert [r["step"] for r in records(trainer)] == [1, 2]
+    # Batches differ in length: pool them by hand, each row with its own mask.
+    rows = [(h[i], m[i]) for h, m in zip([s[-1] for s in spy.states[:4]], spy.masks[:4], strict=True) for i in range(4)]
+    longest = max(h.shape[0] for h, _ in rows)
+    hidden = torch.stack([nn.functional.pad(h, (0, 0, 0, longest - h.shape[0])) for h, _ in rows])
+    mask = torch.stack([nn.functional.pad(m, (0, longest - m.shape[0])) for _, m in rows])
+    assert records(trainer)[0][KEY] == pytest.approx(slow_pooled_entropy(hidden, mask), rel=1e-5)
+
+
+@pytest.mark.parametrize("with_probe", [False, True])
+def test_training_is_bitwise_the_same(make_trainer, with_probe):
+    def run(callback: MatrixEntropyCallback | None) -> tuple[list[Any], dict[str, torch.Tensor], torch.Tensor]:
+        trainer = make_trainer(
+            [callback] if callback else [],
+            max_steps=30,
+            eval_strategy="steps",
+            eval_steps=10,
+            save_strategy="steps",
+            save_steps=15,
+            dataloader_num_workers=0,
+        )
+        trainer.train()
+        logged = [(r["step"], r[k]) for r in trainer.state.log_history for k in ("loss", "eval_loss") if k in r]
+        assert len(logged) == 33
+        assert not callback or len(records(trainer)) == 10
+        return logged, trainer.model.state_dict(), torch.get_rng_state()
+
+    probe = collate(text_examples(4, start=200)) if with_probe else None
+    callback = MatrixEntropyCallback(3, layers="all", probe=probe, metrics=["matrix_entropy", "rankme"])
+    losses, weights, rng = run(None)
+    losses_with, weights_with, rng_with = run(callback)
+    assert losses == losses_with
+    assert all(torch.equal(weights[name], weights_with[name]) for name in weights)
+    assert torch.equal(rng, rng_with)
+
+
+def test_probe_describes_the_model_after_the_update_and_in_the_end_the_saved_one(make_trainer):
+    probe = collate(text_examples(5, start=300))
+    trainer = make_trainer([MatrixEntropyCallback(4, probe=probe)], max_steps=6)
+    trainer.train()
+    assert [r["step"] for r in records(trainer)] == [4, 6]
+    model = trainer.model.eval()
+    with torch.no_grad():
+        hidden = model(**probe, output_hidden_states=True).hidden_states[-1]
+    expected = slow_pooled_entropy(hidden, probe["attention_mask"])
+    assert records(trainer)[-1][KEY] == pytest.approx(expected, rel=1e-5)
+
+
+def test_probe_at_the_end_describes_the_best_model_where_that_is_loaded(make_trainer):
+    probe = collate(text_examples(5, start=300))
+    trainer = make_trainer(
+        [MatrixEntropyCallback(2, probe=probe)],
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst: the first checkpoint, so that it is not the last model
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    first, last = records(trainer)[0], records(trainer)[-1]
+    assert last["step"] == 6
+    assert last[KEY] == first[KEY]
+
+
+def test_several_probe_batches_are_pooled(make_trainer):
+    batches = [collate(text_examples(4, start=300)), collate(text_examples(4, start=304))]
+    callbacks = [MatrixEntropyCallback(1, probe=p) for p in (batches, collate(text_examples(8, start=300)))]
+    values = []
+    for callback in callbacks:
+        trainer = make_trainer([callback], max_steps=1)
+        trainer.train()
+        values.append(records(trainer)[0][KEY])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_hooks_and_activations_are_gone_after_each_step(make_trainer, make_llama):
+    model = make_llama()
+    seen: list[weakref.ref[torch.Tensor]] = []
+    counts: list[int] = []
+    model.model.layers[1].register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+    base = hooks_on(model)
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            counts.append(hooks_on(model))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            counts.append(hooks_on(model))
+
+    trainer = make_trainer([MatrixEntropyCallback(1, layers="all"), Count()], model=model)
+    trainer.train()
+    gc.collect()
+    assert set(counts) == {base}
+    assert hooks_on(model) == base
+    assert len(seen) == 6
+    assert all(ref() is None for ref in seen)
+
+
+def test_hooks_are_gone_when_training_raises(make_trainer, make_llama):
+    model = make_llama()
+    base = hooks_on(model)
+    trainer = make_trainer([MatrixEntropyCallback(1, layers="all")], model=model)
+    original, calls = model.model.layers[2].forward, []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the third forward fails")
+        return original(*args, **kwargs)
+
+    model.model.layers[2].forward = fails
+    with pytest.raises(RuntimeError, match="the third forward fails"):
+        trainer.train()
+    assert hooks_on(model) == base
+
+
+def test_evaluation_reads_every_batch_and_nothing_else(make_trainer, make_llama):
+    model = make_llama()
+    trainer = make_trainer([MatrixEntropyCallback(100, layers="all")], model=model)
+    spy = ReadEachForward(model)
+    metrics = trainer.evaluate()
+    assert len(spy.states) == 3
+    hidden = [(h[i], m[i]) for s, m in zip(spy.states, spy.masks, strict=True) for h in [s[-1]] for i in range(len(h))]
+    longest = max(len(h) for h, _ in hidden)
+    rows = torch.stack([nn.functional.pad(h, (0, 0, 0, longest - len(h))) for h, _ in hidden])
+    mask = torch.stack([nn.functional.pad(m, (0, longest - len(m))) for _, m in hidden])
+    assert rows.shape[0] == 10
+    assert metrics["eval_matrix_entropy/last"] == pytest.approx(slow_pooled_entropy(rows, mask), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_matrix_entropy/last"] == metrics["eval_matrix_entropy/last"]
+
+
+def test_callback_added_later_still_sees_the_first_evaluation_batch(make_trainer, make_llama):
+    expected = make_trainer([MatrixEntropyCallback(100)]).evaluate()["eval_matrix_entropy/last"]
+    trainer = make_trainer([])
+    trainer.add_callback(MatrixEntropyCallback(100))
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_matrix_entropy/last"] == pytest.approx(expected, rel=1e-6)
+    assert second["eval_matrix_entropy/last"] == pytest.approx(expected, rel=1e-6)
+    assert hooks_on(trainer.model) == 0
+
+
+def test_callback_added_later_works_in_training_and_can_be_removed(make_trainer):
+    trainer = make_trainer([])
+    callback = MatrixEntropyCallback(3)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [r["step"] for r in records(trainer)] == [3, 6]
+    trainer.remove_callback(callback)
+    assert "eval_matrix_entropy/last" not in trainer.evaluate()
+
+
+def test_prefixes_of_several_evaluation_sets_and_of_predict(make_trainer):
+    trainer = make_trainer([MatrixEntropyCallback(100)])
+    trainer.eval_dataset = {"short": text_examples(4, 12, start=400), "long": text_examples(4, 30, start=400)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_short_matrix_entropy/last"] < metrics["eval_long_matrix_entropy/last"]
+    assert "test_matrix_entropy/last" in trainer.predict(text_examples(4)).metrics
+
+
+def test_best_model_and_early_stopping_by_effective_rank(make_trainer):
+    from transformers import EarlyStoppingCallback
+
+    trainer = make_trainer(
+        [MatrixEntropyCallback(100), EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1e6)],
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_effective_rank/last",
+        greater_is_better=False,
+    )
+    trainer.train()
+    values = [r["eval_effective_rank/last"] for r in records(trainer, "eval_effective_rank/last")]
+    # No improvement beats a threshold of 1e6, so the second evaluation ends the run.
+    assert len(values) == 2
+    assert trainer.state.best_metric == min(values)
+
+
+def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, tmp_path: Path, monkeypatch):
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer = make_trainer(
+        [MatrixEntropyCallback(2)], report_to=["tensorboard", "wandb"], eval_strategy="steps", eval_steps=3
+    )
+    trainer.train()
+    wandb.finish()
+    logged = {r["step"]: r[KEY] for r in records(trainer)}
+    assert sorted(logged) == [2, 4, 6]
+
+    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent))
+    events.Reload()
+    read = {e.step: e.value for e in events.Scalars("train/matrix_entropy/last")}
+    assert read == {step: pytest.approx(value) for step, value in logged.items()}
+    assert [e.step for e in events.Scalars("eval/matrix_entropy/last")] == [3, 6]
+
+    history = read_history(tmp_path / "wandb")
+    with_entropy = [row for row in history if "train/matrix_entropy/last" in row]
+    assert {row["train/global_step"]: row["train/matrix_entropy/last"] for row in with_entropy} == logged
+    assert all("train/loss" in row for row in with_entropy)
+
+
+def test_every_n_steps_must_be_a_positive_whole_number():
+    for wrong in (0, -3, 2.5, True):
+        with pytest.raises(ValueError, match=r"`every_n_steps` must be a whole number above 0, got"):
+            MatrixEntropyCallback(wrong)
+
+
+def test_unknown_names_are_told_before_training_with_near_matches(make_trainer):
+    with pytest.raises(ValueError, match=r"`metrics` asks for 'matrix_entropie'.*matrix_entropy"):
+        MatrixEntropyCallback(metrics=["matrix_entropie"])
+    with pytest.raises(ValueError, match=r"`layers` asks for 'model.layer.1'.*model.layers.1"):
+        make_trainer([MatrixEntropyCallback(layers="model.layer.1")])
+
+
+def test_nonfinite_tokens_are_counted_and_left_out(make_trainer, make_llama):
+    model = make_llama()
+
+    def poison(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[0, 2] = float("nan")
+        output[1, 3] = float("inf")
+        return output
+
+    model.model.layers[0].register_forward_hook(poison)
+    # One step: its gradients are NaN, and so is every weight after it.
+    trainer = make_trainer([MatrixEntropyCallback(1, layers=["layer_01", 0])], model=model, max_steps=1)
+    trainer.train()
+    (read,) = records(trainer, "matrix_entropy/layer_01")
+    assert read["nonfinite_tokens/layer_01"] == 2.0
+    assert read["matrix_entropy/layer_01"] > 0
+    assert "nonfinite_tokens/layer_00" not in read
+
+
+def test_all_padded_step_is_skipped_with_a_warning(make_trainer):
+    trainer = make_trainer([MatrixEntropyCallback(1)], max_steps=2)
+    for example in trainer.train_dataset:
+        example["attention_mask"] = [0] * len(example["attention_mask"])
+    with pytest.warns(UserWarning, match="No valid token was seen, so there is no reading of: last"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert not records(trainer)
+
+
+@pytest.mark.filterwarnings("default:Reading layer")
+def test_an_exception_in_monitoring_warns_once_with_the_layer_and_training_goes_on(make_trainer, monkeypatch):
+    from matent_callbacks import _accumulate
+
+    original = _accumulate.LayerAccumulator.update
+
+    def fails(self: Any, hidden_states: torch.Tensor, mask: Any) -> None:
+        if self is broken[0]:
+            raise RuntimeError("boom")
+        original(self, hidden_states, mask)
+
+    broken: list[Any] = []
+    monkeypatch.setattr(_accumulate.LayerAccumulator, "update", fails)
+    callback = MatrixEntropyCallback(1, layers="all")
+    trainer = make_trainer([callback])
+    broken.append(callback._monitor._accumulators["layer_01"])
+    with pytest.warns(UserWarning, match="boom") as caught:
+        trainer.train()
+    messages = [str(w.message) for w in caught if "boom" in str(w.message)]
+    assert len(messages) == 1
+    assert "'layer_01'" in messages[0]
+    assert trainer.state.global_step == 6
+    assert len(records(trainer)) == 6
+    assert not records(trainer, "matrix_entropy/layer_01")
+
+
+def test_on_error_raise_raises(make_trainer, monkeypatch):
+    from matent_callbacks import _accumulate
+
+    def fails(self: Any, *args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(_accumulate.LayerAccumulator, "update", fails)
+    with pytest.raises(RuntimeError, match="Reading layer 'last' failed: boom"):
+        make_trainer([MatrixEntropyCallback(1, on_error="raise")]).train()
+
+
+@pytest.mark.filterwarnings("default:Monitoring failed")
+def test_a_probe_that_does_not_fit_the_model_warns_and_training_goes_on(make_trainer):
+    trainer = make_trainer([MatrixEntropyCallback(2, probe={"pixels": torch.zeros(1)})])
+    with pytest.warns(UserWarning, match="Monitoring failed: ValueError: You must specify exactly one of input_ids"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert trainer.model.training
+
+
+def test_max_tokens_bounds_what_is_read(make_trainer, make_llama):
+    model = make_llama(dropout=0.0)
+    spy = ReadEachForward(model)
+    trainer = make_trainer([MatrixEntropyCallback(1, max_tokens=20)], model=model, max_steps=1)
+    trainer.train()
+    hidden, mask = spy.states[0][-1][:1].clone(), spy.masks[0][:1].clone()
+    if mask.shape[1] < 20:
+        pytest.fail("the first sequence must fill the budget for this test to say anything")
+    mask[:, 20:] = 0
+    assert records(trainer)[0][KEY] == pytest.approx(slow_pooled_entropy(hidden, mask), rel=1e-5)
