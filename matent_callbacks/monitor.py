@@ -80,7 +80,7 @@ class EntropyMonitor:
         self._dtype = dtype
         self._on_error = on_error
         self._layers = resolve_layers(model, layers, module=module)
-        self._capture = Capture(self._layers, self._record)
+        self._capture = Capture(model, self._layers, self._record, self._guarded)
         self._failed: set[str] = set()
         self.reset()
 
@@ -90,20 +90,24 @@ class EntropyMonitor:
         return tuple(point.key for point in self._layers.points)
 
     def __enter__(self) -> EntropyMonitor:
-        self._capture.open()
+        self.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._capture.close()
+        self.stop()
 
-    @contextmanager
-    def training_forwards(self) -> Iterator[None]:
-        """Like ``with monitor:``, but only forwards in training mode with gradients are read."""
-        self._capture.open(training_only=True)
-        try:
-            yield
-        finally:
-            self._capture.close()
+    def start(self, *, training_only: bool = False, attention_mask: Tensor | None = None) -> None:
+        """Begin to read forwards: ``with monitor:`` for where there is no block to put it around.
+
+        Args:
+            training_only: Leave out forwards that are not in training mode with gradients.
+            attention_mask: ``(B, T)``, for models that are not handed one; it goes before the model's own.
+        """
+        self._capture.open(training_only=training_only, attention_mask=attention_mask)
+
+    def stop(self) -> None:
+        """Stop reading; every hook is gone."""
+        self._capture.close()
 
     def read(self, batches: Any) -> None:
         """Run batches through the model on the side and read them: evaluation mode, no gradient, no trace left.
@@ -111,9 +115,10 @@ class EntropyMonitor:
         Args:
             batches: One batch (a mapping of keyword arguments, or a tensor) or a list of batches.
         """
-        with quiet(self.model), self:
+        compiled = self._capture.compiled_entrance() is not None
+        with quiet(self.model), self._capture.uncompiled():
             for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
-                run(self.model, batch)
+                run(self._layers.runnable, batch, eagerly=compiled)
 
     def compute(self) -> dict[str, float]:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
@@ -146,14 +151,16 @@ class EntropyMonitor:
         }
 
     def _record(self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
-        if layer in self._failed:
-            return
+        if layer not in self._failed:
+            self._accumulators[layer].update(hidden_states, attention_mask)
+
+    @contextmanager
+    def _guarded(self, layer: str) -> Iterator[None]:
         try:
-            with torch.no_grad():
-                self._accumulators[layer].update(hidden_states, attention_mask)
+            yield
         except Exception as error:
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error
-            self._failed.add(layer)
+            self._failed |= {layer} if layer in self.layers else set(self.layers)
             warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)

@@ -4,80 +4,129 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
 from matent_callbacks.capture.layers import Layers, ReadPoint
+from matent_callbacks.capture.packing import Packing, find_packing
+from matent_callbacks.capture.quiet import preserved
 
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
+Guard = Callable[[str], AbstractContextManager[None]]
 
 
 class Capture:
     """Calls ``reader(key, hidden_states, attention_mask)`` for each read point of each forward that counts.
 
-    ``hidden_states`` is None where a module gave something without a tensor in it.
-
-    A forward counts unless a key-value cache is handed to it (generation) and, with ``training_only``, unless it is
-    in training mode with gradients. Recomputation by gradient checkpointing never counts.
+    Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
+    where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
+    (generation) and, with ``training_only``, unless it is in training mode with gradients. Recomputation by gradient
+    checkpointing never counts. Compiled modules are read beside their graph.
     """
 
-    def __init__(self, layers: Layers, reader: Reader) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
+        self._model = model
         self._layers = layers
         self._reader = reader
-        self._handles: list[RemovableHandle] = []
+        self._guard = guard
+        self._undo: list[Callable[[], None]] = []
         self._training_only = False
+        self._outer_mask: Tensor | None = None
+        self._beside = False
         self._depth = 0
         self._counts = True
         self._masks: list[Tensor] = []
+        self._packing: Packing | None = None
 
-    def open(self, *, training_only: bool = False) -> None:
-        """Put the hooks in place."""
+    def open(self, *, training_only: bool = False, attention_mask: Tensor | None = None) -> None:
+        """Begin to read. ``attention_mask`` goes before any that the model is given."""
         self.close()
         self._training_only = training_only
-        for module in self._layers.chain:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-        for point in self._layers.points:
-            self._handles.append(self._register(point))
-        # After the read points: the output of a module in the chain must be read before its forward is over.
-        for module in self._layers.chain:
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._outer_mask = attention_mask
+        entrance = self.compiled_entrance()
+        if entrance is None:
+            self._undo += [handle.remove for handle in self._hooks()]
+        else:
+            self._undo.append(meet(entrance, self._read_beside))
+
+    def compiled_entrance(self) -> nn.Module | None:
+        """The module whose call leads into compiled code that is to be read, if there is any."""
+        return compiled_entrance(self._model, self._layers)
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._masks.clear()
-        self._depth = 0
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self._outer_mask = None
+        self._forget_forward()
 
-    def _register(self, point: ReadPoint) -> RemovableHandle:
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Read with plain hooks: for forwards that are known to run without a graph."""
+        handles = self._hooks()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._forget_forward()
+
+    def _hooks(self) -> list[RemovableHandle]:
+        chain = self._layers.chain
+        enter = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in chain]
+        read = [self._read_hook(point) for point in self._layers.points]
+        # After the read points: the output of a module in the chain must be read before its forward is over.
+        leave = [module.register_forward_hook(self._leave, always_call=True) for module in chain]
+        return [*enter, *read, *leave]
+
+    def _read_hook(self, point: ReadPoint) -> RemovableHandle:
         if point.where == "input":
             return point.module.register_forward_pre_hook(
                 functools.partial(self._read_input, point.key), with_kwargs=True
             )
         return point.module.register_forward_hook(functools.partial(self._read_output, point.key))
 
+    def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._beside or (self._training_only and not (module.training and torch.is_grad_enabled())):
+            return
+        self._beside = True
+        try:
+            with self._guard("all"), preserved(module), self.uncompiled():
+                call_eagerly(module, args, kwargs)
+        finally:
+            self._beside = False
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = _named_arguments(module, args, kwargs)
         if self._depth == 0:
-            self._counts = not self._training_only or (module.training and torch.is_grad_enabled())
+            self._counts = self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
         # A module in the chain may be called without its parents, so each level may be the first to see a cache.
         if arguments.get("past_key_values") is not None:
             self._counts = False
         self._depth += 1
         mask = arguments.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if mask is not None:
             self._masks.append(mask)
+        if self._packing is None and self._counts:
+            self._packing = find_packing(arguments, mask)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
         if self._depth <= 0:
-            self._depth = 0
-            self._masks.clear()
+            self._forget_forward()
+
+    def _forget_forward(self) -> None:
+        self._depth = 0
+        self._masks.clear()
+        self._packing = None
 
     def _read_input(self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._read(key, module, args[0] if args else kwargs.get("hidden_states"))
@@ -89,21 +138,25 @@ class Capture:
         if _in_backward():
             return
         if self._depth == 0:
-            if self._training_only and not module.training:
+            if self._training_only and not (self._beside or module.training):
                 return
         elif not self._counts:
             return
-        hidden_states = first_tensor(value)
-        self._reader(key, hidden_states, self._mask_for(hidden_states))
+        with self._guard(key), torch.no_grad():
+            hidden_states, packing = first_tensor(value), self._packing
+            if hidden_states is not None and packing is not None and hidden_states.shape[:-1] == packing.shape:
+                self._reader(key, packing.unpack(hidden_states), packing.valid)
+            else:
+                self._reader(key, hidden_states, self._mask_for(hidden_states))
 
     def _mask_for(self, hidden_states: Tensor | None) -> Tensor | None:
         """The mask that fits; prompt tuning, for one, makes a longer one further in."""
         if hidden_states is None:
             return None
-        for mask in self._masks:
-            if mask.shape == hidden_states.shape[:-1]:
+        for mask in (self._outer_mask, *self._masks):
+            if mask is not None and mask.shape == hidden_states.shape[:-1]:
                 return mask
-            if hidden_states.ndim == 2 and mask.numel() == hidden_states.shape[0]:
+            if mask is not None and hidden_states.ndim == 2 and mask.numel() == hidden_states.shape[0]:
                 return mask.flatten()
         return None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from matent_callbacks.capture.stack import Stack, clean_name, find_stack, unwrap
+from matent_callbacks.capture.stack import Stack, clean_name, find_stack, hugging_face_models, unwrap
 
 LayerSpec = str | int | Sequence[str | int]
 
@@ -31,6 +32,10 @@ class Layers:
     points: tuple[ReadPoint, ...]
     chain: tuple[nn.Module, ...]
     """Modules that may be given the attention mask, outermost first."""
+    owner: nn.Module | None
+    """The transformer that the blocks belong to, if blocks were asked for."""
+    runnable: nn.Module
+    """What a probe is run through: the Hugging Face model, without wrappers and what is around it, or the model."""
 
 
 def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str | None = None) -> Layers:
@@ -69,12 +74,18 @@ def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str 
     owner = stack.owner if stack else None
     # An encoder-decoder is called with the encoder's mask: whoever looks into one part of it wants that part's own.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
-    chain = [*outside, root, *([owner] if owner else [])]
-    return Layers(tuple(points.values()), tuple(dict.fromkeys(chain)))
+    chain = [*outside, root, *hugging_face_models(root).values(), *([owner] if owner else [])]
+    transformers = list(hugging_face_models(inner).values())
+    return Layers(
+        tuple(points.values()),
+        tuple(dict.fromkeys(chain)),
+        owner,
+        runnable=transformers[0] if len(transformers) == 1 else inner,
+    )
 
 
 def _is_stack_name(spec: str) -> bool:
-    return spec in ("last", "all") or spec.startswith(("every:", "layer_"))
+    return spec in ("last", "all") or spec.startswith("every:") or re.fullmatch(r"layer_\d+", spec) is not None
 
 
 def _stack_point(stack: Stack, index: int) -> ReadPoint:
@@ -91,24 +102,18 @@ def _indices(spec: str | int, num_blocks: int) -> list[int]:
         return [num_blocks]
     if spec == "all":
         return list(range(num_blocks + 1))
-    if isinstance(spec, int):
-        number: int | None = spec
-    else:
-        number = _number(spec.removeprefix("every:").removeprefix("layer_"))
-    if number is None or (isinstance(spec, str) and number < (1 if spec.startswith("every:") else 0)):
-        raise ValueError(f"`layers` must be like 'every:4' or 'layer_07', got {spec!r}.")
     if isinstance(spec, str) and spec.startswith("every:"):
-        return list(range(0, num_blocks + 1, number))
+        stride = spec.removeprefix("every:")
+        if not re.fullmatch(r"[1-9]\d*", stride):
+            raise ValueError(f"`layers` must be like 'every:4', with a whole number above 0, got {spec!r}.")
+        return list(range(0, num_blocks + 1, int(stride)))
+    number = spec if isinstance(spec, int) else int(spec.removeprefix("layer_"))
     if not -num_blocks - 1 <= number <= num_blocks:
         raise ValueError(
             f"`layers` asks for {spec!r}, but the model has {num_blocks} blocks: 0 (embeddings) to {num_blocks} "
             f"('last'), or -1 to {-num_blocks - 1}."
         )
     return [number % (num_blocks + 1)]
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:

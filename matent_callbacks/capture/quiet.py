@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.capture.compiled import call_eagerly
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes, counters, buffers and random numbers are as before."""
+    """Evaluation mode, and :func:`preserved`."""
+    with preserved(model):
+        # Module by module: `model.eval()` may be overridden to do more.
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """No gradients; afterwards modes, counters, buffers and random numbers are as before."""
     # `training` is one of these attributes; others are counters that a forward may move on.
     attributes = [(module, _plain_attributes(module)) for module in model.modules()]
     buffers = [
@@ -26,9 +36,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
     ]
     with _same_random_numbers(model), torch.no_grad():
         try:
-            # Module by module: `model.eval()` may be overridden to do more.
-            for module, _ in attributes:
-                module.training = False
             yield
         finally:
             for module, before in attributes:
@@ -53,16 +60,16 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def run(model: nn.Module, batch: Any) -> None:
+def run(model: nn.Module, batch: Any, *, eagerly: bool) -> None:
     """One forward on a batch of keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = to_device(batch, device)
-    if isinstance(batch, Mapping):
-        model(**batch, **_cheap_arguments(model, batch))
-    elif isinstance(batch, tuple | list):
-        model(*batch)
+    kwargs = {**batch, **_cheap_arguments(model, batch)} if isinstance(batch, Mapping) else {}
+    args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    if eagerly:
+        call_eagerly(model, args, kwargs)
     else:
-        model(batch)
+        model(*args, **kwargs)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -78,6 +85,6 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def _cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """No key-value cache, and logits for one position only, where the model knows how."""
-    parameters = inspect.signature(unwrap(model).forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     wanted = {"use_cache": False, **({} if "labels" in batch else {"logits_to_keep": 1})}
     return {name: value for name, value in wanted.items() if name in parameters and name not in batch}

@@ -45,7 +45,13 @@ def find_stack(model: nn.Module) -> Stack:
     Raises:
         ValueError: If there is none.
     """
-    transformer = _hugging_face_transformer(model) or model
+    candidates = hugging_face_models(model)
+    if len(candidates) > 1:
+        raise ValueError(
+            f"`module` must say which of the transformers in {type(model).__name__} is meant: {', '.join(candidates)}."
+        )
+    hugging_face = next(iter(candidates.values()), None)
+    transformer = _language_model(hugging_face) if hugging_face else model
     found = _outermost_list(transformer)
     if found is None:
         raise ValueError(
@@ -53,9 +59,21 @@ def find_stack(model: nn.Module) -> Stack:
             f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`."
         )
     parent, blocks = found
-    if transformer is not model or _is_hugging_face(model):
+    if hugging_face:
         return Stack(tuple(blocks.children()), last=transformer, owner=transformer)
     return Stack(tuple(blocks.children()), last=_last_of(parent, blocks), owner=parent)
+
+
+def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The model itself if it is one of transformers, or the outermost ones inside it, as in a LightningModule."""
+    names = {module: name for name, module in model.named_modules()}
+    level = [model]
+    while level:
+        found = {names[module]: unwrap(module) for module in level if _is_hugging_face(module)}
+        if found:
+            return found
+        level = [child for parent in level for child in parent.children()]
+    return {}
 
 
 def _is_hugging_face(model: nn.Module) -> bool:
@@ -63,26 +81,11 @@ def _is_hugging_face(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("config", "base_model", "get_encoder", "get_decoder"))
 
 
-def _hugging_face_transformer(model: nn.Module) -> nn.Module | None:
+def _language_model(model: Any) -> nn.Module:
     """What ``AutoModel`` would be: the module whose first output is the last hidden state of the language model."""
-    candidate: Any = model
-    if not _is_hugging_face(model):
-        inside = [m for m in _shallow_modules(model) if _is_hugging_face(m)]
-        if not inside:
-            return None
-        candidate = inside[0]
-    if getattr(candidate.config, "is_encoder_decoder", False):
-        return candidate.get_encoder()  # type: ignore[no-any-return]
-    return candidate.get_decoder()  # type: ignore[no-any-return]
-
-
-def _shallow_modules(model: nn.Module) -> list[nn.Module]:
-    """All modules below ``model``, nearest first."""
-    level, found = [model], []
-    while level:
-        level = [child for parent in level for child in parent.children()]
-        found += level
-    return found
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # type: ignore[no-any-return]
+    return model.get_decoder()  # type: ignore[no-any-return]
 
 
 def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:

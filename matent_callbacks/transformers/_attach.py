@@ -2,74 +2,112 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import sys
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-class TrainerSteps(Protocol):
-    """What is called in place of the Trainer's own methods, which come as the first argument."""
-
-    def is_attached_to(self, trainer: Trainer) -> bool: ...
-
-    def around_training_step(self, training_step: Any, *args: Any, **kwargs: Any) -> Any: ...
-
-    def around_evaluation_loop(self, evaluation_loop: Any, prefix: str, *args: Any, **kwargs: Any) -> Any: ...
+# Of all callbacks of this package, inside the Trainer's own record of callback states.
+_STATES = "matent_callbacks"
 
 
-def calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer whose event is being handled: events carry the model and the loaders, but never the Trainer."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
-            return candidate
-        frame = frame.f_back
-    return None
+class AttachedCallback(TrainerCallback):
+    """A callback that knows its Trainer, comes before the reporters, and keeps its state in checkpoints."""
+
+    order: ClassVar[int]
+    """Of the callbacks of this package, those that measure come before those that read what was measured."""
+
+    trainer: Any = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Tie the callback to a Trainer. Needed only where the Trainer cannot be found from its events.
+
+        Args:
+            trainer: The Trainer; the callback is added to it if it is not there.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        # Before the reporters, so that what is added to a log record reaches them. Only ever towards the front: the
+        # handler may be going through its list, and would skip a callback otherwise.
+        place = sum(1 for _ in itertools.takewhile(self._goes_behind, callbacks))
+        if self not in callbacks[: place + 1]:
+            if self in callbacks:
+                callbacks.remove(self)
+            callbacks.insert(place, self)
+        self.trainer = trainer
+
+    def is_attached_to(self, trainer: Trainer) -> bool:
+        """Whether this is the callback's Trainer; no longer so once the callback was removed from it."""
+        return self.trainer is trainer and self in trainer.callback_handler.callbacks
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.find_trainer()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.find_trainer()
+        # Where the Trainer resumes, its state comes out of the checkpoint, and ours in it.
+        saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
+        if saved is not None:
+            self.load_state_dict(saved)
+
+    def keep_state(self, state: TrainerState) -> None:
+        """Put the callback's state where the next checkpoint takes it from."""
+        # Not as an `ExportableState`: from that the Trainer makes a new callback, and a probe is no JSON.
+        if state.stateful_callbacks is None:
+            state.stateful_callbacks = {}
+        state.stateful_callbacks.setdefault(_STATES, {})[self.state_key] = self.state_dict()
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state from that of others in the checkpoint."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON types."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        raise NotImplementedError
+
+    def find_trainer(self) -> None:
+        """Attach to the Trainer whose event is being handled: it is in none of the arguments, but on the stack.
+
+        Raises:
+            RuntimeError: If there is none and :meth:`attach` was not called.
+        """
+        trainer = next((t for t in _on_stack("self") if isinstance(t, Trainer) and self._is_callback_of(t)), None)
+        if trainer is None and self.trainer is None:
+            raise RuntimeError("No Trainer was found behind this event: call `callback.attach(trainer)` first.")
+        self.attach(trainer or self.trainer)
+
+    def _goes_behind(self, other: TrainerCallback) -> bool:
+        return isinstance(other, AttachedCallback) and other.order <= self.order and other is not self
+
+    def _is_callback_of(self, trainer: Trainer) -> bool:
+        handler = getattr(trainer, "callback_handler", None)
+        return handler is not None and self in handler.callbacks
 
 
 def running_evaluation(trainer: Trainer) -> tuple[Any, Any] | None:
     """Model and batch of the evaluation loop that is under way."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _frames():
         if frame.f_code.co_name == "evaluation_loop" and frame.f_locals.get("self") is trainer:
             return frame.f_locals["model"], frame.f_locals["inputs"]
-        frame = frame.f_back
     return None
 
 
-def move_to_front(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Put the callback before the reporters, so that what it adds to a log record reaches them."""
-    callbacks = trainer.callback_handler.callbacks
-    if callback in callbacks:
-        callbacks.remove(callback)
-    callbacks.insert(0, callback)
+def _on_stack(name: str) -> list[Any]:
+    return [frame.f_locals[name] for frame in _frames() if name in frame.f_locals]
 
 
-def wrap_steps(trainer: Trainer, callback: TrainerSteps) -> None:
-    """Run the callback around training steps and evaluation loops for as long as it is attached.
-
-    There is no event at the start of an evaluation, and none when a step raises; around the methods, hooks exist only
-    while a monitored forward runs and are gone whatever happens in it.
-    """
-    training_step, evaluation_loop = trainer.training_step, trainer.evaluation_loop
-    signature = inspect.signature(evaluation_loop)
-
-    def monitored_training_step(*args: Any, **kwargs: Any) -> Any:
-        if not callback.is_attached_to(trainer):
-            return training_step(*args, **kwargs)
-        return callback.around_training_step(training_step, *args, **kwargs)
-
-    def monitored_evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-        if not callback.is_attached_to(trainer):
-            return evaluation_loop(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        prefix = bound.arguments["metric_key_prefix"]
-        return callback.around_evaluation_loop(evaluation_loop, prefix, *args, **kwargs)
-
-    trainer.training_step = monitored_training_step
-    trainer.evaluation_loop = monitored_evaluation_loop
+def _frames() -> list[FrameType]:
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks._catalogue import check_metrics
+from matent_callbacks._measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.monitor import EntropyMonitor
-from matent_callbacks.transformers._attach import calling_trainer, move_to_front, running_evaluation, wrap_steps
+from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
 
 
-class MatrixEntropyCallback(TrainerCallback):
+class MatrixEntropyCallback(AttachedCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
     The values stand in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
@@ -26,13 +26,15 @@ class MatrixEntropyCallback(TrainerCallback):
     ============================================  ===================================================================
     ``<metric>/<layer>``                          at each monitored step
     ``eval_<metric>/<layer>``                     in evaluation (or the prefix that ``evaluate`` is given)
+    ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
     ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
     ============================================  ===================================================================
 
     Without ``probe`` the training forward of the step is read as it happens, over all its micro-batches: no second
     forward, and the weights are those before the update. With ``probe`` the same batches are run in evaluation mode
     after the update, so that the curve is free of data noise and dropout, and the last record describes the model
-    that is saved. Either way training is bitwise what it is without the callback.
+    that is saved. Either way training is bitwise what it is without the callback. In a compiled model hooks do not
+    fire: there the training forward is run once more without the graph, from the same random state.
 
     Args:
         every_n_steps: Optimizer steps between two readings.
@@ -43,6 +45,8 @@ class MatrixEntropyCallback(TrainerCallback):
         during_eval: Also read evaluation and prediction forwards.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer.
         on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
         module: Path of the part of the model whose layers these are.
         dtype: Of the statistics, float32 or float64.
 
@@ -56,6 +60,8 @@ class MatrixEntropyCallback(TrainerCallback):
         >>> # Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback]).train()
     """
 
+    order = 0
+
     def __init__(
         self,
         every_n_steps: int = 100,
@@ -66,65 +72,69 @@ class MatrixEntropyCallback(TrainerCallback):
         during_eval: bool = True,
         max_tokens: int | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
-        self.every_n_steps = every_n_steps
-        self.probe = probe
         self.during_eval = during_eval
-        self._on_error = on_error
-        self._monitor_arguments: dict[str, Any] = {
-            "layers": layers,
-            "metrics": check_metrics(metrics),
-            "module": module,
-            "max_tokens": max_tokens,
-            "dtype": dtype,
-            "on_error": on_error,
-        }
-        self._trainer: Any = None
+        self._measurement = Measurement(
+            every_n_steps,
+            layers,
+            metrics=metrics,
+            probe=probe,
+            reference=reference,
+            max_tokens=max_tokens,
+            on_error=on_error,
+            module=module,
+            dtype=dtype,
+        )
         self._wrapped: weakref.WeakSet[Trainer] = weakref.WeakSet()
-        self._monitor: EntropyMonitor | None = None
         self._pending: dict[str, float] = {}
-        self._late_evaluation = False
         self._probed_step = -1
-        self._warned = False
+        self._in_evaluation = False
+        self._joined_late = False
 
     def attach(self, trainer: Trainer) -> None:
-        """Tie the callback to a Trainer. Needed only where the Trainer cannot be found from its events.
-
-        Args:
-            trainer: The Trainer to monitor; the callback is added to it if it is not there.
-        """
-        move_to_front(trainer, self)
-        self._trainer = trainer
+        super().attach(trainer)
         if trainer not in self._wrapped:
             self._wrapped.add(trainer)
-            wrap_steps(trainer, self)
-        self._current_monitor()
+            self._wrap(trainer)
+        # Unknown layers are told before training.
+        self._measurement.monitor(trainer.model)
 
-    def is_attached_to(self, trainer: Trainer) -> bool:
-        """Whether this is the Trainer that is monitored; False once the callback was removed from it."""
-        return self._trainer is trainer and self in trainer.callback_handler.callbacks
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state from that of others in the checkpoint."""
+        return (
+            f"{type(self).__name__}(every_n_steps={self._measurement.every_n_steps}, layers={self._measurement.layers})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON types."""
+        return self._measurement.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._measurement.load_state_dict(state)
 
     # Events
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._find_trainer()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._find_trainer()
+        super().on_train_begin(args, state, control, **kwargs)
         self._pending, self._probed_step = {}, -1
+        self._measurement.begin(self.trainer.model)
+        self.keep_state(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._is_monitored(state.global_step, state.max_steps):
-            return
-        self._pending.update(self._probe_values(state) if self.probe is not None else self._values())
+        if self._measurement.probe is None:
+            if state.global_step % self._measurement.every_n_steps == 0:
+                self._pending.update(self._measurement.from_forwards())
+        elif state.global_step % self._measurement.every_n_steps == 0 or state.global_step == state.max_steps:
+            self._pending.update(self._probe(state))
         # The Trainer's record of this step is where they go: one record a step, with the loss.
-        control.should_log = bool(self._pending) or control.should_log
+        control.should_log = control.should_log or bool(self._pending)
 
     def on_log(
         self,
@@ -136,12 +146,18 @@ class MatrixEntropyCallback(TrainerCallback):
     ) -> None:
         if logs is None:
             return
-        if self._late_evaluation:
+        if self._joined_late:
             self._finish_late_evaluation(logs)
         # log_history has its own copy of the record already.
         state.log_history[-1].update(self._pending)
         logs.update(self._pending)
         self._pending = {}
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer is None:
+            self._join_evaluation()
 
     def on_predict(
         self,
@@ -151,106 +167,105 @@ class MatrixEntropyCallback(TrainerCallback):
         metrics: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        if self._late_evaluation:
+        if self._joined_late:
             self._finish_late_evaluation(metrics)
             metrics.update(self._pending)
             self._pending = {}
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._trainer is None:
-            self._join_evaluation()
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.probe is None or self._trainer is None:
+        if self._measurement.probe is None:
             return
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if best_was_loaded or self._probed_step != state.global_step:
-            self._trainer.log(dict(self._probe_values(state)))
+            self.trainer.log(self._probe(state))
 
-    # Around the Trainer's steps
+    # Around the Trainer's own methods
 
-    def around_training_step(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.probe is not None or (self._state.global_step + 1) % self.every_n_steps:
-            return training_step(*args, **kwargs)
-        with self._current_monitor().training_forwards():
-            return training_step(*args, **kwargs)
+    def _wrap(self, trainer: Trainer) -> None:
+        """Run around training steps and evaluations of the Trainer, for as long as the callback is attached to it.
 
-    def around_evaluation_loop(
-        self, evaluation_loop: Callable[..., Any], prefix: str, *args: Any, **kwargs: Any
+        There is no event at the start of an evaluation, and none when a step raises; around the methods, hooks exist
+        only while a monitored forward runs and are gone whatever happens in it.
+        """
+        for name, around in (
+            ("training_step", self._around_training_step),
+            ("prediction_step", self._around_prediction_step),
+            ("evaluation_loop", self._around_evaluation_loop),
+        ):
+            setattr(trainer, name, self._wrapped_method(trainer, getattr(trainer, name), around))
+
+    def _wrapped_method(
+        self, trainer: Trainer, method: Callable[..., Any], around: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def monitored(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_attached_to(trainer):
+                return method(*args, **kwargs)
+            return around(method, *args, **kwargs)
+
+        return monitored
+
+    def _around_training_step(
+        self, training_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
+        measurement = self._measurement
+        if measurement.probe is not None or (self.trainer.state.global_step + 1) % measurement.every_n_steps:
+            return training_step(model, *args, **kwargs)
+        return self._reading(training_step, model, *args, training_only=True, **kwargs)
+
+    def _around_prediction_step(
+        self, prediction_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self._in_evaluation:
+            return prediction_step(model, *args, **kwargs)
+        return self._reading(prediction_step, model, *args, **kwargs)
+
+    def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.during_eval:
             return evaluation_loop(*args, **kwargs)
-        monitor = self._current_monitor()
-        monitor.reset()
-        with monitor:
+        bound = inspect.signature(evaluation_loop).bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._measurement.reset()
+        self._in_evaluation = True
+        try:
             output = evaluation_loop(*args, **kwargs)
-        output.metrics.update({f"{prefix}_{key}": value for key, value in self._values().items()})
+        finally:
+            self._in_evaluation = False
+        output.metrics.update(self._evaluation_values(bound.arguments["metric_key_prefix"]))
         return output
+
+    def _reading(
+        self, step: Callable[..., Any], model: nn.Module, *args: Any, training_only: bool = False, **kwargs: Any
+    ) -> Any:
+        """The step with the monitor on, on the model as it is called: prepared, wrapped, perhaps compiled."""
+        monitor = self._measurement.monitor(model)
+        monitor.start(training_only=training_only)
+        try:
+            return step(model, *args, **kwargs)
+        finally:
+            monitor.stop()
 
     # Inside
 
-    @property
-    def _state(self) -> TrainerState:
-        return self._trainer.state
-
-    def _is_monitored(self, step: int, max_steps: int) -> bool:
-        return step % self.every_n_steps == 0 or (self.probe is not None and step == max_steps)
-
-    def _find_trainer(self) -> None:
-        trainer = calling_trainer(self) or self._trainer
-        if trainer is None:
-            raise RuntimeError("No Trainer was found behind this event: call `callback.attach(trainer)` first.")
-        self.attach(trainer)
-
-    def _current_monitor(self) -> EntropyMonitor:
-        # FSDP puts another object in the place of the model; a search over hyperparameters makes new ones.
-        if self._monitor is None or self._monitor.model is not self._trainer.model:
-            self._monitor = EntropyMonitor(self._trainer.model, **self._monitor_arguments)
-        return self._monitor
-
-    def _values(self) -> dict[str, float]:
-        return self._guarded(lambda: self._current_monitor().compute())
-
-    def _probe_values(self, state: TrainerState) -> dict[str, float]:
+    def _probe(self, state: TrainerState) -> dict[str, float]:
         self._probed_step = state.global_step
+        return self._measurement.from_probe(self.trainer.model)
 
-        def measure() -> dict[str, float]:
-            monitor = self._current_monitor()
-            monitor.read(self.probe)
-            return monitor.compute()
-
-        return self._guarded(measure)
-
-    def _guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        if self._on_error == "raise":
-            return measure()
-        try:
-            return measure()
-        except Exception as error:
-            if not self._warned:
-                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=2)
-            self._warned = True
-            return {}
+    def _evaluation_values(self, prefix: str) -> dict[str, float]:
+        return {f"{prefix}_{k}": v for k, v in self._measurement.from_forwards().items()}
 
     def _join_evaluation(self) -> None:
         """Read an evaluation that was under way before the Trainer was known: its first batch is repeated."""
-        self._find_trainer()
-        under_way = running_evaluation(self._trainer)
+        self.find_trainer()
+        under_way = running_evaluation(self.trainer)
         if not self.during_eval or under_way is None:
             return
         model, batch = under_way
-        self._late_evaluation = True
-        monitor = self._current_monitor()
-        monitor.__enter__()
-        self._trainer.prediction_step(model, batch, prediction_loss_only=True)
+        self._in_evaluation = self._joined_late = True
+        self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def _finish_late_evaluation(self, logs: dict[str, Any]) -> None:
-        self._late_evaluation = False
-        self._current_monitor().__exit__()
+        self._in_evaluation = self._joined_late = False
         runtime = next((key for key in logs if key.endswith("_runtime")), "eval_runtime")
-        prefix = runtime.removesuffix("_runtime")
-        self._pending.update({f"{prefix}_{key}": value for key, value in self._values().items()})
+        self._pending.update(self._evaluation_values(runtime.removesuffix("_runtime")))

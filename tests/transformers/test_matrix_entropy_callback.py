@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from matent_callbacks import EntropyMonitor
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.conftest import collate, slow_pooled_entropy, text_examples
 from tests.wandb_history import read_history
@@ -322,20 +323,22 @@ def test_all_padded_step_is_skipped_with_a_warning(make_trainer):
 
 @pytest.mark.filterwarnings("default:Reading layer")
 def test_an_exception_in_monitoring_warns_once_with_the_layer_and_training_goes_on(make_trainer, monkeypatch):
-    from matent_callbacks import _accumulate
-
-    original = _accumulate.LayerAccumulator.update
-
-    def fails(self: Any, hidden_states: torch.Tensor, mask: Any) -> None:
-        if self is broken[0]:
+    class Fails:
+        def update(self, *args: Any) -> None:
             raise RuntimeError("boom")
-        original(self, hidden_states, mask)
 
-    broken: list[Any] = []
-    monkeypatch.setattr(_accumulate.LayerAccumulator, "update", fails)
-    callback = MatrixEntropyCallback(1, layers="all")
-    trainer = make_trainer([callback])
-    broken.append(callback._monitor._accumulators["layer_01"])
+    original = EntropyMonitor._record
+
+    def with_one_broken(self: Any, layer: str, *args: Any) -> None:
+        accumulators = self._accumulators
+        self._accumulators = {**accumulators, "layer_01": Fails()}
+        try:
+            original(self, layer, *args)
+        finally:
+            self._accumulators = accumulators
+
+    monkeypatch.setattr(EntropyMonitor, "_record", with_one_broken)
+    trainer = make_trainer([MatrixEntropyCallback(1, layers="all")])
     with pytest.warns(UserWarning, match="boom") as caught:
         trainer.train()
     messages = [str(w.message) for w in caught if "boom" in str(w.message)]

@@ -1,0 +1,131 @@
+"""What the callbacks of both frameworks do alike: when to measure, what, on which model, against which reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from matent_callbacks._catalogue import check_metrics
+from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.monitor import EntropyMonitor
+
+_DATA_SET_RANK = "sequence_effective_rank"
+
+
+class Measurement:
+    """The arguments of a callback, the monitors that carry them out, and the reference values of a run."""
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        layers: LayerSpec,
+        *,
+        metrics: str | Iterable[str],
+        probe: Any,
+        reference: Literal["start"] | nn.Module | None,
+        max_tokens: int | None,
+        on_error: Literal["warn", "raise"],
+        module: str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
+        if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
+            raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
+        if reference is not None and probe is None:
+            raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
+        self.every_n_steps = every_n_steps
+        self.layers = layers
+        self.metrics = check_metrics(metrics)
+        self.probe = probe
+        self._reference = reference
+        self._reference_ranks: dict[str, float] | None = None
+        self._on_error = on_error
+        self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype}
+        self._monitors: dict[bool, EntropyMonitor] = {}
+        self._warned = False
+
+    def monitor(self, model: nn.Module) -> EntropyMonitor:
+        """The monitor of the model's own forwards."""
+        return self._monitor(model, probing=False)
+
+    def from_forwards(self) -> dict[str, float]:
+        """What the monitor has read since the last call."""
+        return self.guarded(self._monitors[False].compute)
+
+    def reset(self) -> None:
+        """Forget what the monitor has read."""
+        self._monitors[False].reset()
+
+    def from_probe(
+        self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, float]:
+        """The chosen metrics on the probe, and the difference from the reference; ``around`` each set of forwards."""
+        return self.guarded(lambda: self._probe(model, around))
+
+    def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
+        if self._reference is None or self._reference_ranks is not None:
+            return
+        reference = model if self._reference == "start" else self._reference
+        assert isinstance(reference, nn.Module)
+
+        def measure() -> dict[str, float]:
+            monitor = self.new_monitor(reference, (_DATA_SET_RANK,))
+            with around():
+                monitor.read(self.probe)
+            return monitor.compute()
+
+        self._reference_ranks = self.guarded(measure)
+
+    def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
+        """Another monitor with the same arguments."""
+        return EntropyMonitor(
+            model, self.layers, metrics=metrics or self.metrics, on_error=self._on_error, **self._settings
+        )
+
+    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The values, or, after a warning and with ``on_error="warn"``, none."""
+        if self._on_error == "raise":
+            return measure()
+        try:
+            return measure()
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=2)
+            self._warned = True
+            return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON types."""
+        return {"reference_ranks": self._reference_ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._reference_ranks = state["reference_ranks"]
+
+    def _probe(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+        monitor = self._monitor(model, probing=True)
+        with around():
+            monitor.read(self.probe)
+        values = monitor.compute()
+        difference = {
+            key.replace(_DATA_SET_RANK, "diff_erank"): before - values[key]
+            for key, before in (self._reference_ranks or {}).items()
+            if key in values
+        }
+        unasked = () if _DATA_SET_RANK in self.metrics else (f"{_DATA_SET_RANK}/",)
+        return {key: value for key, value in values.items() if not key.startswith(unasked)} | difference
+
+    def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
+        # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.
+        monitor = self._monitors.get(probing)
+        if monitor is None or monitor.model is not model:
+            extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()
+            monitor = self._monitors[probing] = self.new_monitor(model, (*self.metrics, *extra))
+        return monitor

@@ -1,0 +1,51 @@
+"""Packed batches, in which one row holds several documents: back to one row a document."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Where the documents of a packed batch lie in its flattened tokens."""
+
+    shape: torch.Size
+    """``(B, T)`` of the batch."""
+    tokens: Tensor
+    """``(S, L)``: the token at each place of each document."""
+    valid: Tensor
+    """``(S, L)`` bool."""
+
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, d)`` to ``(S, L, d)``."""
+        return hidden_states.flatten(0, 1)[self.tokens]
+
+
+def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | None:
+    """Where documents begin, by position ids that start again at 0, or None for a batch of one document a row.
+
+    Packing is given in no other way that all models share: there is no mask, or one that marks padding only. Looking
+    into the positions makes the host wait for the device, but few batches carry any.
+    """
+    positions = arguments.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    if mask is not None and mask.shape != positions.shape:
+        return None
+    valid = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.to(positions.device) > 0
+    first = torch.zeros_like(valid)
+    first[:, 0] = True
+    # A count that falls back to its beginning; padding on the left holds its place at 0 or 1 and starts nothing.
+    again = torch.zeros_like(valid)
+    again[:, 1:] = (positions[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
+    if not bool(again.any()):
+        return None
+    starts = (first | again).flatten().nonzero().squeeze(1)
+    ends = torch.cat([starts[1:], starts.new_tensor([valid.numel()])])
+    place = torch.arange(int((ends - starts).max()), device=starts.device)
+    index = starts.unsqueeze(1) + place
+    inside = index < ends.unsqueeze(1)
+    index = torch.where(inside, index, 0)
+    return Packing(positions.shape, index, inside & valid.flatten()[index])
