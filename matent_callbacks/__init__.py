@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.monitor import EntropyMonitor
+from matent_callbacks.plateau import PlateauDetector
+from matent_callbacks.untrained import untrained_like
 
 if TYPE_CHECKING:
     from matent_callbacks.metrics import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
@@ -13,8 +15,10 @@ __all__ = [
     "EffectiveRank",
     "EntropyMonitor",
     "MatrixEntropy",
+    "PlateauDetector",
     "SequenceEffectiveRank",
     "SequenceMatrixEntropy",
+    "untrained_like",
 ]
 
 

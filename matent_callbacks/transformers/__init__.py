@@ -8,5 +8,6 @@ except ImportError as error:  # pragma: no cover - the tests have it
     ) from error
 
 from matent_callbacks.transformers._matrix_entropy import MatrixEntropyCallback
+from matent_callbacks.transformers._plateau import PlateauStopping
 
-__all__ = ["MatrixEntropyCallback"]
+__all__ = ["MatrixEntropyCallback", "PlateauStopping"]

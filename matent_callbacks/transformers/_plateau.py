@@ -1,0 +1,113 @@
+"""Stopping a Hugging Face Trainer when a logged value has stopped changing."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any, Literal
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from matent_callbacks.plateau import PlateauDetector
+from matent_callbacks.transformers._attach import AttachedCallback
+
+
+class PlateauStopping(AttachedCallback):
+    """Stops training when a logged value has demonstrably stopped changing in its direction.
+
+    Each log record with the value is one observation, whatever logs it: the training loss, an evaluation metric, a
+    reading of ``MatrixEntropyCallback``. The decision is :class:`~matent_callbacks.PlateauDetector`'s. Its history is
+    in every checkpoint, so a resumed run stops where an uninterrupted one does.
+
+    ====================================  ===========================================================================
+    ``plateau/<monitor>``                 trend: estimated change of the value per ``patience`` observations
+    ``plateau/<monitor>/since_progress``  observations since the trend was last above ``min_delta``
+    ====================================  ===========================================================================
+
+    Args:
+        monitor: The logged name, such as ``eval_effective_rank/last`` or ``loss``.
+        min_delta: Change per ``patience`` observations that counts as progress; above 0.
+        patience: Number of observations in which ``min_delta`` has to be gained.
+        mode: ``"max"`` stops when the value no longer rises, ``"min"`` when it no longer falls, ``"any"`` when it does
+            neither.
+        warmup_steps: Values at steps below this are not observed.
+        smoothing: Standard deviation of the noise to expect, in units of ``min_delta``.
+        verbose: Print one line at the stop: why, at which step and at which value.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from matent_callbacks.transformers import PlateauStopping
+        >>> stopping = PlateauStopping("eval_effective_rank/last", min_delta=0.5, patience=5, mode="any")
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        monitor: str,
+        *,
+        min_delta: float,
+        patience: int,
+        mode: Literal["max", "min", "any"] = "max",
+        warmup_steps: int = 0,
+        smoothing: float = 0.5,
+        verbose: bool = True,
+    ) -> None:
+        self.monitor = monitor
+        self.detector = PlateauDetector(
+            min_delta=min_delta, patience=patience, mode=mode, warmup_steps=warmup_steps, smoothing=smoothing
+        )
+        self.verbose = verbose
+        self._settings = f"{monitor}, min_delta={min_delta}, patience={patience}, mode={mode}"
+        self._observed = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state from that of others in the checkpoint."""
+        return f"{type(self).__name__}({self._settings})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON types."""
+        return self.detector.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.detector.load_state_dict(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or self.monitor not in logs:
+            return
+        self._observed = True
+        stop = self.detector.update(state.global_step, float(logs[self.monitor]))
+        trend = {f"plateau/{self.monitor}": self.detector.trend}
+        values = {k: v for k, v in trend.items() if v is not None}
+        values[f"plateau/{self.monitor}/since_progress"] = float(self.detector.since_progress)
+        logs.update(values)
+        # log_history has its own copy of the record already.
+        state.log_history[-1].update(values)
+        self.keep_state(state)
+        if stop and not control.should_training_stop:
+            control.should_training_stop = True
+            if self.verbose and state.is_world_process_zero:
+                print(f"Stopping: {self.monitor}: {self.detector.reason}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._observed:
+            return
+        logged = sorted({key for record in state.log_history for key in record})
+        near = difflib.get_close_matches(self.monitor, logged, n=4, cutoff=0.4) or logged
+        warnings.warn(
+            f"`monitor` {self.monitor!r} was never logged, so training could not stop on it. Near: {', '.join(near)}.",
+            stacklevel=2,
+        )
