@@ -1,0 +1,16 @@
+"""Callbacks for PyTorch Lightning, from ``lightning`` or ``pytorch_lightning``, whichever the Trainer comes from."""
+
+try:
+    import lightning.pytorch  # noqa: F401
+except ImportError:
+    try:
+        import pytorch_lightning  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "matent_callbacks.lightning needs lightning: pip install 'matent-callbacks[lightning]'"
+        ) from error
+
+from matent_callbacks.lightning._matrix_entropy import MatrixEntropyCallback
+from matent_callbacks.lightning._plateau import PlateauStopping
+
+__all__ = ["MatrixEntropyCallback", "PlateauStopping"]

@@ -1,0 +1,256 @@
+"""The Lightning callback: translates Lightning's hooks and logging; the numbers are the monitor's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks._measurement import Measurement
+from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.lightning._trainer import Callback, log_to_loggers, publish
+from matent_callbacks.monitor import EntropyMonitor
+
+
+class MatrixEntropyCallback(Callback):
+    """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
+
+    The values are logged with the module's own ``log``, so that every logger, the progress bar,
+    ``ModelCheckpoint(monitor=...)``, ``EarlyStopping(monitor=...)`` and ``trainer.callback_metrics`` have them.
+
+    ============================================  ===================================================================
+    ``<metric>/<layer>``                          at each monitored step
+    ``val_<metric>/<layer>``, ``test_...``        over each validation or test epoch; with several loaders one each,
+                                                  with ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind it
+    ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
+    ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
+    ============================================  ===================================================================
+
+    The transformer is found inside the LightningModule: a Hugging Face model, or else the outermost stack of blocks
+    (``nn.TransformerEncoder``, a vision transformer, a module of your own); ``module`` says which where there are
+    several. Without ``probe`` the training forward is read as it happens, over all batches of the optimizer step, with
+    the weights before the update; with it the same batches are run in evaluation mode after the update. Either way
+    training is bitwise what it is without the callback. ``Trainer(barebones=True)`` logs nothing and is not read.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
+            names or globs, or a list of these.
+        metrics: Names of the catalogue of :class:`~matent_callbacks.EntropyMonitor`.
+        probe: One batch (a mapping of keyword arguments of the Hugging Face model inside, or else of the
+            LightningModule's forward; or a tensor) or a list of them.
+        during_eval: Also read validation and test forwards.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer.
+        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
+        mask: From a batch to its mask ``(B, T)``, for models that are given none; ``None``: the batch's own
+            ``attention_mask``, if it has one.
+        prog_bar: Show the values in the progress bar.
+        module: Path of the part of the LightningModule whose layers these are.
+        dtype: Of the statistics, float32 or float64.
+
+    Raises:
+        ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near
+            matches.
+
+    Example:
+        >>> from matent_callbacks.lightning import MatrixEntropyCallback
+        >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
+        >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last")]).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        probe: Any = None,
+        during_eval: bool = True,
+        max_tokens: int | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        prog_bar: bool = False,
+        module: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self._mask = mask
+        self._measurement = Measurement(
+            every_n_steps,
+            layers,
+            metrics=metrics,
+            probe=probe,
+            reference=reference,
+            max_tokens=max_tokens,
+            on_error=on_error,
+            module=module,
+            dtype=dtype,
+        )
+        self._settings = {
+            "every_n_steps": every_n_steps,
+            "layers": layers,
+            "metrics": self._measurement.metrics,
+            "module": module,
+            "probe": probe is not None,
+        }
+        self._off = False
+        self._open: EntropyMonitor | None = None
+        self._loaders: dict[int, EntropyMonitor] = {}
+        self._last_step = 0
+        self._stride = 1
+        self._probed_step = -1
+
+    @property
+    def state_key(self) -> str:
+        return str(self._generate_state_key(**self._settings))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._measurement.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measurement.load_state_dict(state_dict)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._off = trainer.barebones
+        if self._off:
+            warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)
+            return
+        # Unknown layers are told before training.
+        self._measurement.monitor(pl_module)
+        if self._measurement.probe is None and _compiled_whole(pl_module):
+            self._off = True
+            warnings.warn(
+                "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
+                "beside the graph, or compile the transformer in it instead. No readings are taken.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._last_step, self._stride, self._probed_step = trainer.global_step, 1, -1
+        if not self._off:
+            self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._off or self._measurement.probe is not None or not self._reached(trainer.global_step + self._stride):
+            return
+        self._start(self._measurement.monitor(pl_module), batch)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._stop()
+        if self._off or trainer.global_step == self._last_step:
+            return
+        due = self._reached(trainer.global_step)
+        # Several optimizers take several steps a batch.
+        self._stride, self._last_step = trainer.global_step - self._last_step, trainer.global_step
+        if self._measurement.probe is None:
+            values = self._measurement.from_forwards() if due else {}
+        else:
+            values = self._probe(trainer, pl_module) if due or trainer.global_step == trainer.max_steps else {}
+        if values:
+            self._log(trainer, pl_module, values)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if self._off or self._measurement.probe is None or not ends or self._probed_step == trainer.global_step:
+            return
+        # So that the last record describes the model that is saved.
+        publish(trainer, self._probe(trainer, pl_module))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._loaders = {}
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._start_evaluation_batch(trainer, pl_module, batch, dataloader_idx)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "val", len(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._loaders = {}
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._start_evaluation_batch(trainer, pl_module, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop()
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "test", len(trainer.num_test_batches))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    # Inside
+
+    def _reached(self, step: int) -> bool:
+        """Whether ``step`` optimizer steps complete an interval that was not complete before."""
+        every = self._measurement.every_n_steps
+        return step // every > self._last_step // every
+
+    def _start(self, monitor: EntropyMonitor, batch: Any) -> None:
+        self._open = monitor
+        if self._mask is not None:
+            monitor.start(attention_mask=self._mask(batch))
+        else:
+            own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            monitor.start(attention_mask=own if isinstance(own, Tensor) and own.ndim == 2 else None)
+
+    def _stop(self) -> None:
+        if self._open is not None:
+            self._open.stop()
+            self._open = None
+
+    def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
+        return self.during_eval and not (self._off or trainer.sanity_checking or _compiled_whole(pl_module))
+
+    def _start_evaluation_batch(self, trainer: Any, pl_module: Any, batch: Any, dataloader_idx: int) -> None:
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        if dataloader_idx not in self._loaders:
+            self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
+        self._start(self._loaders[dataloader_idx], batch)
+
+    def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        # Also of a loader that had no batch on this rank: the others wait for it.
+        for index in range(num_loaders):
+            suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
+            monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
+            values = self._measurement.guarded(monitor.compute)
+            named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
+            pl_module.log_dict(named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+        self._loaders = {}
+
+    def _log(self, trainer: Any, pl_module: Any, values: dict[str, float]) -> None:
+        # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
+        # between would be lost, or stand at a later step. So the loggers get theirs at once.
+        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+        log_to_loggers(trainer, values)
+
+    def _probe(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        self._probed_step = trainer.global_step
+        return self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
+
+
+def _compiled_whole(pl_module: Any) -> bool:
+    """Whether ``torch.compile`` was called on the LightningModule itself."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None

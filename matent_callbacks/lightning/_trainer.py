@@ -1,0 +1,33 @@
+"""The parts of Lightning that both callbacks use: where ``Callback`` comes from, and how a value is logged now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    # Hooks are looked up by name, so a callback of one package runs in the Trainer of the other.
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:
+        from pytorch_lightning import Callback
+
+__all__ = ["Callback", "log_to_loggers", "publish"]
+
+
+def log_to_loggers(trainer: Any, values: dict[str, float]) -> None:
+    """Write to every logger at the step that the Trainer is at, whether or not it is one of ``log_every_n_steps``."""
+    # The Trainer's own x axis: what `self.log` of this step is written under.
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=step)
+        logger.save()
+
+
+def publish(trainer: Any, values: dict[str, float]) -> None:
+    """Log from where ``self.log`` cannot be called: to the loggers and to ``callback_metrics``."""
+    log_to_loggers(trainer, values)
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})

@@ -1,0 +1,433 @@
+"""The Lightning callback on real Lightning runs, from either package."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from matent_callbacks.lightning import MatrixEntropyCallback
+from tests.conftest import collate, slow_pooled_entropy, text_examples
+from tests.wandb_history import read_history
+
+KEY = "matrix_entropy/last"
+BOTH = pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+
+
+def loader(count: int, *, start: int = 0, length: int = 24) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(text_examples(count, length, start=start), batch_size=4, collate_fn=collate)
+
+
+@pytest.fixture
+def make_module(make_llama: Callable[..., Any]) -> Callable[..., Any]:
+    """A LightningModule around a Llama; it remembers the hidden states of each training forward on request."""
+
+    def make(
+        package: str = "lightning.pytorch", *, spy: bool = False, wrap: Any = None, logs: bool = True, **arguments: Any
+    ) -> Any:
+        pl = importlib.import_module(package)
+
+        class Module(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                model = make_llama(**arguments)
+                self.model = wrap(model) if wrap else model
+                self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+                self.losses: list[float] = []
+
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                output = self.model(**batch, output_hidden_states=spy)
+                if spy:
+                    self.seen.append((output.hidden_states[-1].detach().clone(), batch["attention_mask"]))
+                if logs:
+                    self.losses.append(output.loss.item())
+                    self.log("train_loss", output.loss)
+                return output.loss
+
+            def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+                self.log("val_loss", self.model(**batch).loss)
+
+            test_step = validation_step
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        return Module()
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    def make(package: str = "lightning.pytorch", **arguments: Any) -> Any:
+        pl = importlib.import_module(package)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+        if arguments.get("barebones"):
+            quiet = {"accelerator": "cpu"}
+        else:
+            quiet.setdefault("enable_checkpointing", arguments.get("enable_checkpointing", False))
+        return pl.Trainer(**{**quiet, "default_root_dir": tmp_path, **arguments})
+
+    return make
+
+
+def pooled(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    rows = [(h[i], m[i]) for h, m in seen for i in range(len(h))]
+    longest = max(len(h) for h, _ in rows)
+    hidden = torch.stack([nn.functional.pad(h, (0, 0, 0, longest - len(h))) for h, _ in rows])
+    return slow_pooled_entropy(hidden, torch.stack([nn.functional.pad(m, (0, longest - len(m))) for _, m in rows]))
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@BOTH
+def test_loggers_hold_the_values_at_the_right_steps(package, make_module, make_trainer, tmp_path, monkeypatch):
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = importlib.import_module(f"{package}.loggers")
+    module = make_module(package, spy=True)
+    trainer = make_trainer(
+        package,
+        max_steps=8,
+        val_check_interval=4,
+        num_sanity_val_steps=2,
+        log_every_n_steps=3,
+        logger=[
+            loggers.CSVLogger(tmp_path / "csv"),
+            loggers.TensorBoardLogger(tmp_path / "tb"),
+            loggers.WandbLogger(save_dir=tmp_path / "wb", offline=True),
+        ],
+        callbacks=[MatrixEntropyCallback(2)],
+    )
+    trainer.fit(module, loader(40), loader(8, start=100))
+    wandb.finish()
+    # Lightning's own x axis counts from 0: the reading of optimizer step k stands with the loss of step k, at k - 1.
+    expected = {k - 1: pytest.approx(pooled(module.seen[k - 1 : k]), rel=1e-5) for k in (2, 4, 6, 8)}
+
+    rows = csv_rows(tmp_path / "csv")
+    assert {int(r["step"]): float(r[KEY]) for r in rows if r.get(KEY)} == expected
+    validated = [r for r in rows if r.get(f"val_{KEY}")]
+    assert len(validated) == 2
+    assert all(r["val_loss"] for r in validated)
+
+    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars(KEY)} == expected
+    assert len(events.Scalars(f"val_{KEY}")) == 2
+
+    history = read_history(tmp_path / "wb")
+    assert {r["trainer/global_step"]: r[KEY] for r in history if KEY in r} == expected
+
+
+@BOTH
+def test_checkpoint_and_early_stopping_monitor_the_values(package, make_module, make_trainer, tmp_path):
+    callbacks = importlib.import_module(f"{package}.callbacks")
+    checkpoint = callbacks.ModelCheckpoint(tmp_path / "best", monitor="val_effective_rank/last", mode="min")
+    stopping = callbacks.EarlyStopping("val_effective_rank/last", mode="min", min_delta=1e6, patience=1)
+    trainer = make_trainer(
+        package,
+        max_epochs=10,
+        enable_checkpointing=True,
+        limit_train_batches=2,
+        callbacks=[stopping, checkpoint, MatrixEntropyCallback(2)],
+    )
+    trainer.fit(make_module(package), loader(40), loader(8, start=100))
+    assert trainer.current_epoch == 2  # nothing improves by 1e6
+    assert checkpoint.best_model_score is not None
+    assert {KEY, f"val_{KEY}", "effective_rank/last"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("with_probe", [False, True])
+def test_training_is_bitwise_the_same(make_module, make_trainer, with_probe):
+    def run(callbacks: list[Any]) -> tuple[list[float], dict[str, torch.Tensor], torch.Tensor]:
+        module = make_module()
+        torch.manual_seed(1)
+        make_trainer(max_steps=12, val_check_interval=4, callbacks=callbacks).fit(module, loader(64), loader(8))
+        return module.losses, module.state_dict(), torch.get_rng_state()
+
+    probe = collate(text_examples(4, start=200)) if with_probe else None
+    reference = "start" if with_probe else None
+    losses, weights, rng = run([])
+    losses_with, weights_with, rng_with = run([MatrixEntropyCallback(2, "all", probe=probe, reference=reference)])
+    assert len(losses) == 12
+    assert losses == losses_with
+    assert all(torch.equal(weights[name], weights_with[name]) for name in weights)
+    assert torch.equal(rng, rng_with)
+
+
+def test_gradient_accumulation_reads_all_batches_of_an_optimizer_step(make_module, make_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    module = make_module(spy=True)
+    trainer = make_trainer(
+        max_steps=3, accumulate_grad_batches=4, logger=CSVLogger(tmp_path), callbacks=[MatrixEntropyCallback(1)]
+    )
+    trainer.fit(module, loader(64))
+    values = [float(r[KEY]) for r in csv_rows(tmp_path) if r.get(KEY)]
+    assert values == [pytest.approx(pooled(module.seen[4 * i : 4 * i + 4]), rel=1e-5) for i in range(3)]
+
+
+def test_several_validation_loaders_and_prefixes(make_module, make_trainer):
+    module = make_module()
+    trainer = make_trainer(max_steps=2, callbacks=[MatrixEntropyCallback(100)])
+    trainer.validate(module, [loader(8, length=12), loader(8, length=30)], verbose=False)
+    short, long = (trainer.callback_metrics[f"val_{KEY}/dataloader_idx_{i}"].item() for i in (0, 1))
+    trainer.validate(module, loader(8, length=12), verbose=False)
+    assert trainer.callback_metrics[f"val_{KEY}"].item() == pytest.approx(short)
+    trainer.test(module, loader(8, length=30), verbose=False)
+    assert trainer.callback_metrics[f"test_{KEY}"].item() == pytest.approx(long)
+    assert short != pytest.approx(long)
+
+
+def test_validation_values_and_ignored_sanity_check(make_module, make_trainer, make_llama):
+    module = make_module()
+    hidden, masks = [], []
+    for batch in loader(8, start=100):
+        with torch.no_grad():
+            output = module.model.eval()(**batch, output_hidden_states=True)
+        hidden.append(output.hidden_states[-1])
+        masks.append(batch["attention_mask"])
+    module.train()
+    trainer = make_trainer(max_steps=1, num_sanity_val_steps=-1, callbacks=[MatrixEntropyCallback(1)])
+    seen: list[set[str]] = []
+    module.on_train_start = lambda: seen.append(set(trainer.callback_metrics))
+    trainer.validate(module, loader(8, start=100), verbose=False)
+    expected = pooled(list(zip(hidden, masks, strict=True)))
+    assert trainer.callback_metrics[f"val_{KEY}"].item() == pytest.approx(expected, rel=1e-5)
+    trainer = make_trainer(max_steps=1, num_sanity_val_steps=-1, callbacks=[MatrixEntropyCallback(1)])
+    trainer.fit(module, loader(8), loader(8, start=100))
+    assert not any(key.startswith("val_matrix") for key in seen[0])
+
+
+def test_fast_dev_run_and_barebones(make_module, make_trainer):
+    trainer = make_trainer(fast_dev_run=True, callbacks=[MatrixEntropyCallback(1)])
+    trainer.fit(make_module(), loader(8), loader(8))
+    assert {KEY, f"val_{KEY}"} <= set(trainer.callback_metrics)
+    trainer = make_trainer(barebones=True, max_steps=2, callbacks=[MatrixEntropyCallback(1)])
+    with pytest.warns(UserWarning, match=r"barebones=True\) logs nothing, so no readings are taken"):
+        trainer.fit(make_module(), loader(8), loader(8))
+    assert trainer.global_step == 2
+
+
+def test_two_instances_side_by_side_have_their_own_state(make_module, make_trainer, tmp_path):
+    probe = collate(text_examples(4, start=200))
+    callbacks = [
+        MatrixEntropyCallback(2, "last", probe=probe, reference="start"),
+        MatrixEntropyCallback(2, [1], probe=probe, reference="start"),
+    ]
+    trainer = make_trainer(max_steps=2, callbacks=callbacks)
+    trainer.fit(make_module(), loader(16))
+    assert {"diff_erank/last", "diff_erank/layer_01"} <= set(trainer.callback_metrics)
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    ours = [state for key, state in states.items() if key.startswith("MatrixEntropyCallback")]
+    assert [list(state["reference_ranks"]) for state in ours] == [
+        ["sequence_effective_rank/last"],
+        ["sequence_effective_rank/layer_01"],
+    ]
+
+
+def test_bf16_mixed_is_measured_in_float32(make_module, make_trainer):
+    module = make_module(spy=True, dropout=0.0)
+    trainer = make_trainer(max_steps=1, precision="bf16-mixed", callbacks=[MatrixEntropyCallback(1)])
+    trainer.fit(module, loader(8))
+    hidden, _ = module.seen[0]
+    assert hidden.dtype == torch.bfloat16 or module.losses
+    assert trainer.callback_metrics[KEY].item() == pytest.approx(pooled(module.seen), rel=1e-5)
+    probe = collate(text_examples(4, start=200))
+    values = []
+    for precision in ("bf16-mixed", "32-true"):
+        trainer = make_trainer(max_steps=1, precision=precision, callbacks=[MatrixEntropyCallback(1, probe=probe)])
+        torch.manual_seed(1)
+        trainer.fit(make_module(dropout=0.0), loader(8))
+        values.append(trainer.callback_metrics[KEY].item())
+    # The probe runs in the precision of the training.
+    assert values[0] != values[1]
+    assert values[0] == pytest.approx(values[1], rel=0.02)
+
+
+@pytest.mark.parametrize("way", ["inside", "in place", "blocks"])
+def test_compiled_transformers_have_the_values_of_the_uncompiled_run(way, make_module, make_trainer):
+    def compiled(model: Any) -> Any:
+        if way == "inside":
+            return torch.compile(model, backend="aot_eager")
+        if way == "in place":
+            model.compile(backend="aot_eager")
+        else:
+            for block in model.model.layers:
+                block.compile(backend="aot_eager")
+        return model
+
+    def run(wrap: Any) -> tuple[dict[str, float], list[float]]:
+        module = make_module(wrap=wrap)
+        torch.manual_seed(1)
+        trainer = make_trainer(max_steps=3, callbacks=[MatrixEntropyCallback(3, "all")])
+        trainer.fit(module, loader(12), loader(8))
+        assert hooks_on(module) == 0
+        return {k: v.item() for k, v in trainer.callback_metrics.items() if "entropy" in k}, module.losses
+
+    values, _ = run(compiled)
+    expected, _ = run(None)
+    torch._dynamo.reset()
+    assert len(values) == 8
+    assert values == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
+
+    module = make_module(wrap=compiled)
+    torch.manual_seed(1)
+    make_trainer(max_steps=3).fit(module, loader(16), loader(8))
+    watched = make_module(wrap=compiled)
+    torch.manual_seed(1)
+    make_trainer(max_steps=3, callbacks=[MatrixEntropyCallback(1, "all")]).fit(watched, loader(16), loader(8))
+    torch._dynamo.reset()
+    assert watched.losses == module.losses
+
+
+def test_a_module_compiled_as_a_whole_needs_a_probe_and_says_so(make_module, make_trainer):
+    probe = collate(text_examples(4, start=200))
+
+    def run(module: Any, callback: MatrixEntropyCallback) -> dict[str, Any]:
+        torch.manual_seed(1)
+        trainer = make_trainer(max_steps=2, callbacks=[callback])
+        trainer.fit(module, loader(16))
+        return dict(trainer.callback_metrics)
+
+    # Without `self.log`, which dynamo cannot trace in these versions.
+    compiled = torch.compile(make_module(dropout=0.0, logs=False), backend="eager")
+    values = run(compiled, MatrixEntropyCallback(2, probe=probe))
+    expected = run(make_module(dropout=0.0), MatrixEntropyCallback(2, probe=probe))
+    assert values[KEY].item() == pytest.approx(expected[KEY].item(), rel=1e-5)
+    with pytest.warns(UserWarning, match="compiled as a whole, and hooks cannot fire inside: pass `probe`"):
+        assert KEY not in run(torch.compile(make_module(logs=False), backend="eager"), MatrixEntropyCallback(1))
+    torch._dynamo.reset()
+
+
+def test_resumed_series_is_that_of_the_uninterrupted_run(make_module, make_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    probe = collate(text_examples(4, start=200))
+
+    def run(folder: str, epochs: int, checkpoint: Path | None = None) -> tuple[dict[int, float], Any]:
+        callback = MatrixEntropyCallback(2, probe=probe, reference="start")
+        trainer = make_trainer(max_epochs=epochs, logger=CSVLogger(tmp_path / folder), callbacks=[callback])
+        trainer.fit(make_module(dropout=0.0), loader(16), ckpt_path=checkpoint)
+        rows = csv_rows(tmp_path / folder)
+        return {int(r["step"]): float(r["diff_erank/last"]) for r in rows if r.get("diff_erank/last")}, trainer
+
+    whole, _ = run("whole", 2)
+    first, trainer = run("first", 1)
+    trainer.save_checkpoint(tmp_path / "at4.ckpt")
+    second, _ = run("second", 2, tmp_path / "at4.ckpt")
+    assert sorted(whole) == [1, 3, 5, 7]
+    assert {**first, **second} == whole
+    assert sorted(second) == [5, 7]
+
+
+def test_nothing_stays_after_an_exception_or_a_step(make_module, make_trainer):
+    module = make_module()
+    seen: list[weakref.ref[torch.Tensor]] = []
+    module.model.model.layers[1].register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+    original = module.training_step
+
+    def fails(batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = original(batch, batch_idx)
+        if batch_idx == 2:
+            raise RuntimeError("the third step fails")
+        return loss
+
+    module.training_step = fails
+    with pytest.raises(RuntimeError, match="the third step fails"):
+        make_trainer(max_steps=5, callbacks=[MatrixEntropyCallback(1, "all")]).fit(module, loader(32))
+    assert hooks_on(module) == 1
+    gc.collect()
+    assert len(seen) == 3
+    assert seen[0]() is None
+    assert seen[1]() is None
+
+
+class Transformer(nn.Module):
+    """Not of transformers: blocks of torch around images cut into patches, with its own way to be masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(12, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.patches(x)).mean(1))
+
+
+def test_own_transformer_is_found_and_masked_by_a_callable(make_trainer):
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = Transformer()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.last_input = batch
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    images = torch.randn(8, 9, 12, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.DataLoader(images, batch_size=4)
+
+    def without_last(batch: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(batch.shape[:2])
+        mask[:, -1] = 0
+        return mask
+
+    for mask, cut in ((None, 9), (without_last, 8)):
+        module = Module()
+        trainer = make_trainer(max_steps=1, callbacks=[MatrixEntropyCallback(1, "all", mask=mask)])
+        trainer.fit(module, data)
+        net = module.net
+        hidden = net.patches(module.last_input)
+        expected = [hidden]
+        for layer in net.encoder.layers:
+            expected.append(layer(expected[-1]))
+        expected = [*expected[:-1], net.encoder.norm(expected[-1])]
+        for name, value in zip(("layer_00", "layer_01", "last"), expected, strict=True):
+            reading = trainer.callback_metrics[f"matrix_entropy/{name}"].item()
+            assert reading == pytest.approx(slow_pooled_entropy(value.detach()[:, :cut]), rel=1e-5)
+
+
+def test_unknown_layer_is_told_at_setup(make_module, make_trainer):
+    trainer = make_trainer(max_steps=1, callbacks=[MatrixEntropyCallback(layers="model.model.layer.1")])
+    with pytest.raises(ValueError, match=r"`layers` asks for 'model.model.layer.1'.*model.model.layers.1"):
+        trainer.fit(make_module(), loader(8))
+
+
+@BOTH
+def test_only_one_of_the_packages_is_needed(package):
+    other = "pytorch_lightning" if package == "lightning.pytorch" else "lightning"
+    code = (
+        f"import sys; sys.modules[{other!r}] = None\n"
+        "from matent_callbacks.lightning import MatrixEntropyCallback\n"
+        f"import {package} as pl; assert issubclass(MatrixEntropyCallback, pl.Callback)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
