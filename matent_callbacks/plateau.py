@@ -25,7 +25,7 @@ class PlateauDetector:
     negative, which is what is computed. Ranks make single outliers harmless.
 
     The window is 1.5 ``patience``, or longer if needed to recognise a flat series with noise of the stated size in 95 %
-    of the cases, by the least-squares standard error of a slope: 10, 16 and 30 observations for a patience of 5, 10
+    of the cases, by the least-squares standard error of a slope: 10, 15 and 30 observations for a patience of 5, 10
     and 20. Nothing is decided before it is full.
 
     An observation is one call of ``update`` with a finite value. Observations count as evenly spaced and their noise as
@@ -61,7 +61,7 @@ class PlateauDetector:
         patience: int,
         mode: Literal["max", "min", "any"] = "max",
         warmup_steps: int = 0,
-        smoothing: float = 0.5,
+        smoothing: float = 0.45,
     ) -> None:
         directions = {"max": (1,), "min": (-1,), "any": (1, -1)}
         for name, number, kind, valid, expected in (

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+
+import pytest
 
 from tests.wandb_history import read_history
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_pretrain_text(tmp_path: Path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(topics[name] for name in sorted(topics)[:20]), encoding="utf-8")
-    output = tmp_path / "out"
-    command = [sys.executable, str(EXAMPLES / "pretrain_text.py"), str(text), "--size", "small"]
-    done = subprocess.run(
-        [*command, "--steps", "5", "--every", "2", "--output", str(output)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the models are tiny
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    table = [line.split() for line in done.stdout.splitlines() if line.startswith(("layer_", "last"))]
+    return done.stdout
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics)[:20]), encoding="utf-8")
+    return path
+
+
+def test_pretrain_text(tmp_path: Path, text: Path):
+    output = tmp_path / "out"
+    printed = run("pretrain_text.py", text, "--size", "small", "--steps", 5, "--every", 2, "--output", output)
+    table = [line.split() for line in printed.splitlines() if line.startswith(("layer_", "last"))]
     assert [row[0] for row in table] == ["layer_00", "layer_01", "layer_02", "layer_03", "last"]
     for _, _, _, start, end, difference in table:
         assert abs(float(start) - float(end) - float(difference)) < 0.011
     assert (output / "overview.png").read_bytes().startswith(b"\x89PNG")
     steps = [row["train/global_step"] for row in read_history(output) if "train/effective_rank/last" in row]
     assert steps == [2, 4, 5]
+
+
+def test_pretrain_lightning(tmp_path: Path, text: Path):
+    output = tmp_path / "out"
+    printed = run("pretrain_lightning.py", text, "--steps", 4, "--every", 2, "--output", output)
+    summary = printed.split("After 4 steps")[1].split("Curves:")[0].splitlines()[1:]
+    assert [line.split()[0] for line in summary] == [
+        "val_loss",
+        "val_matrix_entropy/last",
+        "val_effective_rank/last",
+        "diff_erank/last",
+    ]
+    rows = read_history(output)
+    assert [row["trainer/global_step"] for row in rows if "effective_rank/last" in row] == [1, 3]
+    assert any("plateau/val_matrix_entropy/last" in row for row in rows)
+
+
+def test_reading_the_curves(tmp_path: Path):
+    run("reading_the_curves.py", "--steps", 3, "--only", "overfitting", "--output", tmp_path)
+    assert next(tmp_path.rglob("*overfitting*.png")).read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ import pytest
 from matent_callbacks import PlateauDetector
 
 # Patience and the window it leads to.
-WINDOWS = {5: 10, 10: 16, 20: 30}
+WINDOWS = {5: 10, 10: 15, 20: 30}
 RISE = 10  # patience windows before the plateau
 PLATEAU = 6
 

@@ -51,7 +51,7 @@ class PlateauStopping(Callback):
         patience: int,
         mode: Literal["max", "min", "any"] = "max",
         warmup_steps: int = 0,
-        smoothing: float = 0.5,
+        smoothing: float = 0.45,
         verbose: bool = True,
     ) -> None:
         self.monitor = monitor

@@ -140,12 +140,12 @@ def test_no_stack_and_unknown_module_are_named():
 class OwnGPT(nn.Module):
     """A model of one's own: blocks in a list, a final norm, a head."""
 
-    def __init__(self, norm: bool) -> None:
+    def __init__(self, norm: bool, container: type[nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 16)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2)
-        )
+        blocks = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2)]
+        # A list as most have it, or the Sequential of timm and torchvision.
+        self.blocks = nn.ModuleList(blocks) if container is nn.ModuleList else nn.Sequential(*blocks)
         self.ln_f = nn.LayerNorm(16) if norm else nn.Identity()
         self.head = nn.Linear(16, VOCABULARY)
 
@@ -157,10 +157,11 @@ class OwnGPT(nn.Module):
         return self.head(self.states[-1])
 
 
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
 @pytest.mark.parametrize("norm", [True, False])
-def test_own_module_with_positional_arguments(batch, norm):
+def test_own_module_with_positional_arguments(batch, norm, container):
     torch.manual_seed(0)
-    model = OwnGPT(norm)
+    model = OwnGPT(norm, container)
     monitor = EntropyMonitor(model, layers="all", dtype=torch.float64)
     with monitor:
         model(batch["input_ids"], batch["attention_mask"])
