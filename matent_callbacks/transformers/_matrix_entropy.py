@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -13,10 +11,10 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks._measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
+from matent_callbacks.transformers._measuring import MeasuringCallback
 
 
-class MatrixEntropyCallback(AttachedCallback):
+class MatrixEntropyCallback(MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
     The values stand in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
@@ -60,8 +58,6 @@ class MatrixEntropyCallback(AttachedCallback):
         >>> # Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback]).train()
     """
 
-    order = 0
-
     def __init__(
         self,
         every_n_steps: int = 100,
@@ -76,7 +72,7 @@ class MatrixEntropyCallback(AttachedCallback):
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.during_eval = during_eval
+        super().__init__(during_eval=during_eval)
         self._measurement = Measurement(
             every_n_steps,
             layers,
@@ -88,17 +84,10 @@ class MatrixEntropyCallback(AttachedCallback):
             module=module,
             dtype=dtype,
         )
-        self._wrapped: weakref.WeakSet[Trainer] = weakref.WeakSet()
-        self._pending: dict[str, float] = {}
         self._probed_step = -1
-        self._in_evaluation = False
-        self._joined_late = False
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        if trainer not in self._wrapped:
-            self._wrapped.add(trainer)
-            self._wrap(trainer)
         # Unknown layers are told before training.
         self._measurement.monitor(trainer.model)
 
@@ -117,60 +106,37 @@ class MatrixEntropyCallback(AttachedCallback):
         """Take over what :meth:`state_dict` gave."""
         self._measurement.load_state_dict(state)
 
-    # Events
+    def wrappers(self) -> dict[str, Callable[..., Any]]:
+        # Around the steps, hooks exist only while a monitored forward runs and are gone whatever happens in it.
+        return {
+            **super().wrappers(),
+            "training_step": self._around_training_step,
+            "prediction_step": self._around_prediction_step,
+        }
+
+    def step_values(self, state: TrainerState) -> dict[str, float]:
+        due = state.global_step % self._measurement.every_n_steps == 0
+        if self._measurement.probe is None:
+            return self._measurement.from_forwards() if due else {}
+        return self._probe(state) if due or state.global_step == state.max_steps else {}
+
+    def begin_evaluation(self) -> None:
+        self._measurement.reset()
+
+    def join_evaluation(self, model: nn.Module, batch: Any) -> None:
+        # The first batch is over: it is repeated, now that there is something around it.
+        self.trainer.prediction_step(model, batch, prediction_loss_only=True)
+
+    def evaluation_values(self) -> dict[str, float]:
+        return self._measurement.from_forwards()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._pending, self._probed_step = {}, -1
+        self._probed_step = -1
         self._measurement.begin(self.trainer.model)
         self.keep_state(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._measurement.probe is None:
-            if state.global_step % self._measurement.every_n_steps == 0:
-                self._pending.update(self._measurement.from_forwards())
-        elif state.global_step % self._measurement.every_n_steps == 0 or state.global_step == state.max_steps:
-            self._pending.update(self._probe(state))
-        # The Trainer's record of this step is where they go: one record a step, with the loss.
-        control.should_log = control.should_log or bool(self._pending)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None:
-            return
-        if self._joined_late:
-            self._finish_late_evaluation(logs)
-        # log_history has its own copy of the record already.
-        state.log_history[-1].update(self._pending)
-        logs.update(self._pending)
-        self._pending = {}
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer is None:
-            self._join_evaluation()
-
-    def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        if self._joined_late:
-            self._finish_late_evaluation(metrics)
-            metrics.update(self._pending)
-            self._pending = {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,31 +146,6 @@ class MatrixEntropyCallback(AttachedCallback):
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if best_was_loaded or self._probed_step != state.global_step:
             self.trainer.log(self._probe(state))
-
-    # Around the Trainer's own methods
-
-    def _wrap(self, trainer: Trainer) -> None:
-        """Run around training steps and evaluations of the Trainer, for as long as the callback is attached to it.
-
-        There is no event at the start of an evaluation, and none when a step raises; around the methods, hooks exist
-        only while a monitored forward runs and are gone whatever happens in it.
-        """
-        for name, around in (
-            ("training_step", self._around_training_step),
-            ("prediction_step", self._around_prediction_step),
-            ("evaluation_loop", self._around_evaluation_loop),
-        ):
-            setattr(trainer, name, self._wrapped_method(trainer, getattr(trainer, name), around))
-
-    def _wrapped_method(
-        self, trainer: Trainer, method: Callable[..., Any], around: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        def monitored(*args: Any, **kwargs: Any) -> Any:
-            if not self.is_attached_to(trainer):
-                return method(*args, **kwargs)
-            return around(method, *args, **kwargs)
-
-        return monitored
 
     def _around_training_step(
         self, training_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
@@ -221,20 +162,6 @@ class MatrixEntropyCallback(AttachedCallback):
             return prediction_step(model, *args, **kwargs)
         return self._reading(prediction_step, model, *args, **kwargs)
 
-    def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.during_eval:
-            return evaluation_loop(*args, **kwargs)
-        bound = inspect.signature(evaluation_loop).bind(*args, **kwargs)
-        bound.apply_defaults()
-        self._measurement.reset()
-        self._in_evaluation = True
-        try:
-            output = evaluation_loop(*args, **kwargs)
-        finally:
-            self._in_evaluation = False
-        output.metrics.update(self._evaluation_values(bound.arguments["metric_key_prefix"]))
-        return output
-
     def _reading(
         self, step: Callable[..., Any], model: nn.Module, *args: Any, training_only: bool = False, **kwargs: Any
     ) -> Any:
@@ -246,26 +173,6 @@ class MatrixEntropyCallback(AttachedCallback):
         finally:
             monitor.stop()
 
-    # Inside
-
     def _probe(self, state: TrainerState) -> dict[str, float]:
         self._probed_step = state.global_step
         return self._measurement.from_probe(self.trainer.model)
-
-    def _evaluation_values(self, prefix: str) -> dict[str, float]:
-        return {f"{prefix}_{k}": v for k, v in self._measurement.from_forwards().items()}
-
-    def _join_evaluation(self) -> None:
-        """Read an evaluation that was under way before the Trainer was known: its first batch is repeated."""
-        self.find_trainer()
-        under_way = running_evaluation(self.trainer)
-        if not self.during_eval or under_way is None:
-            return
-        model, batch = under_way
-        self._in_evaluation = self._joined_late = True
-        self.trainer.prediction_step(model, batch, prediction_loss_only=True)
-
-    def _finish_late_evaluation(self, logs: dict[str, Any]) -> None:
-        self._in_evaluation = self._joined_late = False
-        runtime = next((key for key in logs if key.endswith("_runtime")), "eval_runtime")
-        self._pending.update(self._evaluation_values(runtime.removesuffix("_runtime")))
