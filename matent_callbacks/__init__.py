@@ -2,22 +2,31 @@
 
 from typing import TYPE_CHECKING, Any
 
+from matent_callbacks._alignment import measure_alignment
 from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.untrained import untrained_like
 
 if TYPE_CHECKING:
-    from matent_callbacks.metrics import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+    from matent_callbacks.metrics import (
+        EffectiveRank,
+        ImageTextAlignment,
+        MatrixEntropy,
+        SequenceEffectiveRank,
+        SequenceMatrixEntropy,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EffectiveRank",
     "EntropyMonitor",
+    "ImageTextAlignment",
     "MatrixEntropy",
     "PlateauDetector",
     "SequenceEffectiveRank",
     "SequenceMatrixEntropy",
+    "measure_alignment",
     "untrained_like",
 ]
 

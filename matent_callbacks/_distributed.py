@@ -40,13 +40,13 @@ def all_reduce_sequence_means(
     counts = torch.stack([torch.stack(m[:2]) for m in means])
     local = counts[:, 0].clone()
     dist.all_reduce(counts, group=group)
-    weighted = torch.stack([m.mean for m in means]) * (local / counts[:, 0].clamp(min=1)).to(means[0].mean.dtype)
+    weighted = torch.stack([m.mean for m in means]) * _ratio(local, counts[:, 0], means[0].mean.dtype)
     dist.all_reduce(weighted, group=group)
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
 def _all_reduce_one(moments: Moments, counts: Tensor, group: dist.ProcessGroup | None) -> Moments:
-    mean = moments.mean * (moments.num_tokens / counts[0].clamp(min=1)).to(moments.mean.dtype)
+    mean = moments.mean * _ratio(moments.num_tokens, counts[0], moments.mean.dtype)
     dist.all_reduce(mean, group=group)
     # Chan et al. 1979: each rank's scatter about the common mean, so that the sum needs no further term.
     offset = moments.mean - mean
@@ -58,6 +58,11 @@ def _all_reduce_one(moments: Moments, counts: Tensor, group: dist.ProcessGroup |
     scatter[upper[0], upper[1]] = packed
     scatter = scatter + scatter.triu(1).T
     return Moments(counts[0], counts[1], counts[2], mean, scatter)
+
+
+def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    # Whole numbers divided by whole numbers give the default dtype, which may be less.
+    return part.to(dtype) / whole.clamp(min=1).to(dtype)
 
 
 def _widened(moments: Moments, num_features: int) -> Moments:

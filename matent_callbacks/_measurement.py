@@ -17,7 +17,32 @@ from matent_callbacks.monitor import EntropyMonitor
 _DATA_SET_RANK = "sequence_effective_rank"
 
 
-class Measurement:
+class Guarded:
+    """When to measure, and what becomes of an error in it."""
+
+    def __init__(self, every_n_steps: int, on_error: Literal["warn", "raise"]) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
+        self.every_n_steps = every_n_steps
+        self._on_error = on_error
+        self._warned = False
+
+    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The values, or, after a warning and with ``on_error="warn"``, none."""
+        if self._on_error == "raise":
+            return measure()
+        try:
+            return measure()
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=2)
+            self._warned = True
+            return {}
+
+
+class Measurement(Guarded):
     """The arguments of a callback, the monitors that carry them out, and the reference values of a run."""
 
     def __init__(
@@ -33,22 +58,18 @@ class Measurement:
         module: str | None,
         dtype: torch.dtype,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
+        super().__init__(every_n_steps, on_error)
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
             raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
         if reference is not None and probe is None:
             raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
-        self.every_n_steps = every_n_steps
         self.layers = layers
         self.metrics = check_metrics(metrics)
         self.probe = probe
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
-        self._on_error = on_error
         self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype}
         self._monitors: dict[bool, EntropyMonitor] = {}
-        self._warned = False
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
         """The monitor of the model's own forwards."""
@@ -88,18 +109,6 @@ class Measurement:
         return EntropyMonitor(
             model, self.layers, metrics=metrics or self.metrics, on_error=self._on_error, **self._settings
         )
-
-    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The values, or, after a warning and with ``on_error="warn"``, none."""
-        if self._on_error == "raise":
-            return measure()
-        try:
-            return measure()
-        except Exception as error:
-            if not self._warned:
-                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=2)
-            self._warned = True
-            return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""

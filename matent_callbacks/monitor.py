@@ -115,10 +115,9 @@ class EntropyMonitor:
         Args:
             batches: One batch (a mapping of keyword arguments, or a tensor) or a list of batches.
         """
-        compiled = self._capture.compiled_entrance() is not None
         with quiet(self.model), self._capture.uncompiled():
             for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
-                run(self._layers.runnable, batch, eagerly=compiled)
+                run(self._layers.runnable, batch)
 
     def compute(self) -> dict[str, float]:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.

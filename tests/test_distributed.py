@@ -34,8 +34,8 @@ def share(rank: int) -> list[torch.Tensor]:
     return [1000 + torch.randn(1 + rank, 9 + 4 * i + rank, 12, generator=generator) for i in range(3)]
 
 
-def metrics_on_rank(rank: int, world_size: int) -> tuple[dict[str, float], dict[str, float]]:
-    metrics = collection()
+def metrics_on_rank(rank: int, world_size: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+    metrics = collection(dtype=dtype)
     for hidden in share(rank):
         metrics.update(hidden)
     first = {name: value.item() for name, value in metrics.compute().items()}
@@ -55,18 +55,18 @@ def gathering_metric_on_rank(rank: int, world_size: int) -> float:
     return metric.compute().item()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_metrics_have_the_value_of_all_ranks(world_size):
-    results = run_on_ranks(metrics_on_rank, world_size)
-    alone = collection()
+@pytest.mark.parametrize(("world_size", "dtype", "rel"), [(2, torch.float32, 1e-5), (4, torch.float64, 1e-10)])
+def test_metrics_have_the_value_of_all_ranks(world_size, dtype, rel):
+    results = run_on_ranks(metrics_on_rank, world_size, dtype)
+    alone = collection(dtype=dtype)
     for rank in range(world_size):
         for hidden in share(rank):
             alone.update(hidden)
-    first = {name: pytest.approx(value.item(), rel=1e-5) for name, value in alone.compute().items()}
+    first = {name: pytest.approx(value.item(), rel=rel) for name, value in alone.compute().items()}
     for rank in range(world_size):
         for hidden in share(rank + 2):
             alone.update(hidden)
-    second = {name: pytest.approx(value.item(), rel=1e-5) for name, value in alone.compute().items()}
+    second = {name: pytest.approx(value.item(), rel=rel) for name, value in alone.compute().items()}
     for result in results:
         assert result == (first, second)
         assert result == results[0]

@@ -8,6 +8,7 @@ is run there once more without its graph, from the same random state: the values
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,9 +51,15 @@ def meet(module: nn.Module, before: Meeting) -> Callable[[], None]:
     return undo
 
 
+def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, whatever is compiled in ``model`` runs without its graph, so that hooks fire."""
+    # The stance imports the compiler, which takes seconds: not where there is nothing compiled.
+    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.modules())) else nullcontext()
+
+
 def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run a module, and all compiled ones in it, without any graph."""
-    with torch.compiler.set_stance("force_eager"):
+    with eagerly(module):
         getattr(module, "_orig_mod", module)._call_impl(*args, **kwargs)
 
 

@@ -49,15 +49,11 @@ class Capture:
         self.close()
         self._training_only = training_only
         self._outer_mask = attention_mask
-        entrance = self.compiled_entrance()
+        entrance = compiled_entrance(self._model, self._layers)
         if entrance is None:
             self._undo += [handle.remove for handle in self._hooks()]
         else:
             self._undo.append(meet(entrance, self._read_beside))
-
-    def compiled_entrance(self) -> nn.Module | None:
-        """The module whose call leads into compiled code that is to be read, if there is any."""
-        return compiled_entrance(self._model, self._layers)
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""

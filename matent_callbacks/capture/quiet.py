@@ -26,7 +26,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """No gradients; afterwards modes, counters, buffers and random numbers are as before."""
-    # `training` is one of these attributes; others are counters that a forward may move on.
+    # `training` is one of these attributes; others are counters and the like that a forward may set.
     attributes = [(module, _plain_attributes(module)) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -47,7 +47,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | None)}
+    return {
+        name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | Tensor | None)
+    }
 
 
 @contextmanager
@@ -60,16 +62,13 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def run(model: nn.Module, batch: Any, *, eagerly: bool) -> None:
-    """One forward on a batch of keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
+def run(model: nn.Module, batch: Any) -> None:
+    """One forward, uncompiled, on keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = to_device(batch, device)
-    kwargs = {**batch, **_cheap_arguments(model, batch)} if isinstance(batch, Mapping) else {}
+    kwargs = {**batch, **cheap_arguments(model, batch)} if isinstance(batch, Mapping) else {}
     args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    if eagerly:
-        call_eagerly(model, args, kwargs)
-    else:
-        model(*args, **kwargs)
+    call_eagerly(model, args, kwargs)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -83,8 +82,19 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """No key-value cache, and logits for one position only, where the model knows how."""
-    parameters = inspect.signature(model.forward).parameters
-    wanted = {"use_cache": False, **({} if "labels" in batch else {"logits_to_keep": 1})}
-    return {name: value for name, value in wanted.items() if name in parameters and name not in batch}
+def cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """No key-value cache, and logits for one position only unless labels want them all."""
+    taken = inspect.signature(model.forward).parameters
+    wanted: dict[str, Any] = {}
+    # Models that hand on what they do not name take this by `**kwargs` alone.
+    if "use_cache" in taken or (_has_config(model) and any(p.kind is p.VAR_KEYWORD for p in taken.values())):
+        wanted["use_cache"] = False
+    if "logits_to_keep" in taken and "labels" not in batch:
+        wanted["logits_to_keep"] = 1
+    return {name: value for name, value in wanted.items() if name not in batch}
+
+
+def _has_config(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "use_cache") or hasattr(
+        getattr(getattr(model, "config", None), "text_config", None), "use_cache"
+    )

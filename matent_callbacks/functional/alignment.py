@@ -12,6 +12,9 @@ from matent_callbacks.functional._precision import full_precision, statistics_dt
 from matent_callbacks.functional._tokens import prepare_tokens
 from matent_callbacks.functional.entropy import check_alpha, entropy_of_matrix
 
+STAGES = ("vision_encoder", "connector", "image", "text", "image_text")
+"""Where the paper reads an image-text pair, e1 to e5."""
+
 
 def image_reduction_ratio(e1: float | Tensor, e2: float | Tensor) -> Tensor:
     r"""Share of the image's effective rank that the connector of a vision-language model removes.

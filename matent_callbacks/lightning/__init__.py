@@ -10,7 +10,8 @@ except ImportError:
             "matent_callbacks.lightning needs lightning: pip install 'matent-callbacks[lightning]'"
         ) from error
 
+from matent_callbacks.lightning._alignment import AlignmentCallback
 from matent_callbacks.lightning._matrix_entropy import MatrixEntropyCallback
 from matent_callbacks.lightning._plateau import PlateauStopping
 
-__all__ = ["MatrixEntropyCallback", "PlateauStopping"]
+__all__ = ["AlignmentCallback", "MatrixEntropyCallback", "PlateauStopping"]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from matent_callbacks._measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.lightning._trainer import Callback, log_to_loggers, publish
+from matent_callbacks.lightning._measuring import MeasuringCallback
 from matent_callbacks.monitor import EntropyMonitor
 
 
-class MatrixEntropyCallback(Callback):
+class MatrixEntropyCallback(MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
 
     The values are logged with the module's own ``log``, so that every logger, the progress bar,
@@ -79,6 +79,8 @@ class MatrixEntropyCallback(Callback):
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
         self.during_eval = during_eval
         self.prog_bar = prog_bar
         self._mask = mask
@@ -100,12 +102,8 @@ class MatrixEntropyCallback(Callback):
             "module": module,
             "probe": probe is not None,
         }
-        self._off = False
         self._open: EntropyMonitor | None = None
         self._loaders: dict[int, EntropyMonitor] = {}
-        self._last_step = 0
-        self._stride = 1
-        self._probed_step = -1
 
     @property
     def state_key(self) -> str:
@@ -118,14 +116,13 @@ class MatrixEntropyCallback(Callback):
         self._measurement.load_state_dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._off = trainer.barebones
-        if self._off:
-            warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)
+        super().setup(trainer, pl_module, stage)
+        if self.off:
             return
         # Unknown layers are told before training.
         self._measurement.monitor(pl_module)
         if self._measurement.probe is None and _compiled_whole(pl_module):
-            self._off = True
+            self.off = True
             warnings.warn(
                 "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
                 "beside the graph, or compile the transformer in it instead. No readings are taken.",
@@ -133,35 +130,25 @@ class MatrixEntropyCallback(Callback):
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step, self._stride, self._probed_step = trainer.global_step, 1, -1
-        if not self._off:
+        super().on_train_start(trainer, pl_module)
+        if not self.off:
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._off or self._measurement.probe is not None or not self._reached(trainer.global_step + self._stride):
-            return
-        self._start(self._measurement.monitor(pl_module), batch)
+        if not self.off and self._measurement.probe is None and self.next_step_is_due(trainer):
+            self._start(self._measurement.monitor(pl_module), batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop()
-        if self._off or trainer.global_step == self._last_step:
-            return
-        due = self._reached(trainer.global_step)
-        # Several optimizers take several steps a batch.
-        self._stride, self._last_step = trainer.global_step - self._last_step, trainer.global_step
-        if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if due else {}
-        else:
-            values = self._probe(trainer, pl_module) if due or trainer.global_step == trainer.max_steps else {}
-        if values:
-            self._log(trainer, pl_module, values)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if self._off or self._measurement.probe is None or not ends or self._probed_step == trainer.global_step:
-            return
-        # So that the last record describes the model that is saved.
-        publish(trainer, self._probe(trainer, pl_module))
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
+        if self._measurement.probe is None:
+            return self._measurement.from_forwards() if due else {}
+        # Also at the end, so that the last record describes the model that is saved.
+        if not (due or last):
+            return {}
+        return self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._loaders = {}
@@ -200,11 +187,6 @@ class MatrixEntropyCallback(Callback):
 
     # Inside
 
-    def _reached(self, step: int) -> bool:
-        """Whether ``step`` optimizer steps complete an interval that was not complete before."""
-        every = self._measurement.every_n_steps
-        return step // every > self._last_step // every
-
     def _start(self, monitor: EntropyMonitor, batch: Any) -> None:
         self._open = monitor
         if self._mask is not None:
@@ -219,7 +201,7 @@ class MatrixEntropyCallback(Callback):
             self._open = None
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
-        return self.during_eval and not (self._off or trainer.sanity_checking or _compiled_whole(pl_module))
+        return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))
 
     def _start_evaluation_batch(self, trainer: Any, pl_module: Any, batch: Any, dataloader_idx: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):
@@ -239,16 +221,6 @@ class MatrixEntropyCallback(Callback):
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
             pl_module.log_dict(named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
-
-    def _log(self, trainer: Any, pl_module: Any, values: dict[str, float]) -> None:
-        # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
-        # between would be lost, or stand at a later step. So the loggers get theirs at once.
-        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
-        log_to_loggers(trainer, values)
-
-    def _probe(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        self._probed_step = trainer.global_step
-        return self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
 
 
 def _compiled_whole(pl_module: Any) -> bool:

@@ -16,16 +16,72 @@ from matent_callbacks.functional.entropy import check_alpha
 NORMALIZE_BY = (None, "log_d", "log_rank")
 
 
-class TokenMetric(Metric):
-    """A metric over tokens whose state tensors only make sense together (a count, a mean, a scatter)."""
+class MergedMetric(Metric):
+    """A metric whose state tensors only make sense together (a count, a mean, a scatter)."""
 
     is_differentiable = False
-    higher_is_better = None
+    higher_is_better: bool | None = None
     full_state_update = False
     plot_lower_bound = 0.0
 
-    settings: Tensor
     _counters: tuple[str, ...]
+    """States that are whole numbers."""
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or a list of values over steps, as torchmetrics does; without ``val``, what compute gives.
+
+        Args:
+            val: One result of ``forward`` or ``compute``, or a list of them.
+            ax: A matplotlib axis to draw on.
+
+        Returns:
+            Figure and axis.
+        """
+        return self._plot(val, ax)
+
+    def _merge(self, incoming: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def _all_reduce(self, group: Any) -> None:
+        raise NotImplementedError
+
+    # torchmetrics reduces one state at a time; a mean and a scatter can only be merged together. These two methods
+    # are where it does so: for `forward` and `merge_state`, and for distributed runs.
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(f"`incoming_state` must hold the states {list(self._defaults)}, {missing} are missing.")
+        self._merge(incoming_state)
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        if dist_sync_fn is not gather_all_tensors:
+            self._sync_gathered(dist_sync_fn, process_group or self.process_group)
+            return
+        self._all_reduce(process_group or self.process_group)
+
+    def _sync_gathered(self, gather: Any, group: Any) -> None:
+        """A gather of the user's own: merge what it brings, rank by rank."""
+        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
+        ranks = [dict(zip(gathered, states, strict=True)) for states in zip(*gathered.values(), strict=True)]
+        for name, state in ranks[0].items():
+            setattr(self, name, state)
+        for state in ranks[1:]:
+            self._merge(state)
+
+    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
+        this: Any = super()._apply(fn, exclude_state)
+        # `set_dtype` casts every state; counts stay whole numbers.
+        for name in self._counters:
+            this._defaults[name] = this._defaults[name].to(torch.int64)
+            setattr(this, name, getattr(this, name).to(torch.int64))
+        return this
+
+
+class TokenMetric(MergedMetric):
+    """A metric over the tokens of one layer."""
+
+    settings: Tensor
 
     def __init__(
         self,
@@ -76,18 +132,6 @@ class TokenMetric(Metric):
         self._check(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value, or a list of values over steps, as torchmetrics does; without ``val``, what compute gives.
-
-        Args:
-            val: One result of ``forward`` or ``compute``, or a list of them.
-            ax: A matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-        """
-        return self._plot(val, ax)
-
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric of the same class and settings has accumulated.
 
@@ -112,12 +156,6 @@ class TokenMetric(Metric):
     def _accumulate(self, tokens: Tokens) -> None:
         raise NotImplementedError
 
-    def _merge(self, incoming: dict[str, Tensor]) -> None:
-        raise NotImplementedError
-
-    def _all_reduce(self, group: Any) -> None:
-        raise NotImplementedError
-
     def _check(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         checked = check_hidden_states(hidden_states, attention_mask)
         known = self._known_features()
@@ -127,35 +165,3 @@ class TokenMetric(Metric):
                 f"got {hidden_states.shape[-1]}."
             )
         return checked
-
-    # torchmetrics reduces one state at a time; a mean and a scatter can only be merged together. These two methods
-    # are where it does so: for `forward` and `merge_state`, and for distributed runs.
-
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        missing = [name for name in self._defaults if name not in incoming_state]
-        if missing:
-            raise ValueError(f"`incoming_state` must hold the states {list(self._defaults)}, {missing} are missing.")
-        self._merge(incoming_state)
-
-    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
-        if dist_sync_fn is not gather_all_tensors:
-            self._sync_gathered(dist_sync_fn, process_group or self.process_group)
-            return
-        self._all_reduce(process_group or self.process_group)
-
-    def _sync_gathered(self, gather: Any, group: Any) -> None:
-        """A gather of the user's own: merge what it brings, rank by rank."""
-        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
-        ranks = [dict(zip(gathered, states, strict=True)) for states in zip(*gathered.values(), strict=True)]
-        for name, state in ranks[0].items():
-            setattr(self, name, state)
-        for state in ranks[1:]:
-            self._merge(state)
-
-    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
-        this: Any = super()._apply(fn, exclude_state)
-        # `set_dtype` casts every state; counts stay whole numbers.
-        for name in ("settings", *self._counters):
-            this._defaults[name] = this._defaults[name].to(torch.int64)
-            setattr(this, name, getattr(this, name).to(torch.int64))
-        return this

@@ -32,7 +32,7 @@ class _PooledMetric(TokenMetric):
     num_nonfinite: Tensor
     mean: Tensor
     scatter: Tensor
-    _counters = ("num_tokens", "num_sequences", "num_nonfinite")
+    _counters = ("settings", "num_tokens", "num_sequences", "num_nonfinite")
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class SequenceMatrixEntropy(TokenMetric):
     num_sequences: Tensor
     num_nonfinite: Tensor
     mean: Tensor
-    _counters = ("num_sequences", "num_nonfinite")
+    _counters = ("settings", "num_sequences", "num_nonfinite")
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -134,6 +135,8 @@ class MeasuringCallback(AttachedCallback):
     def _wrapped_method(
         self, trainer: Trainer, method: Callable[..., Any], around: Callable[..., Any]
     ) -> Callable[..., Any]:
+        # With the signature of what it is around: several callbacks may be around one method.
+        @functools.wraps(method)
         def monitored(*args: Any, **kwargs: Any) -> Any:
             if not self.is_attached_to(trainer):
                 return method(*args, **kwargs)

@@ -1,0 +1,237 @@
+"""Image-text alignment of a model on a probe of pairs: what both frameworks' callbacks measure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks._distributed import all_reduce_sequence_means, is_distributed
+from matent_callbacks._measurement import Guarded
+from matent_callbacks.capture.dual_encoder import dual_encoder_towers, is_dual_encoder, mean_token
+from matent_callbacks.capture.quiet import quiet
+from matent_callbacks.capture.vision_language import Stage, StageReader, vision_language_stages
+from matent_callbacks.functional._precision import full_precision, statistics_dtype
+from matent_callbacks.functional._tokens import prepare_tokens
+from matent_callbacks.functional.alignment import (
+    STAGES,
+    image_reduction_ratio,
+    image_text_alignment,
+    linear_cka,
+    matrix_mutual_information,
+    modality_gap,
+    mutual_knn,
+)
+from matent_callbacks.functional.sequences import SequenceMean, merge_sequence_means, sequence_mean
+
+Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
+
+PAIR_MEASURES = ("cka", "mutual_knn", "mutual_information", "modality_gap")
+_TOWERS = ("image_tower", "text_tower")
+
+
+class AlignmentMeasurement(Guarded):
+    """The arguments of an alignment callback, and one measurement of a model on a probe."""
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        *,
+        probe: Any,
+        num_pairs: int,
+        basis: Literal["effective_rank", "entropy"],
+        metrics: str | Iterable[str],
+        pair_measures: Iterable[str] | None,
+        stages: Stages | None,
+        towers: tuple[str, str] | None,
+        k: int,
+        alpha: float,
+        on_error: Literal["warn", "raise"],
+    ) -> None:
+        super().__init__(every_n_steps, on_error)
+        self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        for name, given, allowed in (
+            ("basis", (basis,), ("effective_rank", "entropy")),
+            ("metrics", self.metrics, ("effective_rank", "matrix_entropy")),
+            ("pair_measures", tuple(pair_measures or ()), PAIR_MEASURES),
+        ):
+            for value in given:
+                if value not in allowed:
+                    raise ValueError(f"`{name}` must be of {', '.join(allowed)}, got {value!r}.")
+        if num_pairs < 2:
+            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
+        if isinstance(stages, Mapping) and set(stages) != set(STAGES):
+            raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
+        if stages is not None and towers is not None:
+            raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
+        self.probe = probe
+        self.num_pairs = num_pairs
+        self._basis = basis
+        self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
+        self._stages = stages
+        self._towers = towers
+        self._k = k
+        self._alpha = alpha
+
+    def measure(
+        self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, float]:
+        """All values on the probe; ``around`` the forwards. An error is said once and gives none."""
+        return self.guarded(lambda: self.measure_or_raise(model, around=around))
+
+    def measure_or_raise(
+        self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, float]:
+        """All values on the probe."""
+        batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
+        dual = self._towers is not None or (self._stages is None and is_dual_encoder(model))
+        with quiet(model), around():
+            return self._dual_encoder(model, batches) if dual else self._vision_language(model, batches)
+
+    def _vision_language(self, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+        entropies: dict[str, list[SequenceMean]] = {name: [] for name in STAGES}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        skipped = 0
+        for batch in batches:
+            stages, without_image = self._read_stages(model, batch)
+            skipped += without_image
+            for name in STAGES:
+                entropies[name].append(_entropy(stages[name].hidden_states, stages[name].mask))
+            image, text = stages["image"], stages["text"]
+            both = text.mask.any(1)  # a sample of an image alone is no pair
+            pairs.append((mean_token(*image)[both], mean_token(*text)[both]))
+        values = self._readings(entropies)
+        e = values["entropy" if self._basis == "entropy" else "effective_rank"]
+        found = {
+            "alignment/image_text": image_text_alignment(e["image"], e["text"], e["image_text"]),
+            "alignment/image_reduction_ratio": image_reduction_ratio(e["vision_encoder"], e["connector"]),
+            **self._asked(values),
+            **self._pairs(pairs, self._pair_measures or ()),
+        }
+        if skipped:
+            found["alignment/skipped_text_only"] = torch.tensor(float(skipped))
+        return _to_numbers(found)
+
+    def _dual_encoder(self, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+        entropies: dict[str, list[SequenceMean]] = {name: [] for name in _TOWERS}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            towers = dual_encoder_towers(model, batch, self._towers)
+            for name, tower in zip(_TOWERS, towers, strict=True):
+                entropies[name].append(_entropy(tower.hidden_states, tower.mask))
+            pairs.append((towers[0].embedding, towers[1].embedding))
+        measures = PAIR_MEASURES if self._pair_measures is None else self._pair_measures
+        if self._pair_measures is None and pairs[0][0].shape[-1] != pairs[0][1].shape[-1]:
+            measures = tuple(name for name in measures if name != "modality_gap")  # of one space only
+        return _to_numbers({**self._pairs(pairs, measures), **self._asked(self._readings(entropies))})
+
+    def _read_stages(self, model: nn.Module, batch: Any) -> tuple[Mapping[str, Stage], int]:
+        if isinstance(self._stages, Mapping):
+            return {name: Stage(*read(model, batch)) for name, read in self._stages.items()}, 0
+        return (self._stages or vision_language_stages)(model, batch)
+
+    def _readings(self, entropies: Mapping[str, list[SequenceMean]]) -> dict[str, dict[str, Tensor]]:
+        """Entropy and effective rank of each stage over all samples of all ranks."""
+        totals = []
+        for name, batches in entropies.items():
+            total = batches[0]
+            for batch in batches[1:]:
+                total = merge_sequence_means(total, batch)
+            if total.num_nonfinite:
+                warnings.warn(
+                    f"{int(total.num_nonfinite)} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2
+                )
+            totals.append(total)
+        if is_distributed():
+            totals = all_reduce_sequence_means(totals)
+        entropy = {
+            name: torch.where(total.num_sequences > 0, total.mean, torch.nan)
+            for name, total in zip(entropies, totals, strict=True)
+        }
+        return {"entropy": entropy, "effective_rank": {name: value.exp() for name, value in entropy.items()}}
+
+    def _asked(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            f"{metric}/{stage}": value
+            for metric in self.metrics
+            for stage, value in values["entropy" if metric == "matrix_entropy" else metric].items()
+        }
+
+    def _pairs(self, pairs: list[tuple[Tensor, Tensor]], measures: Iterable[str]) -> dict[str, Tensor]:
+        """Measures of the paired vectors of image and text."""
+        image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
+        functions: dict[str, Callable[[], Tensor]] = {
+            "cka": lambda: linear_cka(image, text),
+            "mutual_knn": lambda: mutual_knn(image, text, k=self._k),
+            "mutual_information": lambda: matrix_mutual_information(image, text, alpha=self._alpha),
+            "modality_gap": lambda: modality_gap(image, text),
+        }
+        return {f"alignment/{name}": functions[name]() for name in measures}
+
+
+def measure_alignment(
+    model: nn.Module,
+    probe: Any,
+    *,
+    basis: Literal["effective_rank", "entropy"] = "effective_rank",
+    metrics: str | Iterable[str] = "effective_rank",
+    pair_measures: Iterable[str] | None = None,
+    stages: Stages | None = None,
+    towers: tuple[str, str] | None = None,
+    k: int = 10,
+    alpha: float = 1.0,
+) -> dict[str, float]:
+    """What ``AlignmentCallback`` logs, once: how well image and text agree inside a model, on a probe of pairs.
+
+    The model is run on the side, in evaluation mode and without gradient, and is as it was afterwards.
+
+    Args:
+        model: A vision-language model or a dual encoder, wrapped or not.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them.
+        basis: What the two ratios are of, ``"effective_rank"`` or ``"entropy"``.
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
+            encoder, none of a vision-language model.
+        stages: For a model whose stages are not found.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Neighbours of ``mutual_knn``.
+        alpha: Order of ``mutual_information``.
+
+    Returns:
+        Values by the names that the callback logs.
+
+    Raises:
+        ValueError: If an argument is out of range, or the probe or the model cannot be read.
+
+    Example:
+        >>> from matent_callbacks import measure_alignment
+        >>> # measure_alignment(clip_model, {"input_ids": ids, "pixel_values": pixels})["alignment/cka"]
+    """
+    return AlignmentMeasurement(
+        1,
+        probe=probe,
+        num_pairs=2,
+        basis=basis,
+        metrics=metrics,
+        pair_measures=pair_measures,
+        stages=stages,
+        towers=towers,
+        k=k,
+        alpha=alpha,
+        on_error="raise",
+    ).measure_or_raise(model)
+
+
+def _entropy(hidden_states: Tensor, mask: Tensor) -> SequenceMean:
+    with torch.no_grad(), full_precision(hidden_states.device):
+        tokens = prepare_tokens(hidden_states, mask, center=True, normalize=True, dtype=statistics_dtype(hidden_states))
+        return sequence_mean(tokens, center=True)
+
+
+def _to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    table = torch.stack([value.to(torch.float32) for value in values.values()])
+    return {key: value for key, value in zip(values, table.tolist(), strict=True) if value == value}

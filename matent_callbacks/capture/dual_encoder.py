@@ -1,0 +1,101 @@
+"""The two towers of a dual encoder such as CLIP or SigLIP, or any two modules that see the two sides of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks.capture.compiled import eagerly
+from matent_callbacks.capture.hooks import first_tensor
+from matent_callbacks.capture.quiet import run
+from matent_callbacks.capture.stack import unwrap
+
+
+class Tower(NamedTuple):
+    """What one tower makes of its side of the pairs."""
+
+    hidden_states: Tensor
+    """``(S, T, d)``: the tokens."""
+    mask: Tensor
+    """``(S, T)`` bool."""
+    embedding: Tensor
+    """``(S, d')``: one vector a sample, which is compared with the other tower's."""
+
+
+def is_dual_encoder(model: nn.Module) -> bool:
+    """Whether a model of transformers embeds images and texts side by side."""
+    inner = unwrap(model)
+    return hasattr(inner, "get_text_features") and hasattr(inner, "get_image_features")
+
+
+def dual_encoder_towers(
+    model: nn.Module, batch: Mapping[str, Any], names: tuple[str, str] | None = None
+) -> tuple[Tower, Tower]:
+    """Run a batch of pairs and read both towers.
+
+    The embeddings of a pair are ``image_embeds`` and ``text_embeds`` where the model gives them, else the tower's
+    ``pooler_output``, its output ``(S, d)``, or the mean of its tokens.
+
+    Args:
+        model: The model, wrapped or not.
+        batch: What its forward takes, labels not used.
+        names: Paths of the image tower and the text tower; ``None``: those of a CLIP-like model.
+
+    Raises:
+        ValueError: If a tower is not there or was not called.
+    """
+    inner = unwrap(model)
+    image_name, text_name = names or ("vision_model", "text_model")
+    outputs: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: outputs.update({name: output})
+
+    handles = []
+    for name in (image_name, text_name):
+        try:
+            tower = inner.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"`towers` asks for {name!r}, and {type(inner).__name__} has no such module.") from error
+        handles.append(tower.register_forward_hook(keep(name)))
+    whole: dict[str, Any] = {}
+    handles.append(inner.register_forward_hook(lambda module, args, output: whole.update(output=output)))
+    try:
+        with eagerly(inner):
+            run(inner, {key: value for key, value in batch.items() if key not in ("labels", "return_loss")})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (
+        _tower(image_name, outputs, None, _named(whole.get("output"), "image_embeds")),
+        _tower(text_name, outputs, batch.get("attention_mask"), _named(whole.get("output"), "text_embeds")),
+    )
+
+
+def _tower(name: str, outputs: Mapping[str, Any], mask: Any, embedding: Tensor | None) -> Tower:
+    states = first_tensor(outputs.get(name))
+    if states is None or states.ndim not in (2, 3):
+        got = "nothing" if states is None else f"a tensor {tuple(states.shape)}"
+        raise ValueError(f"`towers`: {name!r} must give (samples, tokens, d) or (samples, d), and gave {got}.")
+    tokens = states if states.ndim == 3 else states.unsqueeze(1)
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+        valid = mask.to(tokens.device) > 0
+    else:
+        valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if embedding is None:
+        embedding = _named(outputs[name], "pooler_output")
+    return Tower(tokens, valid, mean_token(tokens, valid) if embedding is None else embedding)
+
+
+def mean_token(hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """``(S, T, d)`` to ``(S, d)``: the mean of the valid tokens of each sample."""
+    weight = mask.unsqueeze(-1).to(hidden_states.dtype)
+    return (torch.where(mask.unsqueeze(-1), hidden_states, 0.0)).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _named(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else None
+    return value if isinstance(value, Tensor) else None

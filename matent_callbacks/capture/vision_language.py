@@ -1,0 +1,283 @@
+"""The five readings of image-text samples inside a vision-language model, found by the interface that all share.
+
+Nothing here knows a model by name. What is relied on is ``get_image_features``, which gives the states of the vision
+encoder and those behind the connector; ``get_decoder``; and ``config.image_token_id``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from matent_callbacks.capture.compiled import eagerly
+from matent_callbacks.capture.hooks import first_tensor
+from matent_callbacks.capture.quiet import cheap_arguments, to_device
+from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.functional.alignment import STAGES
+
+
+class Stage(NamedTuple):
+    """The hidden states of one stage: one row a sample, all its images together."""
+
+    hidden_states: Tensor
+    """``(S, T, d)``."""
+    mask: Tensor
+    """``(S, T)`` bool: False is padding, on whichever side."""
+
+
+StageReader = Callable[[nn.Module, Mapping[str, Any]], tuple[dict[str, Stage], int]]
+"""What :func:`vision_language_stages` is, and what takes its place (``stages=``) for a model it cannot read."""
+
+
+def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Stage], int]:
+    """Read image-text samples where the paper does (Wei et al., arXiv 2401.17139, e1 to e5).
+
+    ==================  =============================================================================================
+    ``vision_encoder``  the image as the connector takes it: the last hidden states of the vision encoder, or those
+                        of the layers that ``vision_feature_layer`` selects. The class token is left out where
+                        ``vision_feature_select_strategy`` drops it; other class and register tokens stay in
+    ``connector``       the image as the language model takes it, with the row separators that some models put in
+    ``image``           the image alone after the final norm of the language model
+    ``text``            all that is not an image token, alone, after the final norm
+    ``image_text``      both together: the model's ordinary forward, after the final norm
+    ==================  =============================================================================================
+
+    ``image`` and ``text`` are plain forwards of the language model on embeddings: positions from 0, its own attention
+    mask, and what is added to the image in deeper layers (DeepStack) added there too.
+
+    Meant to be called in evaluation mode without gradients, as inside :func:`quiet`. No cache is built and no hook
+    stays behind. Pixels that are NaN give states that are NaN, in their own sample only.
+
+    Args:
+        model: A vision-language model of transformers, wrapped or not.
+        batch: What its forward takes; ``input_ids`` ``(B, T)`` and ``pixel_values`` at least. Padding may be on
+            either side. Labels are not used.
+
+    Returns:
+        A :class:`Stage` for each of ``STAGES``, with S the number of samples that hold an image, in their order; and
+        the number of those left out because they hold none. A sample of images only has an empty row in ``text``.
+
+    Raises:
+        ValueError: If there are no images or no text at all, image tokens and image features do not match, or the
+            model has no such stages.
+    """
+    inner: Any = unwrap(model)
+    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
+    # The loss is not wanted, and its logits are the largest tensor of all.
+    batch = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
+    is_image, is_text = _roles(inner, batch)
+    counts = is_image.sum(1).tolist()
+    with eagerly(inner):
+        encoded, connected = _vision_stages(inner, batch, counts)
+        decoder = unwrap(_decoder(inner))
+        with _calls_of(decoder) as calls:
+            inner(**batch, **cheap_arguments(inner, batch))
+        arguments, both = _last_call(inner, calls, is_image.shape)
+        has_image = is_image.any(1)
+        embeddings, is_image, is_text = arguments["inputs_embeds"][has_image], is_image[has_image], is_text[has_image]
+        deep_features = arguments.get("deepstack_visual_embeds")
+        image = _through(decoder, _rows(embeddings, is_image), deep_features)
+        text = _through(decoder, _rows(embeddings, is_text))
+    together = Stage(both[has_image], is_image | is_text)
+    stages = dict(zip(STAGES, (encoded, connected, image, text, together), strict=True))
+    return stages, int((~has_image).sum())
+
+
+def _roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Which tokens are image and which are text, ``(B, T)`` bool each; errors for batches that cannot be read."""
+    image_token = getattr(getattr(model, "config", None), "image_token_id", None)
+    if image_token is None or not hasattr(model, "get_image_features"):
+        raise _not_found(model, "vision_encoder", "it has no `get_image_features` or no `config.image_token_id`")
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ValueError(f"`input_ids` must be in the batch, a tensor (B, T), got {_describe(ids)}.")
+    if batch.get("pixel_values") is None:
+        raise ValueError(f"`pixel_values` must be in the batch, since it is images that are read; got {sorted(batch)}.")
+    if batch.get("pixel_values_videos") is not None:
+        raise ValueError("`pixel_values_videos` must not be in the batch: images are read, and videos are not.")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`, {_describe(ids)}, got {_describe(mask)}."
+        )
+    is_image, valid = ids == image_token, mask > 0
+    if not bool(is_image.any()):
+        raise ValueError(f"`input_ids` must hold image tokens ({image_token}) for its `pixel_values`, got none.")
+    if bool((is_image & ~valid).any()):
+        raise ValueError(
+            f"`attention_mask` must be 1 at every image token, got 0 at {int((is_image & ~valid).sum())} of them."
+        )
+    is_text = valid & ~is_image
+    if not bool(is_text[is_image.any(1)].any()):
+        raise ValueError(
+            "`input_ids` must hold text beside the image tokens in at least one sample, got image tokens only."
+        )
+    return is_image, is_text
+
+
+def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) -> tuple[Stage, Stage]:
+    """The states before and after the connector; ``counts`` has the image tokens of each sample."""
+    # The innermost model that knows it: outer ones may not name all the arguments.
+    while model.base_model is not model and hasattr(model.base_model, "get_image_features"):
+        model = model.base_model
+    taken = inspect.signature(model.get_image_features).parameters
+    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, return_dict=True)
+    states, pooled = _encoder_states(features, model.config, batch), getattr(features, "pooler_output", None)
+    if states is None:
+        raise _not_found(model, "vision_encoder", "`get_image_features` gives no hidden states (rows, patches, d)")
+    if not isinstance(pooled, Tensor) and not (isinstance(pooled, Sequence) and len(pooled)):
+        raise _not_found(model, "connector", f"`get_image_features` gives {_describe(pooled)} as `pooler_output`")
+    # An image each, or all images of a sample; in a tensor (tokens, d), where no border is left, a token.
+    units = [unit.reshape(-1, unit.shape[-1]) for unit in pooled]
+    lengths = [len(unit) for unit in units]
+    if sum(lengths) != sum(counts):
+        raise ValueError(
+            f"`input_ids` must hold as many image tokens as there are image features after the connector, "
+            f"{sum(lengths)}, got {sum(counts)}."
+        )
+    ends = _ends_of_samples(lengths, counts)
+    if isinstance(pooled, Tensor) or len(states) == 1:
+        # Every image token stands for as many patches.
+        patches = _shares(states.shape[0] * states.shape[1], counts)
+    else:
+        patches = None
+        if rows := _rows_of_units(len(states), len(units), batch["pixel_values"]):
+            patches = [sum(rows[start:end]) * states.shape[1] for start, end in zip([0, *ends], ends, strict=False)]
+    if patches is None:
+        raise _not_found(
+            model, "vision_encoder", f"it is not clear which of its states, {_describe(states)}, belong to which sample"
+        )
+    encoded = torch.split_with_sizes(states.flatten(0, 1), patches)
+    return _padded(encoded), _padded(torch.split_with_sizes(torch.cat(units), list(counts)))
+
+
+def _encoder_states(features: Any, config: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """``(rows, patches, d)``, as the connector takes them; the images are one row if they are packed."""
+    layer, strategy = (
+        batch.get(name, getattr(config, name, None))
+        for name in ("vision_feature_layer", "vision_feature_select_strategy")
+    )
+    if layer is None or getattr(features, "hidden_states", None) is None:
+        states = getattr(features, "last_hidden_state", None)
+    else:
+        states = torch.cat([features.hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)], dim=-1)
+    if not isinstance(states, Tensor) or states.ndim not in (2, 3):
+        return None
+    states = states.unsqueeze(0) if states.ndim == 2 else states
+    return states[:, 1:] if strategy == "default" else states
+
+
+def _ends_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """For each sample, how many of the units (of ``lengths`` features) are in it and those before it."""
+    ends, found = list(accumulate(lengths)), []
+    for sample, end in enumerate(accumulate(counts)):
+        if end and end not in ends:
+            raise ValueError(
+                f"`input_ids` must hold the tokens of whole images in each sample, got {counts[sample]} in sample "
+                f"{sample} where the images have {', '.join(map(str, lengths))}."
+            )
+        found.append(sum(e <= end for e in ends))
+    return found
+
+
+def _shares(total: int, counts: Sequence[int]) -> list[int] | None:
+    """``total`` in proportion to ``counts``, or None if that is not in whole numbers."""
+    shares = [divmod(count * total, sum(counts)) for count in counts]
+    return None if any(rest for _, rest in shares) else [share for share, _ in shares]
+
+
+def _rows_of_units(num_rows: int, num_units: int, pixel_values: Any) -> list[int] | None:
+    """How many rows of the encoder each unit (an image, or all those of a sample) has, or None."""
+    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 5 and len(pixel_values) == num_units:
+        # (units, tiles, C, H, W), filled up with tiles of zeros that do not reach the encoder.
+        tiles: list[int] = (pixel_values != 0).flatten(2).any(-1).sum(1).tolist()
+        if sum(tiles) == num_rows:
+            return tiles
+    return [1] * num_units if num_rows == num_units else None
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder in (model, model.base_model):
+        raise _not_found(model, "image", "`get_decoder` gives no language model")
+    return decoder
+
+
+@contextmanager
+def _calls_of(module: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Keyword arguments and output of each call of ``module``."""
+    calls: list[tuple[dict[str, Any], Any]] = []
+    handle = module.register_forward_hook(
+        lambda _, __, kwargs, output: calls.append((kwargs, output)), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _last_call(
+    model: nn.Module, calls: list[tuple[dict[str, Any], Any]], shape: torch.Size
+) -> tuple[dict[str, Any], Tensor]:
+    """What the language model was given and the last hidden state it gave, ``(B, T, d)``, in the ordinary forward."""
+    arguments, output = calls[-1] if calls else ({}, None)
+    embeddings, states = arguments.get("inputs_embeds"), first_tensor(output)
+    if not isinstance(embeddings, Tensor) or embeddings.shape[:-1] != shape:
+        raise _not_found(model, "image", f"its language model is given {_describe(embeddings)} as `inputs_embeds`")
+    if states is None or states.shape[:-1] != shape:
+        raise _not_found(model, "image_text", f"its language model gives {_describe(states)} as last hidden state")
+    return arguments, states
+
+
+def _through(decoder: nn.Module, embeddings: Stage, deep_features: list[Tensor] | None = None) -> Stage:
+    """The language model alone on embeddings; ``deep_features`` is what DeepStack adds to each image token later."""
+    states, mask = embeddings
+    deep = {"visual_pos_masks": mask, "deepstack_visual_embeds": deep_features} if deep_features else {}
+    output = decoder(inputs_embeds=states, attention_mask=_attention_mask(decoder, embeddings), use_cache=False, **deep)
+    last = first_tensor(output)
+    assert last is not None  # it was there in the ordinary forward
+    return Stage(last, mask)
+
+
+def _attention_mask(decoder: nn.Module, embeddings: Stage) -> Tensor:
+    """``(S, T)``, for the language model to make its own of."""
+    states, mask = embeddings
+    config = getattr(decoder, "config", None)
+    both_ways = getattr(config, "use_bidirectional_attention", None) is True
+    if both_ways and getattr(config, "_attn_implementation", None) in ("sdpa", "eager"):
+        # The Gemma in PaliGemma looks both ways, but would turn causal as soon as there is padding.
+        hidden = ~mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        return torch.zeros_like(hidden, dtype=states.dtype).masked_fill(hidden, torch.finfo(states.dtype).min)
+    return mask.long()
+
+
+def _rows(states: Tensor, mask: Tensor) -> Stage:
+    """The tokens of ``mask`` moved together to the left."""
+    return _padded([row[chosen] for row, chosen in zip(states, mask, strict=True)], keep_empty=True)
+
+
+def _padded(sequences: Sequence[Tensor], *, keep_empty: bool = False) -> Stage:
+    """``(n_i, d)`` each to one row each, padded on the right; empty ones are text-only samples."""
+    kept = [s for s in sequences if keep_empty or len(s)]
+    states = pad_sequence(kept, batch_first=True)
+    lengths = torch.tensor([len(s) for s in kept], device=states.device)
+    return Stage(states, torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1))
+
+
+def _not_found(model: nn.Module, stage: str, why: str) -> ValueError:
+    return ValueError(
+        f"Stage {stage!r} was not found in {type(model).__name__}: {why}. Pass `stages=`, a function that takes model "
+        f"and batch and gives a `Stage` for each of {', '.join(STAGES)} and the number of samples it left out."
+    )
+
+
+def _describe(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,124 @@
+"""Image-text alignment in PyTorch Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from matent_callbacks._alignment import AlignmentMeasurement, Stages
+from matent_callbacks._probe import first_batch
+from matent_callbacks.capture.stack import hugging_face_models
+from matent_callbacks.lightning._measuring import MeasuringCallback
+
+
+class AlignmentCallback(MeasuringCallback):
+    """Logs how well image and text agree inside a multimodal model while Lightning trains it.
+
+    What is logged, and how it is measured, is told at :class:`matent_callbacks.transformers.AlignmentCallback`; here
+    the values of validation and test epochs have ``val_`` and ``test_`` before them. The model is the one of
+    transformers inside the LightningModule, or the LightningModule itself.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
+            ``num_pairs`` of the validation data, or of the training data, through the loader's own collator.
+        num_pairs: How many pairs ``probe=None`` takes.
+        during_eval: Also measure at the end of each validation and test epoch.
+        basis: What the two ratios are of: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first).
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
+            encoder, none of a vision-language model.
+        stages: For a model whose stages are not found.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Neighbours of ``mutual_knn``.
+        alpha: Order of ``mutual_information``.
+        prog_bar: Show the values in the progress bar.
+        on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
+
+    Raises:
+        ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read.
+
+    Example:
+        >>> from matent_callbacks.lightning import AlignmentCallback
+        >>> callback = AlignmentCallback(every_n_steps=20)
+        >>> # Trainer(callbacks=[callback]).fit(module_with_a_clip_model, data)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        *,
+        probe: Any = None,
+        num_pairs: int = 16,
+        during_eval: bool = True,
+        basis: Literal["effective_rank", "entropy"] = "effective_rank",
+        metrics: str | Iterable[str] = "effective_rank",
+        pair_measures: Iterable[str] | None = None,
+        stages: Stages | None = None,
+        towers: tuple[str, str] | None = None,
+        k: int = 10,
+        alpha: float = 1.0,
+        prog_bar: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self._alignment = AlignmentMeasurement(
+            every_n_steps,
+            probe=probe,
+            num_pairs=num_pairs,
+            basis=basis,
+            metrics=metrics,
+            pair_measures=pair_measures,
+            stages=stages,
+            towers=towers,
+            k=k,
+            alpha=alpha,
+            on_error=on_error,
+        )
+
+    @property
+    def state_key(self) -> str:
+        return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.off:
+            return
+        # A probe or a model that cannot be read is told now, not in the middle of the run.
+        self._find_probe(trainer)
+        self._alignment.measure_or_raise(_model(pl_module), around=trainer.precision_plugin.forward_context)
+
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
+        return self._measured(trainer, pl_module) if due or last else {}
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "test")
+
+    def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str) -> None:
+        if self.off or trainer.sanity_checking or not self.during_eval:
+            return
+        self._find_probe(trainer)
+        values = {f"{prefix}_{key}": value for key, value in self._measured(trainer, pl_module).items()}
+        pl_module.log_dict(values, prog_bar=self.prog_bar, add_dataloader_idx=False)
+
+    def _measured(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        return self._alignment.measure(_model(pl_module), around=trainer.precision_plugin.forward_context)
+
+    def _find_probe(self, trainer: Any) -> None:
+        if self._alignment.probe is not None:
+            return
+        loaders = trainer.val_dataloaders or trainer.test_dataloaders or trainer.train_dataloader
+        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        self._alignment.probe = first_batch(loader.dataset, loader.collate_fn, self._alignment.num_pairs)
+
+
+def _model(pl_module: Any) -> Any:
+    """The model of transformers inside, if there is one."""
+    found = list(hugging_face_models(pl_module).values())
+    return found[0] if len(found) == 1 else pl_module

@@ -1,0 +1,63 @@
+"""How readings get into Lightning's logs, whatever is read."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from matent_callbacks.lightning._trainer import Callback, log_to_loggers, publish
+
+
+class MeasuringCallback(Callback):
+    """Knows which optimizer steps are due, and logs what was read at them."""
+
+    every_n_steps: int
+    prog_bar: bool
+
+    def __init__(self) -> None:
+        self.off = False
+        self._last_step = 0
+        self._stride = 1
+        self._logged_step = -1
+
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
+        """The readings after an optimizer step: ``due`` at an interval, ``last`` if no other step follows."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.off = trainer.barebones
+        if self.off:
+            warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._last_step, self._stride, self._logged_step = trainer.global_step, 1, -1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.off or trainer.global_step == self._last_step:
+            return
+        due = self._reached(trainer.global_step)
+        # Several optimizers take several steps a batch.
+        self._stride, self._last_step = trainer.global_step - self._last_step, trainer.global_step
+        values = self.step_values(trainer, pl_module, due=due, last=trainer.global_step == trainer.max_steps)
+        if not values:
+            return
+        self._logged_step = trainer.global_step
+        # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
+        # between would be lost, or stand at a later step. So the loggers get theirs at once.
+        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+        log_to_loggers(trainer, values)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if self.off or not ends or self._logged_step == trainer.global_step:
+            return
+        values = self.step_values(trainer, pl_module, due=False, last=True)
+        if values:
+            publish(trainer, values)
+
+    def next_step_is_due(self, trainer: Any) -> bool:
+        """Whether the optimizer step that is about to be made completes an interval."""
+        return self._reached(trainer.global_step + self._stride)
+
+    def _reached(self, step: int) -> bool:
+        return step // self.every_n_steps > self._last_step // self.every_n_steps

@@ -1,0 +1,126 @@
+"""Image-text alignment on the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from matent_callbacks._alignment import AlignmentMeasurement, Stages
+from matent_callbacks._probe import first_batch
+from matent_callbacks.transformers._measuring import MeasuringCallback
+
+
+class AlignmentCallback(MeasuringCallback):
+    """Logs how well image and text agree inside a multimodal model while a ``Trainer`` trains it.
+
+    For a vision-language model these are the readings of the paper (Wei et al., arXiv 2401.17139; NeurIPS 2024 as
+    "Diff-eRank"), on a small probe of image-text pairs, in evaluation mode and without gradient: three forwards of the
+    language model (the image alone, the text alone, both) beside those of the vision encoder. For a dual encoder
+    (CLIP, SigLIP, any two ``towers``) these are measures of the paired embeddings. Training is bitwise what it is
+    without the callback.
+
+    ============================================  ===================================================================
+    ``alignment/image_text``                      mean / max of the readings of image, text and both; 1: aligned
+    ``alignment/image_reduction_ratio``           share of the image's rank that the connector removes
+    ``effective_rank/<stage>``                    ``vision_encoder``, ``connector``, ``image``, ``text``,
+                                                  ``image_text``; of a dual encoder ``image_tower``, ``text_tower``
+    ``matrix_entropy/<stage>``                    the same in nats, if ``metrics`` has it
+    ``alignment/cka``, ``mutual_knn``,            of the paired vectors: the embeddings of a dual encoder (default
+    ``mutual_information``, ``modality_gap``      there), or the mean tokens of ``image`` and ``text``
+    ``alignment/skipped_text_only``               samples of the probe without an image, if there are any
+    ============================================  ===================================================================
+
+    In evaluation the same stand among the metrics, with ``eval_`` (or the prefix given) before them.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
+            ``num_pairs`` of the evaluation data set, or of the training one, through the Trainer's own collator.
+        num_pairs: How many pairs ``probe=None`` takes.
+        during_eval: Also measure at the end of each evaluation.
+        basis: What the two ratios are of: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first).
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
+            encoder, none of a vision-language model.
+        stages: For a model whose stages are not found: a function from (model, batch) to the five
+            :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
+            mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Neighbours of ``mutual_knn``.
+        alpha: Order of ``mutual_information``.
+        on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
+
+    Raises:
+        ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read.
+
+    Example:
+        >>> from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
+        >>> callbacks = [
+        ...     AlignmentCallback(every_n_steps=20),
+        ...     PlateauStopping("alignment/image_text", min_delta=0.02, patience=6, mode="any"),
+        ... ]
+        >>> # Trainer(model=vision_language_model, ..., callbacks=callbacks).train()
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        *,
+        probe: Any = None,
+        num_pairs: int = 16,
+        during_eval: bool = True,
+        basis: Literal["effective_rank", "entropy"] = "effective_rank",
+        metrics: str | Iterable[str] = "effective_rank",
+        pair_measures: Iterable[str] | None = None,
+        stages: Stages | None = None,
+        towers: tuple[str, str] | None = None,
+        k: int = 10,
+        alpha: float = 1.0,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__(during_eval=during_eval)
+        self._alignment = AlignmentMeasurement(
+            every_n_steps,
+            probe=probe,
+            num_pairs=num_pairs,
+            basis=basis,
+            metrics=metrics,
+            pair_measures=pair_measures,
+            stages=stages,
+            towers=towers,
+            k=k,
+            alpha=alpha,
+            on_error=on_error,
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state from that of others in the checkpoint."""
+        return f"{type(self).__name__}(every_n_steps={self._alignment.every_n_steps})"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        # A probe or a model that cannot be read is told now, not in the middle of the run.
+        self._find_probe()
+        self._alignment.measure_or_raise(self.trainer.model)
+
+    def step_values(self, state: TrainerState) -> dict[str, float]:
+        due = state.global_step % self._alignment.every_n_steps == 0 or state.global_step == state.max_steps
+        return self._alignment.measure(self.trainer.model) if due else {}
+
+    def evaluation_values(self) -> dict[str, float]:
+        self._find_probe()
+        return self._alignment.measure(self.trainer.model)
+
+    def _find_probe(self) -> None:
+        if self._alignment.probe is not None:
+            return
+        trainer = self.trainer
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        self._alignment.probe = first_batch(dataset, trainer.data_collator, self._alignment.num_pairs)

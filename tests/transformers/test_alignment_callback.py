@@ -1,0 +1,231 @@
+"""Alignment on a real Trainer that trains a small LLaVA and a small CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from matent_callbacks import measure_alignment
+from matent_callbacks.capture.vision_language import vision_language_stages
+from matent_callbacks.functional import linear_cka, matrix_entropy, modality_gap, mutual_knn
+from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.transformers import AlignmentCallback, MatrixEntropyCallback, PlateauStopping
+from tests.pairs import clip_examples, collate_pairs, llava_examples, make_clip, make_llava
+
+
+def make_trainer(
+    folder: Path, callbacks: list[Any], *, model: Any = None, examples: Any = None, **settings: Any
+) -> Any:
+    examples = examples or llava_examples(32)
+    arguments = {
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "remove_unused_columns": False,
+    }
+    return Trainer(
+        model=model or make_llava(),
+        args=TrainingArguments(output_dir=str(folder), **{**arguments, **settings}),
+        train_dataset=examples,
+        eval_dataset=examples[:16],
+        data_collator=collate_pairs,
+        callbacks=callbacks,
+    )
+
+
+def by_hand(model: Any, batch: Any) -> dict[str, float]:
+    """exp of the mean entropy of each stage, sample by sample."""
+    with torch.no_grad():
+        stages, _ = vision_language_stages(model.eval(), batch)
+    return {
+        name: torch.stack([matrix_entropy(h[m]) for h, m in zip(*stages[name], strict=True)]).mean().exp().item()
+        for name in STAGES
+    }
+
+
+def test_readings_of_a_vision_language_model(tmp_path):
+    trainer = make_trainer(tmp_path, [AlignmentCallback(2, metrics=["effective_rank", "matrix_entropy"])])
+    trainer.train()
+    read = [r for r in trainer.state.log_history if "alignment/image_text" in r]
+    assert [r["step"] for r in read] == [2, 4]
+    assert all("loss" in r for r in read)
+    # `probe=None`: the first 16 pairs of the evaluation data, through the Trainer's own collator.
+    e = by_hand(trainer.model, collate_pairs(llava_examples(16)))
+    last = read[-1]
+    for name, value in e.items():
+        assert last[f"effective_rank/{name}"] == pytest.approx(value, rel=1e-4)
+        assert last[f"matrix_entropy/{name}"] == pytest.approx(torch.tensor(value).log().item(), rel=1e-4)
+    three = [e["image"], e["text"], e["image_text"]]
+    assert last["alignment/image_text"] == pytest.approx(sum(three) / 3 / max(three), rel=1e-4)
+    ratio = (e["vision_encoder"] - e["connector"]) / e["vision_encoder"]
+    assert last["alignment/image_reduction_ratio"] == pytest.approx(ratio, rel=1e-3, abs=1e-4)
+
+
+def test_basis_entropy_and_pair_measures(tmp_path):
+    callback = AlignmentCallback(4, basis="entropy", pair_measures=["cka", "mutual_knn", "modality_gap"], k=3)
+    trainer = make_trainer(tmp_path, [callback])
+    trainer.train()
+    last = next(r for r in trainer.state.log_history if "alignment/image_text" in r)
+    batch = collate_pairs(llava_examples(16))
+    e = {name: torch.tensor(value).log().item() for name, value in by_hand(trainer.model, batch).items()}
+    three = [e["image"], e["text"], e["image_text"]]
+    assert last["alignment/image_text"] == pytest.approx(sum(three) / 3 / max(three), rel=1e-4)
+    with torch.no_grad():
+        stages, _ = vision_language_stages(trainer.model.eval(), batch)
+    x, y = (torch.stack([h[m].mean(0) for h, m in zip(*stages[name], strict=True)]) for name in ("image", "text"))
+    assert last["alignment/cka"] == pytest.approx(linear_cka(x, y).item(), rel=1e-4)
+    assert last["alignment/mutual_knn"] == pytest.approx(mutual_knn(x, y, k=3).item())
+    assert last["alignment/modality_gap"] == pytest.approx(modality_gap(x, y).item(), rel=1e-4)
+
+
+def test_readings_of_a_dual_encoder(tmp_path):
+    examples = clip_examples(32)
+
+    class Clip(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            output = model(**inputs, return_loss=True)
+            return (output.loss, output) if return_outputs else output.loss
+
+    trainer = make_trainer(tmp_path, [AlignmentCallback(4, k=4)], model=make_clip(), examples=examples)
+    trainer.__class__ = Clip
+    trainer.train()
+    last = next(r for r in trainer.state.log_history if "alignment/cka" in r)
+    batch = collate_pairs(examples[:16])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        output = model(**batch)
+    x, y = output.image_embeds, output.text_embeds
+    assert last["alignment/cka"] == pytest.approx(linear_cka(x, y).item(), rel=1e-4)
+    assert last["alignment/mutual_knn"] == pytest.approx(mutual_knn(x, y, k=4).item())
+    assert last["alignment/modality_gap"] == pytest.approx(modality_gap(x, y).item(), rel=1e-4)
+    assert "alignment/mutual_information" in last
+    text = output.text_model_output.last_hidden_state
+    expected = matrix_entropy(text, batch["attention_mask"]).mean().exp().item()
+    assert last["effective_rank/text_tower"] == pytest.approx(expected, rel=1e-4)
+    image = output.vision_model_output.last_hidden_state
+    assert last["effective_rank/image_tower"] == pytest.approx(matrix_entropy(image).mean().exp().item(), rel=1e-4)
+
+    named = measure_alignment(model, batch, towers=("vision_model", "text_model"), k=4)
+    assert len(named) == 6
+    assert named == pytest.approx({key: last[key] for key in named})
+
+
+@pytest.mark.parametrize("measures", [None, ["cka", "mutual_information"]])
+def test_training_is_bitwise_the_same(tmp_path, measures):
+    def run(callbacks: list[Any]) -> tuple[list[float], Any, torch.Tensor]:
+        trainer = make_trainer(
+            tmp_path, callbacks, model=make_llava(), max_steps=6, eval_strategy="steps", eval_steps=3
+        )
+        trainer.train()
+        logged = [r[key] for r in trainer.state.log_history for key in ("loss", "eval_loss") if key in r]
+        return logged, trainer.model.state_dict(), torch.get_rng_state()
+
+    losses, weights, rng = run([])
+    losses_with, weights_with, rng_with = run([AlignmentCallback(2, pair_measures=measures, on_error="raise")])
+    assert len(losses) == 8
+    assert losses == losses_with
+    assert all(torch.equal(weights[name], weights_with[name]) for name in weights)
+    assert torch.equal(rng, rng_with)
+
+
+def test_evaluation_best_model_and_stopping_on_the_plateau(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        [
+            PlateauStopping("alignment/image_text", min_delta=10.0, patience=2, mode="any", verbose=False),
+            AlignmentCallback(1),
+            MatrixEntropyCallback(1),
+        ],
+        max_steps=40,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_alignment/image_text",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    evaluated = [r["eval_alignment/image_text"] for r in trainer.state.log_history if "eval_alignment/image_text" in r]
+    assert trainer.state.best_metric == max(evaluated)
+    assert any("matrix_entropy/last" in r and "alignment/image_text" in r for r in trainer.state.log_history)
+    alone = make_trainer(tmp_path, [], model=trainer.model)
+    alone.add_callback(AlignmentCallback(1))
+    assert "eval_alignment/image_text" in alone.evaluate()
+
+
+def test_text_only_samples_are_skipped_and_counted(tmp_path):
+    batch = collate_pairs(llava_examples(8))
+    mixed = {key: torch.cat([value, value[:2]]) for key, value in batch.items()}
+    mixed["input_ids"][8:][mixed["input_ids"][8:] == 120] = 5
+    mixed["pixel_values"] = batch["pixel_values"]
+    values = measure_alignment(make_llava(), mixed)
+    expected = measure_alignment(make_llava(), batch)
+    assert values.pop("alignment/skipped_text_only") == 2
+    assert values == pytest.approx(expected, rel=1e-5)
+
+
+def test_stages_of_ones_own(tmp_path):
+    model = make_llava()
+    probe = collate_pairs(llava_examples(8))
+    given = {name: lambda model, batch, name=name: vision_language_stages(model, batch)[0][name] for name in STAGES}
+    expected = measure_alignment(model, probe)
+    for stages in (given, vision_language_stages):
+        assert measure_alignment(model, probe, stages=stages) == expected
+    with pytest.raises(ValueError, match=r"`stages` must have a function for each of vision_encoder, .* got"):
+        AlignmentCallback(1, stages={"image": lambda m, b: None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: {k: v for k, v in b.items() if k != "pixel_values"}, "`pixel_values` must be in the batch"),
+        (lambda b: {**b, "input_ids": b["input_ids"].clamp(max=100)}, "`input_ids` must hold image tokens"),
+        (lambda b: {**b, "pixel_values": b["pixel_values"][:3]}, "`input_ids` must hold as many image tokens"),
+        (lambda b: {**b, "input_ids": b["input_ids"][:, 1:10], "attention_mask": b["attention_mask"][:, 1:10]}, "text"),
+    ],
+)
+def test_a_probe_that_cannot_be_read_is_told_when_training_begins(tmp_path, change, message):
+    probe = change(collate_pairs(llava_examples(4)))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [AlignmentCallback(1, probe=probe)]).train()
+
+
+def test_nan_pixels_and_too_few_pairs_are_told(tmp_path):
+    probe = collate_pairs(llava_examples(4))
+    probe["pixel_values"][1] = float("nan")
+    with pytest.warns(UserWarning, match=r"tokens of 'vision_encoder' are NaN or Inf"):
+        values = measure_alignment(make_llava(), probe)
+    clean = collate_pairs([e for i, e in enumerate(llava_examples(4)) if i != 1])
+    expected = measure_alignment(make_llava(), clean)
+    assert values["effective_rank/image"] == pytest.approx(expected["effective_rank/image"], rel=1e-4)
+    one = collate_pairs(clip_examples(1))
+    with pytest.raises(ValueError, match=r"`k`|pairs|rows"):
+        measure_alignment(make_clip(), one)
+
+
+def test_unsupported_models_and_bad_arguments_are_told(tmp_path, make_llama):
+    with pytest.raises(ValueError, match=r"Stage 'vision_encoder' was not found in LlamaForCausalLM.*Pass `stages=`"):
+        measure_alignment(make_llama(), collate_pairs(llava_examples(2)))
+    with pytest.raises(ValueError, match="`towers` asks for 'nothing'"):
+        measure_alignment(make_clip(), collate_pairs(clip_examples(12)), towers=("nothing", "text_model"))
+    for arguments, message in [
+        ({"basis": "rank"}, "`basis` must be of effective_rank, entropy, got 'rank'"),
+        ({"metrics": "rankme"}, "`metrics` must be of effective_rank, matrix_entropy, got 'rankme'"),
+        ({"pair_measures": ["cca"]}, "`pair_measures` must be of cka, .* got 'cca'"),
+        ({"num_pairs": 1}, "`num_pairs` must be at least 2, got 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number above 0, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AlignmentCallback(**arguments)
