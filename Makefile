@@ -1,12 +1,15 @@
-# `make demo` and `make test` set up what they need in .venv on a fresh machine.
+# `make demo`, `make demo-multimodal` and `make test` set up what they need in .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo demo-multimodal test lint types bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
+
+demo-multimodal: $(INSTALLED)
+	$(BIN)/python examples/finetune_vlm.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from matent_callbacks.functional.alignment import STAGES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ _UNITS = {
 }
 # Okabe & Ito's colours, told apart under every common colour blindness.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
+_FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
 
 def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -114,6 +117,58 @@ def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") 
     right.set_title("Loss and the entropy of the last layer")
     lines = [line for axis in (right, entropy) for line in axis.get_lines() if len(line.get_xdata())]
     figure.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None = None, title: str = "") -> Figure:
+    """One picture of a multimodal run: the five readings and the alignment over steps, beside the losses.
+
+    Args:
+        records: What a Trainer logged with ``AlignmentCallback`` on a vision-language model.
+        stop: The step that is marked as the one at which the plateau was reached.
+        title: Above the picture.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If no record has an alignment.
+
+    Example:
+        >>> from matent_callbacks.plot import alignment_overview
+        >>> records = [{"step": s, "alignment/image_text": 0.5, "effective_rank/text": s} for s in (1, 2)]
+        >>> len(alignment_overview(records).axes)
+        3
+    """
+    import matplotlib.pyplot as plt
+
+    records = list(records)
+    if not series(records, "alignment/image_text")[0]:
+        raise ValueError("`records` must hold values of `alignment/image_text`, and none was found.")
+    figure, (ranks, alignment, losses) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for stage, colour in zip(STAGES, _FIVE, strict=True):
+        ranks.plot(*series(records, f"effective_rank/{stage}"), color=colour, label=stage.replace("_", " "))
+    ranks.set_ylabel(_UNITS["effective_rank"])
+    ranks.set_title("Where the image goes")
+    ranks.legend(frameon=False, fontsize="small")
+    alignment.plot(*series(records, "alignment/image_text"), color=_BLUE)
+    alignment.set_ylabel("mean / max of image, text, both")
+    alignment.set_title("Image-text alignment")
+    losses.plot(*series(records, "loss"), color=_BLUE, alpha=0.85, label="training")
+    losses.plot(*series(records, "eval_loss"), color=_ORANGE, marker="o", label="held out")
+    losses.set_ylabel("captioning loss (nats per token)")
+    losses.set_title("Loss")
+    losses.legend(frameon=False, fontsize="small")
+    for axis in (ranks, alignment, losses):
+        axis.set_xlabel("step")
+        if stop is not None:
+            axis.axvline(stop, color="black", linestyle="--", linewidth=1)
+    if stop is not None:
+        alignment.annotate(
+            f"plateau, step {stop}", (stop, alignment.get_ylim()[0]), rotation=90, va="bottom", ha="right"
+        )
     if title:
         figure.suptitle(title)
     return figure

@@ -60,3 +60,22 @@ def test_pretrain_lightning(tmp_path: Path, text: Path):
 def test_reading_the_curves(tmp_path: Path):
     run("reading_the_curves.py", "--steps", 3, "--only", "overfitting", "--output", tmp_path)
     assert next(tmp_path.rglob("*overfitting*.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_finetune_vlm(tmp_path: Path):
+    printed = run("finetune_vlm.py", "--steps", 4, "--every", 2, "--sanity", "--output", tmp_path)
+    assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    assert "Plateau of the alignment: none" in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("training, a", "held out, a"))]
+    assert len(rows) == 2
+    assert all(1 / 3 <= float(value) <= 1 for row in rows for value in row[-3:])
+    logged = [row for row in read_history(tmp_path) if "train/alignment/image_text" in row]
+    assert [row["train/global_step"] for row in logged] == [2, 4]
+    assert all("train/effective_rank/vision_encoder" in row for row in logged)
+
+
+def test_train_clip(tmp_path: Path):
+    printed = run("train_clip.py", "--steps", 2, "--every", 1, "--output", tmp_path)
+    for name in ("cka", "mutual_knn", "mutual_information", "modality_gap"):
+        assert f"alignment/{name}: " in printed
+    assert [r["trainer/global_step"] for r in read_history(tmp_path) if "alignment/cka" in r] == [0, 1]

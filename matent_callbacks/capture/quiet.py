@@ -47,6 +47,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    if type(module).__name__ == "FullyShardedDataParallel":
+        return {"training": module.training}  # sets itself up in its first forward, and must not do so again
     return {
         name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | Tensor | None)
     }

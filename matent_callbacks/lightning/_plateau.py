@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from typing import Any, Literal
 
 from torch import Tensor
 
+from matent_callbacks._stopping import logged_values, say_stop, warn_never_logged
 from matent_callbacks.lightning._trainer import Callback, publish
 from matent_callbacks.plateau import PlateauDetector
 
@@ -83,14 +82,8 @@ class PlateauStopping(Callback):
         self._observe(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._last is not None:
-            return
-        logged = sorted(trainer.callback_metrics)
-        near = difflib.get_close_matches(self.monitor, logged, n=4, cutoff=0.4) or logged
-        warnings.warn(
-            f"`monitor` {self.monitor!r} was never logged, so training could not stop on it. Near: {', '.join(near)}.",
-            stacklevel=2,
-        )
+        if self._last is None:
+            warn_never_logged(self.monitor, trainer.callback_metrics)
 
     def _observe(self, trainer: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
@@ -98,16 +91,13 @@ class PlateauStopping(Callback):
             return
         self._last = value
         stop = self.detector.update(trainer.global_step, float(value))
-        values = {f"plateau/{self.monitor}/since_progress": float(self.detector.since_progress)}
-        if self.detector.trend is not None:
-            values[f"plateau/{self.monitor}"] = self.detector.trend
-        publish(trainer, values)
+        publish(trainer, logged_values(self.monitor, self.detector))
         # Ranks that log different values must not stop at different steps.
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and not trainer.should_stop:
             trainer.should_stop = True
             if self.verbose and trainer.is_global_zero:
-                print(f"Stopping: {self.monitor}: {self.detector.reason}")
+                say_stop(self.monitor, self.detector)
 
     def _is_old(self, value: Tensor) -> bool:
         """Whether this was observed before: ``callback_metrics`` keeps a value until it is logged again.

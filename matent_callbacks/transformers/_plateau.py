@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks._stopping import logged_values, say_stop, warn_never_logged
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.transformers._attach import AttachedCallback
 
@@ -88,9 +87,7 @@ class PlateauStopping(AttachedCallback):
             return
         self._observed = True
         stop = self.detector.update(state.global_step, float(logs[self.monitor]))
-        trend = {f"plateau/{self.monitor}": self.detector.trend}
-        values = {k: v for k, v in trend.items() if v is not None}
-        values[f"plateau/{self.monitor}/since_progress"] = float(self.detector.since_progress)
+        values = logged_values(self.monitor, self.detector)
         logs.update(values)
         # log_history has its own copy of the record already.
         state.log_history[-1].update(values)
@@ -98,16 +95,10 @@ class PlateauStopping(AttachedCallback):
         if stop and not control.should_training_stop:
             control.should_training_stop = True
             if self.verbose and state.is_world_process_zero:
-                print(f"Stopping: {self.monitor}: {self.detector.reason}")
+                say_stop(self.monitor, self.detector)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._observed:
-            return
-        logged = sorted({key for record in state.log_history for key in record})
-        near = difflib.get_close_matches(self.monitor, logged, n=4, cutoff=0.4) or logged
-        warnings.warn(
-            f"`monitor` {self.monitor!r} was never logged, so training could not stop on it. Near: {', '.join(near)}.",
-            stacklevel=2,
-        )
+        if not self._observed:
+            warn_never_logged(self.monitor, {key for record in state.log_history for key in record})
