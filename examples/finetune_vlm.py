@@ -42,7 +42,7 @@ PLATEAU: Any = {"min_delta": 0.02, "patience": 6, "mode": "any"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--every", type=int, default=20, help="steps between two readings")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -96,7 +96,9 @@ def main() -> None:
 
     stop = plateau(trainer.state.log_history)
     picture = arguments.output / "alignment.png"
-    alignment_overview(trainer.state.log_history, stop=stop, title="LLaVA learns to name pictures").savefig(picture)
+    alignment_overview(
+        trainer.state.log_history, stop=stop, title="A small LLaVA, trained on pictures and their names"
+    ).savefig(picture)
 
     print_curves(trainer.state.log_history)
     print(f"Plateau of the alignment: {'none' if stop is None else f'step {stop}'}")

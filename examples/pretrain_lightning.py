@@ -80,7 +80,7 @@ def main() -> None:
         callbacks=[entropy, stopping],
         logger=[
             CSVLogger(arguments.output),
-            WandbLogger(project="matent_callbacks", save_dir=arguments.output, offline=True),
+            WandbLogger(project="matent_callbacks", save_dir=arguments.output),
         ],
         log_every_n_steps=arguments.every,
         enable_checkpointing=False,

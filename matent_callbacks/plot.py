@@ -155,7 +155,7 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
     ranks.legend(frameon=False, fontsize="small")
     alignment.plot(*series(records, "alignment/image_text"), color=_BLUE)
     alignment.set_ylabel("mean / max of image, text, both")
-    alignment.set_title("Image-text alignment")
+    alignment.set_title("Image-text alignment" + ("" if stop is None else f", plateau at step {stop}"))
     losses.plot(*series(records, "loss"), color=_BLUE, alpha=0.85, label="training")
     losses.plot(*series(records, "eval_loss"), color=_ORANGE, marker="o", label="held out")
     losses.set_ylabel("captioning loss (nats per token)")
@@ -165,10 +165,6 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
         axis.set_xlabel("step")
         if stop is not None:
             axis.axvline(stop, color="black", linestyle="--", linewidth=1)
-    if stop is not None:
-        alignment.annotate(
-            f"plateau, step {stop}", (stop, alignment.get_ylim()[0]), rotation=90, va="bottom", ha="right"
-        )
     if title:
         figure.suptitle(title)
     return figure
