@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -161,9 +161,14 @@ class AlignmentMeasurement(Guarded):
             for stage, value in values["entropy" if metric == "matrix_entropy" else metric].items()
         }
 
-    def _pairs(self, pairs: list[tuple[Tensor, Tensor]], measures: Iterable[str]) -> dict[str, Tensor]:
+    def _pairs(self, pairs: list[tuple[Tensor, Tensor]], measures: Sequence[str]) -> dict[str, Tensor]:
         """Measures of the paired vectors of image and text."""
         image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
+        needed = self._k + 1 if "mutual_knn" in measures else 2
+        if measures and len(image) < needed:
+            raise ValueError(
+                f"`probe` must hold at least {needed} pairs for {', '.join(measures)} (k={self._k}), got {len(image)}."
+            )
         functions: dict[str, Callable[[], Tensor]] = {
             "cka": lambda: linear_cka(image, text),
             "mutual_knn": lambda: mutual_knn(image, text, k=self._k),

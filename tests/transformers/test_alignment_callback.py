@@ -120,6 +120,24 @@ def test_readings_of_a_dual_encoder(tmp_path):
     assert named == pytest.approx({key: last[key] for key in named})
 
 
+def test_siglip_is_read_like_clip():
+    from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = SiglipTextConfig(**tower, vocab_size=128, max_position_embeddings=32, projection_size=16)
+    vision = SiglipVisionConfig(**tower, image_size=12, patch_size=4)
+    model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    batch = collate_pairs(clip_examples(12))
+    values = measure_alignment(model, batch, k=3)
+    with torch.no_grad():
+        output = model(**batch)
+    assert values["alignment/cka"] == pytest.approx(
+        linear_cka(output.image_embeds, output.text_embeds).item(), rel=1e-4
+    )
+    assert {"effective_rank/image_tower", "effective_rank/text_tower"} <= set(values)
+
+
 @pytest.mark.parametrize("measures", [None, ["cka", "mutual_information"]])
 def test_training_is_bitwise_the_same(tmp_path, measures):
     def run(callbacks: list[Any]) -> tuple[list[float], Any, torch.Tensor]:
@@ -211,7 +229,7 @@ def test_nan_pixels_and_too_few_pairs_are_told(tmp_path):
     expected = measure_alignment(make_llava(), clean)
     assert values["effective_rank/image"] == pytest.approx(expected["effective_rank/image"], rel=1e-4)
     one = collate_pairs(clip_examples(1))
-    with pytest.raises(ValueError, match=r"`k`|pairs|rows"):
+    with pytest.raises(ValueError, match=r"`probe` must hold at least 11 pairs for cka, mutual_knn, .* got 1"):
         measure_alignment(make_clip(), one)
 
 
