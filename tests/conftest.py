@@ -8,7 +8,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -68,6 +68,17 @@ def collate(examples: list[dict[str, Any]], *, side: str = "right") -> dict[str,
         return values + rest if side == "right" else rest + values
 
     return {key: torch.tensor([padded(e[key], fill) for e in examples]) for key, fill in padding.items()}
+
+
+@pytest.fixture
+def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A W&B session of this test's own: one that is running keeps its folder, and processes started later join it."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    yield tmp_path
+    wandb.teardown()
 
 
 @pytest.fixture(scope="session")

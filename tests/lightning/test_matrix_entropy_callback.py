@@ -98,7 +98,7 @@ def hooks_on(model: nn.Module) -> int:
 
 
 @BOTH
-def test_loggers_hold_the_values_at_the_right_steps(package, make_module, make_trainer, tmp_path, monkeypatch):
+def test_loggers_hold_the_values_at_the_right_steps(package, make_module, make_trainer, tmp_path, own_wandb):
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

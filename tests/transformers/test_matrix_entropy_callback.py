@@ -253,11 +253,10 @@ def test_best_model_and_early_stopping_by_effective_rank(make_trainer):
     assert trainer.state.best_metric == min(values)
 
 
-def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, tmp_path: Path, monkeypatch):
+def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, own_wandb, tmp_path: Path, monkeypatch):
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     trainer = make_trainer(
         [MatrixEntropyCallback(2)], report_to=["tensorboard", "wandb"], eval_strategy="steps", eval_steps=3
@@ -273,7 +272,7 @@ def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, tmp_p
     assert read == {step: pytest.approx(value) for step, value in logged.items()}
     assert [e.step for e in events.Scalars("eval/matrix_entropy/last")] == [3, 6]
 
-    history = read_history(tmp_path / "wandb")
+    history = read_history(own_wandb / "wandb")
     with_entropy = [row for row in history if "train/matrix_entropy/last" in row]
     assert {row["train/global_step"]: row["train/matrix_entropy/last"] for row in with_entropy} == logged
     assert all("train/loss" in row for row in with_entropy)
