@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.hooks import first_tensor
 from matent_callbacks.capture.quiet import run
 from matent_callbacks.capture.stack import unwrap
@@ -54,18 +53,17 @@ def dual_encoder_towers(
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, output: outputs.update({name: output})
 
-    handles = []
+    towers = {}
     for name in (image_name, text_name):
         try:
-            tower = inner.get_submodule(name)
+            towers[name] = inner.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"`towers` asks for {name!r}, and {type(inner).__name__} has no such module.") from error
-        handles.append(tower.register_forward_hook(keep(name)))
     whole: dict[str, Any] = {}
+    handles = [tower.register_forward_hook(keep(name)) for name, tower in towers.items()]
     handles.append(inner.register_forward_hook(lambda module, args, output: whole.update(output=output)))
     try:
-        with eagerly(inner):
-            run(inner, {key: value for key, value in batch.items() if key not in ("labels", "return_loss")})
+        run(inner, {key: value for key, value in batch.items() if key not in ("labels", "return_loss")})
     finally:
         for handle in handles:
             handle.remove()

@@ -236,8 +236,10 @@ def test_nan_pixels_and_too_few_pairs_are_told(tmp_path):
 def test_unsupported_models_and_bad_arguments_are_told(tmp_path, make_llama):
     with pytest.raises(ValueError, match=r"Stage 'vision_encoder' was not found in LlamaForCausalLM.*Pass `stages=`"):
         measure_alignment(make_llama(), collate_pairs(llava_examples(2)))
+    clip = make_clip()
     with pytest.raises(ValueError, match="`towers` asks for 'nothing'"):
-        measure_alignment(make_clip(), collate_pairs(clip_examples(12)), towers=("nothing", "text_model"))
+        measure_alignment(clip, collate_pairs(clip_examples(12)), towers=("vision_model", "nothing"))
+    assert not any(module._forward_hooks for module in clip.modules())
     for arguments, message in [
         ({"basis": "rank"}, "`basis` must be of effective_rank, entropy, got 'rank'"),
         ({"metrics": "rankme"}, "`metrics` must be of effective_rank, matrix_entropy, got 'rankme'"),
