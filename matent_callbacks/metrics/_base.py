@@ -26,6 +26,8 @@ class MergedMetric(Metric):
 
     _counters: tuple[str, ...]
     """States that are whole numbers."""
+    _state_type: Any
+    """The named tuple whose fields are states under the same names."""
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a value, or a list of values over steps, as torchmetrics does; without ``val``, what compute gives.
@@ -39,7 +41,23 @@ class MergedMetric(Metric):
         """
         return self._plot(val, ax)
 
+    def _add_states(self, empty: Any) -> None:
+        for name, state in empty._asdict().items():
+            self.add_state(name, state, dist_reduce_fx=None)
+
+    @property
+    def _state(self) -> Any:
+        return self._state_type(*(getattr(self, name) for name in self._state_type._fields))
+
+    @_state.setter
+    def _state(self, value: Any) -> None:
+        for name, state in value._asdict().items():
+            setattr(self, name, state)
+
     def _merge(self, incoming: dict[str, Tensor]) -> None:
+        self._join(self._state_type(*(incoming[name].to(self.device) for name in self._state_type._fields)))
+
+    def _join(self, other: Any) -> None:
         raise NotImplementedError
 
     def _all_reduce(self, group: Any) -> None:

@@ -55,6 +55,7 @@ class ImageTextAlignment(MergedMetric):
     num_sequences: Tensor
     num_nonfinite: Tensor
     mean: Tensor
+    _state_type = SequenceMean
     _counters = ("num_sequences", "num_nonfinite")
 
     def __init__(
@@ -71,9 +72,7 @@ class ImageTextAlignment(MergedMetric):
         super().__init__(**kwargs)
         self.basis = basis
         # One entry a stage, in the order of STAGES.
-        empty = _stacked([empty_sequence_mean(dtype=dtype)] * len(STAGES))
-        for name, state in empty._asdict().items():
-            self.add_state(name, state, dist_reduce_fx=None)
+        self._add_states(_stacked([empty_sequence_mean(dtype=dtype)] * len(STAGES)))
 
     def update(
         self,
@@ -104,8 +103,7 @@ class ImageTextAlignment(MergedMetric):
             "text": text,
             "image_text": image_text,
         }
-        batch = _stacked([self._of_stage(name, given[name]) for name in STAGES])
-        self._joined(batch)
+        self._join(_stacked([self._of_stage(name, given[name]) for name in STAGES]))
 
     def compute(self) -> Tensor:
         """Alignment of everything seen, ``()``."""
@@ -144,19 +142,11 @@ class ImageTextAlignment(MergedMetric):
                 prepare_tokens(states, valid, center=True, normalize=True, dtype=self.mean.dtype), center=True
             )
 
-    def _joined(self, other: SequenceMean) -> None:
-        mine = SequenceMean(*(getattr(self, name) for name in SequenceMean._fields))
-        for name, state in merge_sequence_means(mine, other)._asdict().items():
-            setattr(self, name, state)
-
-    def _merge(self, incoming: dict[str, Tensor]) -> None:
-        self._joined(SequenceMean(*(incoming[name].to(self.device) for name in SequenceMean._fields)))
+    def _join(self, other: SequenceMean) -> None:
+        self._state = merge_sequence_means(self._state, other)
 
     def _all_reduce(self, group: Any) -> None:
-        mine = SequenceMean(*(getattr(self, name) for name in SequenceMean._fields))
-        (total,) = all_reduce_sequence_means([mine], group)
-        for name, state in total._asdict().items():
-            setattr(self, name, state)
+        (self._state,) = all_reduce_sequence_means([self._state], group)
 
 
 def _stacked(means: list[SequenceMean]) -> SequenceMean:

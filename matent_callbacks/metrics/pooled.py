@@ -32,6 +32,7 @@ class _PooledMetric(TokenMetric):
     num_nonfinite: Tensor
     mean: Tensor
     scatter: Tensor
+    _state_type = Moments
     _counters = ("settings", "num_tokens", "num_sequences", "num_nonfinite")
 
     def __init__(
@@ -55,18 +56,7 @@ class _PooledMetric(TokenMetric):
             **kwargs,
         )
         self.center = center
-        empty = empty_moments(num_features or 0, dtype=dtype)
-        for name, state in empty._asdict().items():
-            self.add_state(name, state, dist_reduce_fx=None)
-
-    @property
-    def _moments(self) -> Moments:
-        return Moments(*(getattr(self, name) for name in Moments._fields))
-
-    @_moments.setter
-    def _moments(self, moments: Moments) -> None:
-        for name, state in moments._asdict().items():
-            setattr(self, name, state)
+        self._add_states(empty_moments(num_features or 0, dtype=dtype))
 
     @property
     def _state_dtype(self) -> torch.dtype:
@@ -78,26 +68,23 @@ class _PooledMetric(TokenMetric):
     def _accumulate(self, tokens: Tokens) -> None:
         self._join(token_moments(tokens))
 
-    def _merge(self, incoming: dict[str, Tensor]) -> None:
-        self._join(Moments(*(incoming[name].to(self.device) for name in Moments._fields)))
-
     def _join(self, other: Moments) -> None:
         mine, theirs = self.mean.shape[0], other.mean.shape[0]
         if mine and theirs and mine != theirs:
             raise ValueError(f"`incoming_state` must have {mine} features, got {theirs}.")
         if not theirs:
             return
-        self._moments = merge_moments(self._moments, other) if mine else other
+        self._state = merge_moments(self._state, other) if mine else other
 
     def _all_reduce(self, group: Any) -> None:
-        (self._moments,) = all_reduce_moments([self._moments], group)
+        (self._state,) = all_reduce_moments([self._state], group)
 
     def _entropy(self) -> Tensor:
         # The one look at a value on the device: no token, no entropy.
         if self.num_tokens == 0:
             return torch.full((), torch.nan, dtype=self.mean.dtype, device=self.mean.device)
         with full_precision(self.mean.device):
-            entropy = entropy_of_matrix(covariance(self._moments, center=self.center), alpha=self.alpha)
+            entropy = entropy_of_matrix(covariance(self._state, center=self.center), alpha=self.alpha)
         return entropy.to(self.mean.dtype)
 
 
@@ -161,7 +148,7 @@ class MatrixEntropy(_PooledMetric):
         entropy = self._entropy()
         if self.normalize_by is None:
             return entropy
-        rank = attainable_rank(self._moments, center=self.center)
+        rank = attainable_rank(self._state, center=self.center)
         return divide_by_log(entropy, rank, self.mean.shape[0], normalize_by=self.normalize_by)
 
 

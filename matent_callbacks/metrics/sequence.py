@@ -55,6 +55,7 @@ class SequenceMatrixEntropy(TokenMetric):
     num_sequences: Tensor
     num_nonfinite: Tensor
     mean: Tensor
+    _state_type = SequenceMean
     _counters = ("settings", "num_sequences", "num_nonfinite")
 
     def __init__(
@@ -82,8 +83,7 @@ class SequenceMatrixEntropy(TokenMetric):
         self.center = center
         self.normalize_by = normalize_by
         self._seen_features = num_features
-        for name, state in empty_sequence_mean(dtype=dtype)._asdict().items():
-            self.add_state(name, state, dist_reduce_fx=None)
+        self._add_states(empty_sequence_mean(dtype=dtype))
 
     def compute(self) -> Tensor:
         """Mean entropy of the sequences seen, ``()``, in nats or as ``normalize_by`` says."""
@@ -95,15 +95,6 @@ class SequenceMatrixEntropy(TokenMetric):
         self._seen_features = self.num_features
 
     @property
-    def _sequence_mean(self) -> SequenceMean:
-        return SequenceMean(*(getattr(self, name) for name in SequenceMean._fields))
-
-    @_sequence_mean.setter
-    def _sequence_mean(self, value: SequenceMean) -> None:
-        for name, state in value._asdict().items():
-            setattr(self, name, state)
-
-    @property
     def _state_dtype(self) -> torch.dtype:
         return self.mean.dtype
 
@@ -112,15 +103,13 @@ class SequenceMatrixEntropy(TokenMetric):
 
     def _accumulate(self, tokens: Tokens) -> None:
         self._seen_features = tokens.values.shape[-1]
-        batch = sequence_mean(tokens, center=self.center, alpha=self.alpha, normalize_by=self.normalize_by)
-        self._sequence_mean = merge_sequence_means(self._sequence_mean, batch)
+        self._join(sequence_mean(tokens, center=self.center, alpha=self.alpha, normalize_by=self.normalize_by))
 
-    def _merge(self, incoming: dict[str, Tensor]) -> None:
-        other = SequenceMean(*(incoming[name].to(self.device) for name in SequenceMean._fields))
-        self._sequence_mean = merge_sequence_means(self._sequence_mean, other)
+    def _join(self, other: SequenceMean) -> None:
+        self._state = merge_sequence_means(self._state, other)
 
     def _all_reduce(self, group: Any) -> None:
-        (self._sequence_mean,) = all_reduce_sequence_means([self._sequence_mean], group)
+        (self._state,) = all_reduce_sequence_means([self._state], group)
 
 
 class SequenceEffectiveRank(SequenceMatrixEntropy):
