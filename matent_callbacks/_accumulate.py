@@ -1,39 +1,22 @@
-"""What the layers accumulate during one reading, and how all of them become numbers together."""
+"""What a layer accumulates during one reading."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from matent_callbacks._catalogue import CATALOGUE, Source
-from matent_callbacks._distributed import all_reduce_moments, all_reduce_sequence_means, is_distributed
+from matent_callbacks._catalogue import Source
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import check_hidden_states, prepare_tokens
-from matent_callbacks.functional.entropy import spectral_summary
-from matent_callbacks.functional.moments import (
-    Center,
-    Moments,
-    covariance,
-    empty_moments,
-    merge_moments,
-    token_moments,
-)
+from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
+from matent_callbacks.functional.moments import Moments, covariance, empty_moments, merge_moments, token_moments
 from matent_callbacks.functional.sequences import (
     SequenceMean,
     empty_sequence_mean,
     merge_sequence_means,
     sequence_mean,
 )
-from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
-
-# Covariances of at most so many numbers are decomposed in one call: batching gains nothing beyond, and their memory
-# is taken twice while it lasts.
-_BATCH_NUMBERS = 2**25
 
 
 class LayerAccumulator:
@@ -42,14 +25,15 @@ class LayerAccumulator:
     def __init__(
         self, sources: frozenset[Source], *, max_tokens: int | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.moments: dict[Source, Moments] = {
-            source: empty_moments(0, dtype=dtype, device=device) for source in sorted(sources - {"sequence"})
+        kinds: tuple[Source, ...] = ("pooled", "raw")
+        self.tokens: dict[Source, PooledTokens] = {
+            kind: PooledTokens(kind, dtype, device) for kind in kinds if kind in sources
         }
         self.sequences = empty_sequence_mean(dtype=dtype, device=device) if "sequence" in sources else None
         self._max_tokens = max_tokens
         self._slots = 0
         self._dtype = dtype
-        self._device = device
+        self.device = device
 
     def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
         """Add the tokens of one forward."""
@@ -59,26 +43,18 @@ class LayerAccumulator:
         if mask.numel() == 0:
             return
         with full_precision(states.device):
-            if "pooled" in self.moments or self.sequences is not None:
+            if "pooled" in self.tokens or self.sequences is not None:
                 tokens = prepare_tokens(states, mask, center=True, normalize=True, dtype=self._dtype)
-                if "pooled" in self.moments:
-                    self._add("pooled", token_moments(tokens))
+                if "pooled" in self.tokens:
+                    self.tokens["pooled"].add(tokens)
                 if self.sequences is not None:
-                    batch = SequenceMean(*self._home(sequence_mean(tokens, center=True)))
-                    self.sequences = merge_sequence_means(self.sequences, batch)
-            if "raw" in self.moments:
+                    batch = sequence_mean(tokens, center=True)
+                    # The layers of a model that is spread over several devices come together on one.
+                    home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
+                    self.sequences = merge_sequence_means(self.sequences, home)
+            if "raw" in self.tokens:
                 raw = prepare_tokens(states, mask, center=False, normalize=False, dtype=self._dtype)
-                self._add("raw", token_moments(raw))
-
-    def _add(self, source: Source, batch: Moments) -> None:
-        seen, batch = self.moments[source], Moments(*self._home(batch))
-        if seen.mean.shape[0] not in (0, batch.mean.shape[0]):
-            raise ValueError(f"it had {seen.mean.shape[0]} features before and has {batch.mean.shape[0]} now.")
-        self.moments[source] = merge_moments(seen, batch) if seen.mean.shape[0] else batch
-
-    def _home(self, state: tuple[Tensor, ...]) -> list[Tensor]:
-        # The layers of a model that is spread over several devices come together on one.
-        return [tensor.to(self._device) for tensor in state]
+                self.tokens["raw"].add(raw)
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
@@ -93,71 +69,85 @@ class LayerAccumulator:
         return states, mask & (position <= left)
 
 
-class Reading(NamedTuple):
-    """The numbers of one layer."""
+class Matrix(NamedTuple):
+    """What is decomposed of one layer: its non-zero eigenvalues are those of the covariance of the tokens."""
 
-    values: dict[str, float]
-    """By metric; one that is not defined, as where no token was seen, is not there."""
-    nonfinite: int
+    matrix: Tensor
+    """``(k, k)``: covariance, or Gram matrix of fewer tokens than features."""
+    num_features: int
+    """d; 0 where no token was seen."""
+    num_tokens: Tensor
+    """``()``."""
+    num_nonfinite: Tensor
+    """``()``."""
+
+    def to_cpu(self) -> Matrix:
+        """All of it in the host's memory."""
+        return Matrix(self.matrix.cpu(), self.num_features, self.num_tokens.cpu(), self.num_nonfinite.cpu())
 
 
-def compute_readings(accumulators: Mapping[str, LayerAccumulator], metrics: Sequence[str]) -> dict[str, Reading]:
-    """The chosen metrics of every layer: one reduction, one batched decomposition per shape, one transfer.
+class PooledTokens:
+    """All tokens of one source: themselves while they are fewer than d, their moments from then on.
 
-    Every rank makes the same collective calls, whatever its layers have seen.
+    Either way no more than d^2 numbers are kept. The Gram matrix of N tokens costs N^2 d to make and N^3 to decompose
+    where the covariance costs N d^2 and d^3.
     """
-    layers = list(accumulators.values())
-    quantities: dict[str, list[Tensor]] = {}
-    nonfinite: list[Tensor] = []
-    for source in layers[0].moments:
-        moments = [layer.moments[source] for layer in layers]
-        if is_distributed():
-            moments = all_reduce_moments(moments)
-        summaries = _summaries(moments, center="sequence" if source == "pooled" else None)
-        nonfinite = [m.num_nonfinite for m in moments]
-        for name in metrics:
-            if CATALOGUE[name] == source:
-                quantities[name] = [summary[name] for summary in summaries]
-    means = [layer.sequences for layer in layers if layer.sequences is not None]
-    if means:
-        if is_distributed():
-            means = all_reduce_sequence_means(means)
-        nonfinite = [m.num_nonfinite for m in means]
-        entropy = [torch.where(m.num_sequences > 0, m.mean, torch.nan) for m in means]
-        of_sequences = {"sequence_matrix_entropy": entropy, "sequence_effective_rank": [e.exp() for e in entropy]}
-        quantities.update({name: of_sequences[name] for name in metrics if name in of_sequences})
-    *rows, bad = _to_host([*quantities.values(), nonfinite])
-    values = [dict(zip(quantities, column, strict=True)) for column in zip(*rows, strict=True)]
-    return {
-        layer: Reading({name: value for name, value in own.items() if math.isfinite(value)}, int(count))
-        for layer, own, count in zip(accumulators, values, bad, strict=True)
-    }
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self._source = source
+        self._moments = empty_moments(0, dtype=dtype, device=device)
+        self._kept: list[Tokens] = []
+        self._num_kept = 0
+        self._device = device
+
+    def add(self, tokens: Tokens) -> None:
+        """Add a batch; an error leaves what was there."""
+        width = tokens.values.shape[-1]
+        if self._num_features not in (0, width):
+            raise ValueError(f"it had {self._num_features} features before and has {width} now.")
+        # By shape: how many of them count is known on the device only.
+        slots = tokens.valid.numel()
+        if self._moments.mean.shape[0] == 0 and self._num_kept + slots <= width:
+            self._kept.append(tokens)
+            self._num_kept += slots
+            return
+        self._merge_kept()
+        self._merge(tokens)
+
+    def moments(self) -> Moments:
+        """Of all tokens; with d = 0 while none was seen."""
+        self._merge_kept()
+        return self._moments
+
+    def matrix(self) -> Matrix:
+        """The smaller of Gram matrix and covariance."""
+        if not self._kept:
+            return moments_matrix(self._moments, self._source)
+        z = torch.cat([tokens.values.flatten(0, 1).to(self._device) for tokens in self._kept])
+        # As in `covariance`: the mean of tokens that were not centred would wipe out the small eigenvalues.
+        z = z.double() if self._source == "raw" and z.device.type != "mps" else z
+        valid = torch.stack([tokens.valid.sum().to(self._device) for tokens in self._kept])
+        nonfinite = torch.stack([tokens.nonfinite.to(self._device) for tokens in self._kept])
+        with full_precision(z.device):
+            return Matrix(z @ z.T, z.shape[1], valid.sum(), nonfinite.sum())
+
+    @property
+    def _num_features(self) -> int:
+        return self._kept[0].values.shape[-1] if self._kept else self._moments.mean.shape[0]
+
+    def _merge_kept(self) -> None:
+        kept, self._kept, self._num_kept = self._kept, [], 0
+        for tokens in kept:
+            self._merge(tokens)
+
+    def _merge(self, tokens: Tokens) -> None:
+        with full_precision(tokens.values.device):
+            batch = Moments(*(tensor.to(self._device) for tensor in token_moments(tokens)))
+        self._moments = merge_moments(self._moments, batch) if self._moments.mean.shape[0] else batch
 
 
-def _summaries(moments: Sequence[Moments], *, center: Center) -> list[dict[str, Tensor]]:
-    """:func:`spectral_summary` of each, decomposed in batches of one shape; NaN where no token was seen."""
-    by_width: dict[int, list[int]] = defaultdict(list)
-    for index, m in enumerate(moments):
-        by_width[m.mean.shape[0]].append(index)
-    found: dict[int, dict[str, Tensor]] = {}
-    for width, indices in by_width.items():
-        size = max(1, _BATCH_NUMBERS // max(width, 1) ** 2)
-        for batch in (indices[start : start + size] for start in range(0, len(indices), size)):
-            if width == 0:
-                nan = moments[batch[0]].mean.new_full((len(batch),), torch.nan)
-                summary = dict.fromkeys(CATALOGUE, nan)
-            else:
-                with full_precision(moments[batch[0]].mean.device):
-                    covariances = torch.stack([covariance(moments[i], center=center) for i in batch])
-                    summary = spectral_summary(unit_trace_eigenvalues(covariances))
-            for row, index in enumerate(batch):
-                seen = moments[index].num_tokens > 0
-                found[index] = {name: torch.where(seen, value[row], torch.nan) for name, value in summary.items()}
-    return [found[index] for index in range(len(moments))]
-
-
-def _to_host(rows: Sequence[Sequence[Tensor]]) -> list[list[float]]:
-    # MPS has no float64.
-    dtype = torch.float32 if rows[0][0].device.type == "mps" else torch.float64
-    table = torch.stack([torch.stack([value.to(dtype) for value in row]) for row in rows])
-    return table.tolist()
+def moments_matrix(moments: Moments, source: Source) -> Matrix:
+    """The covariance that ``source`` means."""
+    with full_precision(moments.mean.device):
+        matrix = covariance(moments, center="sequence" if source == "pooled" else None)
+    return Matrix(matrix, moments.mean.shape[0], moments.num_tokens, moments.num_nonfinite)

@@ -20,6 +20,7 @@ CATALOGUE: dict[str, Source] = {
     "top_share": "pooled",
     "numerical_rank": "pooled",
     "alpha_req": "pooled",
+    "spectrum": "pooled",
     "rankme": "raw",
     "sequence_matrix_entropy": "sequence",
     "sequence_effective_rank": "sequence",

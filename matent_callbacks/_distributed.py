@@ -1,8 +1,8 @@
-"""Bringing the statistics of all ranks together by all-reduce: O(d^2) numbers a rank, whatever the world size."""
+"""Bringing the statistics of all ranks together: O(d^2) numbers a rank and layer, whatever the world size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,16 +19,54 @@ def is_distributed() -> bool:
 
 def all_reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
     """Moments of the tokens of all ranks. Every rank calls this with as many; one without tokens learns d here."""
+    widths = agreed_widths(moments, group)
+    if None in widths:
+        raise ValueError("`hidden_states` must have as many features on every rank as on the others.")
+    common = []
+    for counts, mean, packed in _about_the_common_mean(moments, widths, group):
+        if packed.numel():
+            dist.all_reduce(packed, group=group)
+        common.append(Moments(counts[0], counts[1], counts[2], mean, unpack_symmetric(packed, mean.shape[0])))
+    return common
+
+
+def share_moments(moments: Sequence[Moments], widths: Sequence[int | None]) -> list[Moments | None]:
+    """The moments of all ranks' tokens, each on one rank only: the i-th on :func:`owner_of` i.
+
+    ``widths`` is what :func:`agreed_widths` gave; where it is ``None`` nothing is sent and no rank has anything.
+    """
+    shared_out: list[Moments | None] = [None] * len(moments)
+    usable = [index for index, width in enumerate(widths) if width is not None]
+    reduced = _about_the_common_mean([moments[i] for i in usable], [widths[i] for i in usable], None)
+    for index, (counts, mean, packed) in zip(usable, reduced, strict=True):
+        if packed.numel():
+            dist.reduce(packed, dst=owner_of(index))
+        if owner_of(index) == dist.get_rank():
+            shared_out[index] = Moments(counts[0], counts[1], counts[2], mean, unpack_symmetric(packed, mean.shape[0]))
+    return shared_out
+
+
+def owner_of(index: int) -> int:
+    """The rank that decomposes the i-th matrix."""
+    return index % dist.get_world_size()
+
+
+def agreed_widths(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[int | None]:
+    """Number of features of each on all ranks: 0 where none has seen a token, ``None`` where ranks differ."""
     if not moments:
         return []
-    features = torch.tensor([m.mean.shape[0] for m in moments], device=moments[0].mean.device)
-    dist.all_reduce(features, op=dist.ReduceOp.MAX, group=group)
-    counts = torch.stack([torch.stack(m[:3]) for m in moments])
-    dist.all_reduce(counts, group=group)
-    return [
-        _all_reduce_one(_widened(m, d), total, group)
-        for m, d, total in zip(moments, features.tolist(), counts, strict=True)
-    ]
+    unseen = torch.iinfo(torch.int64).max
+    own = [m.mean.shape[0] for m in moments]
+    table = torch.tensor([own, [-(width or unseen) for width in own]], device=moments[0].mean.device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    return [widest if widest in (0, -negative) else None for widest, negative in table.T.tolist()]
+
+
+def agreed_failures(failed: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of them failed on any rank."""
+    flags = torch.tensor(failed, dtype=torch.int64, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def all_reduce_sequence_means(
@@ -45,19 +83,52 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
-def _all_reduce_one(moments: Moments, counts: Tensor, group: dist.ProcessGroup | None) -> Moments:
-    mean = moments.mean * _ratio(moments.num_tokens, counts[0], moments.mean.dtype)
-    dist.all_reduce(mean, group=group)
-    # Chan et al. 1979: each rank's scatter about the common mean, so that the sum needs no further term.
-    offset = moments.mean - mean
-    shifted = moments.scatter.addr(offset, offset * moments.num_tokens)
-    upper = torch.triu_indices(*shifted.shape, device=shifted.device)
-    packed = shifted[upper[0], upper[1]]
-    dist.all_reduce(packed, group=group)
-    scatter = torch.zeros_like(shifted)
-    scatter[upper[0], upper[1]] = packed
-    scatter = scatter + scatter.triu(1).T
-    return Moments(counts[0], counts[1], counts[2], mean, scatter)
+def _about_the_common_mean(
+    moments: Sequence[Moments], widths: Sequence[int | None], group: dist.ProcessGroup | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Counts and mean of all ranks, and this rank's scatter about that mean, packed: their sum needs no further term.
+
+    Chan et al. 1979. One layer at a time, so that no more than one scatter is there twice.
+    """
+    if not moments:
+        return
+    ready = [_widened(m, width) for m, width in zip(moments, widths, strict=True) if width is not None]
+    counts = torch.stack([torch.stack(m[:3]) for m in ready])
+    dist.all_reduce(counts, group=group)
+    means = torch.cat(
+        [m.mean * _ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(ready, counts, strict=True)]
+    )
+    if means.numel():
+        dist.all_reduce(means, group=group)
+    for m, total, mean in zip(ready, counts, torch.split(means, [m.mean.shape[0] for m in ready]), strict=True):
+        offset = m.mean - mean
+        yield total, mean.clone(), pack_symmetric(m.scatter.addr(offset, offset * m.num_tokens))
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """``(d, d)`` to ``(ceil(d / 2), d + 1)``: one half, by slices, since indices would take more than what they save.
+
+    The two triangles on the diagonal fit into each other, beside the block that is off it.
+    """
+    d = matrix.shape[0]
+    half = (d + 1) // 2
+    packed = matrix.new_zeros(half, d + 1)
+    packed[:, :half] = matrix[:half, :half].tril()
+    packed[: d - half, 1 : d - half + 1] += matrix[half:, half:].triu()
+    packed[:, half + 1 :] = matrix[:half, half:]
+    return packed
+
+
+def unpack_symmetric(packed: Tensor, num_features: int) -> Tensor:
+    """The inverse of :func:`pack_symmetric`."""
+    d, half = num_features, packed.shape[0]
+    matrix = packed.new_empty(d, d)
+    lower, upper = packed[:, :half].tril(), packed[: d - half, 1 : d - half + 1].triu()
+    matrix[:half, :half] = lower + lower.tril(-1).T
+    matrix[half:, half:] = upper + upper.triu(1).T
+    matrix[:half, half:] = packed[:, half + 1 :]
+    matrix[half:, :half] = packed[:, half + 1 :].T
+    return matrix
 
 
 def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:

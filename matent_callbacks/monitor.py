@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._accumulate import LayerAccumulator, compute_readings
+from matent_callbacks._accumulate import LayerAccumulator
 from matent_callbacks._catalogue import CATALOGUE, check_metrics
+from matent_callbacks._readings import PendingReadings, Readings
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.capture.quiet import quiet, run
@@ -33,8 +36,10 @@ class EntropyMonitor:
         metrics: Names of the catalogue. Of one covariance of all tokens, each centred by its sequence and scaled to
             unit length: ``matrix_entropy`` and ``renyi_2`` (nats), ``normalized_matrix_entropy`` (over log d),
             ``effective_rank``, ``participation_ratio``, ``stable_rank``, ``numerical_rank`` (dimensions),
-            ``top_share``, ``alpha_req``. Of the tokens as they are: ``rankme``. Of each sequence, then averaged, as
-            in the paper: ``sequence_matrix_entropy`` (nats), ``sequence_effective_rank``.
+            ``top_share``, ``alpha_req``, and ``spectrum``, which is logged as ``spectrum_top_1``, ``_2``, ``_4``, ...:
+            the share of the spread in so many of the strongest directions. Of the tokens as they are: ``rankme``. Of
+            each sequence, then averaged, as in the paper: ``sequence_matrix_entropy`` (nats),
+            ``sequence_effective_rank``.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
@@ -125,19 +130,42 @@ class EntropyMonitor:
         ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
         saw no valid token is left out with a warning.
         """
+        return self._begin(None)()
+
+    def compute_later(self) -> Callable[[], dict[str, float]]:
+        """As :meth:`compute`, with the decompositions in a thread of their own, on the CPU, while the program goes on.
+
+        Returns:
+            A function that waits for them and returns what :meth:`compute` would have. In a distributed run every rank
+            has to call it, at the same place.
+        """
+        return self._begin(_background())
+
+    def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
         accumulators = self._accumulators
         self.reset()
-        readings = compute_readings(accumulators, self.metrics)
-        empty = [layer for layer, reading in readings.items() if not reading.values and layer not in self._failed]
+        pending = PendingReadings(accumulators, self.metrics, failed=self._failed, executor=executor)
+        return lambda: self._named(pending.result())
+
+    def _named(self, readings: Readings) -> dict[str, float]:
+        elsewhere = readings.failed - self._failed
+        if elsewhere:
+            self._failed |= elsewhere
+            warnings.warn(
+                f"Left out, since ranks failed to read them or differ in their width: {', '.join(sorted(elsewhere))}.",
+                stacklevel=3,
+            )
+        empty = [layer for layer, values in readings.values.items() if not values]
         if empty:
-            warnings.warn(f"No valid token was seen, so there is no reading of: {', '.join(empty)}.", stacklevel=2)
+            warnings.warn(f"No valid token was seen, so there is no reading of: {', '.join(empty)}.", stacklevel=3)
+        names = dict.fromkeys(name for values in readings.values.values() for name in values)
         result = {
-            f"{metric}/{layer}": reading.values[metric]
-            for metric in self.metrics
-            for layer, reading in readings.items()
-            if metric in reading.values
+            f"{name}/{layer}": values[name]
+            for name in names
+            for layer, values in readings.values.items()
+            if name in values
         }
-        bad = {f"nonfinite_tokens/{layer}": float(r.nonfinite) for layer, r in readings.items() if r.nonfinite}
+        bad = {f"nonfinite_tokens/{layer}": float(count) for layer, count in readings.nonfinite.items() if count}
         return {**result, **bad}
 
     def reset(self) -> None:
@@ -163,3 +191,8 @@ class EntropyMonitor:
                 raise RuntimeError(message) from error
             self._failed |= {layer} if layer in self.layers else set(self.layers)
             warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
+
+
+@functools.cache
+def _background() -> Executor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="matent_callbacks")

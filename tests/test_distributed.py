@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from matent_callbacks import EffectiveRank, EntropyMonitor, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+from matent_callbacks import (
+    EffectiveRank,
+    EntropyMonitor,
+    MatrixEntropy,
+    SequenceEffectiveRank,
+    SequenceMatrixEntropy,
+    _readings,
+)
+from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
 from tests.ranks import run_on_ranks
+
+WIDTH = 12
 
 
 def collection(**arguments: Any) -> MetricCollection:
@@ -31,7 +44,7 @@ def share(rank: int) -> list[torch.Tensor]:
     if rank == 1:
         return []
     generator = torch.Generator().manual_seed(rank)
-    return [1000 + torch.randn(1 + rank, 9 + 4 * i + rank, 12, generator=generator) for i in range(3)]
+    return [1000 + torch.randn(1 + rank, 9 + 4 * i + rank, WIDTH, generator=generator) for i in range(3)]
 
 
 def metrics_on_rank(rank: int, world_size: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
@@ -84,7 +97,7 @@ def test_a_gather_of_the_users_own_is_used():
 class Blocks(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(12, 12)) for _ in range(2))
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH)) for _ in range(2))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -103,15 +116,97 @@ def monitored(ranks: list[int]) -> dict[str, float]:
     return monitor.compute()
 
 
-def monitor_on_rank(rank: int, world_size: int) -> dict[str, float]:
-    return monitored([rank])
+def monitor_on_rank(rank: int, world_size: int) -> tuple[dict[str, float], list[tuple[str, int]], list[int]]:
+    decomposed = []
+
+    def spy(matrices: torch.Tensor) -> torch.Tensor:
+        decomposed.append(len(matrices))
+        return unit_trace_eigenvalues(matrices)
+
+    with Collectives() as collectives, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_readings, "unit_trace_eigenvalues", spy)
+        values = monitored([rank])
+    return values, collectives.sent, decomposed
+
+
+class Collectives(TorchDispatchMode):
+    """Notes every collective call and how many numbers it was given, whatever function it was made through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((func._schema.name.split("::")[1], sum(tensor.numel() for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_monitor_has_the_values_of_all_ranks(world_size):
+def test_monitor_has_the_values_of_all_ranks_and_shares_the_work_out(world_size):
     results = run_on_ranks(monitor_on_rank, world_size)
     expected = {key: pytest.approx(value, rel=1e-5) for key, value in monitored(list(range(world_size))).items()}
     assert len(expected) == 9
-    for result in results:
-        assert result == expected
-        assert result == results[0]
+    layers, covariances, d = 3, 6, WIDTH
+    for values, sent, decomposed in results:
+        assert values == expected
+        assert values == results[0][0]
+        # Three layers twice, pooled and raw, shared out.
+        assert sum(decomposed) in (covariances // world_size, -(-covariances // world_size))
+        assert {name for name, _ in sent} == {"allreduce_", "reduce_"}
+        halves = [size for name, size in sent if name == "reduce_"]
+        assert halves == [d * (d + 1) // 2] * covariances
+        # Widths, counts and means; then every number that is read, once.
+        assert sum(size for name, size in sent if name == "allreduce_") <= covariances * (d + 5) + layers * 10 + 20
+    assert sum(sum(decomposed) for _, _, decomposed in results) == covariances
+
+
+def failing_monitor_on_rank(rank: int, world_size: int, fault: str) -> Any:
+    torch.manual_seed(0)
+    model = Blocks()
+    if fault == "layer" and rank == 1:
+        model.layers[0].register_forward_hook(lambda *_: torch.zeros(2, 3, 4, WIDTH))
+    if fault == "width" and rank == 1:
+        model.layers[0][0], model.layers[1][0] = torch.nn.Linear(WIDTH, 7), torch.nn.Linear(7, WIDTH)
+    monitor = EntropyMonitor(
+        model, layers="all", metrics=("matrix_entropy", "sequence_matrix_entropy"), on_error="warn"
+    )
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        if fault == "decomposition" and rank == 1:
+            patch.setattr(_readings, "unit_trace_eigenvalues", lambda _: 1 / 0)
+        with monitor:
+            model(torch.randn(2, 5, WIDTH))
+        try:
+            values = monitor.compute()
+        except RuntimeError as error:
+            values = str(error)
+    patch.undo()
+    with monitor:
+        model(torch.randn(2, 5, WIDTH))
+    return values, monitor.compute(), [str(warning.message) for warning in caught]
+
+
+def test_a_layer_that_one_rank_fails_to_read_is_left_out_on_all():
+    results = run_on_ranks(failing_monitor_on_rank, 2, "layer")
+    (first, second, said), (_, _, own) = results[0], results[1]
+    assert set(first) == set(second) == {"matrix_entropy/layer_00", "sequence_matrix_entropy/layer_00"}
+    assert results[1][:2] == (first, second)
+    assert said == ["Left out, since ranks failed to read them or differ in their width: last, layer_01."]
+    assert any("Reading layer 'layer_01' failed" in message for message in own)
+
+
+def test_a_layer_that_is_wider_on_one_rank_is_left_out_on_all():
+    for values, _, said in run_on_ranks(failing_monitor_on_rank, 2, "width"):
+        assert "matrix_entropy/layer_00" in values
+        assert "matrix_entropy/layer_01" not in values
+        assert said == ["Left out, since ranks failed to read them or differ in their width: layer_01."]
+
+
+def test_a_decomposition_that_fails_on_one_rank_is_told_on_all_and_the_next_reading_is_right():
+    results = run_on_ranks(failing_monitor_on_rank, 2, "decomposition")
+    for first, second, _ in results:
+        assert first == "The decomposition failed on 1 rank(s)."
+        assert second == results[0][1]
+        assert "matrix_entropy/last" in second

@@ -28,7 +28,8 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
     with monitor:
         model(**batch)
     readings = monitor.compute()
-    assert set(readings) == {f"{name}/last" for name in CATALOGUE}
+    shares = {f"spectrum_top_{k}": k for k in (1, 2, 4, 8, 16)}
+    assert set(readings) == {f"{name}/last" for name in (*CATALOGUE, *shares) if name != "spectrum"}
 
     hidden, mask = hidden_states(model, batch), batch["attention_mask"]
     rows = torch.cat([z[m.bool()] for z, m in zip(hidden, mask, strict=True)]).double()
@@ -36,6 +37,8 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
     pooled = spectral_summary(spectrum(own_centre, center=False))
     raw = spectral_summary(spectrum(rows, center=False, normalize=False))
     expected = {name: (raw if source == "raw" else pooled).get(name) for name, source in CATALOGUE.items()}
+    del expected["spectrum"]
+    expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [
         ("sequence_matrix_entropy", SequenceMatrixEntropy),
         ("sequence_effective_rank", SequenceEffectiveRank),
@@ -69,6 +72,17 @@ def test_compute_pools_the_forwards_since_the_last_and_starts_afresh(make_llama)
     assert monitor.compute() == {"effective_rank/last": pytest.approx(expected(batches[2]), rel=1e-5)}
     with pytest.warns(UserWarning, match="No valid token was seen, so there is no reading of: last"):
         assert monitor.compute() == {}
+
+
+def test_compute_later_gives_the_same_numbers(make_llama, batch):
+    model = make_llama(dropout=0.0)
+    monitor = EntropyMonitor(model, layers="all", metrics=("matrix_entropy", "rankme", "sequence_effective_rank"))
+    with monitor:
+        model(**batch)
+    finish = monitor.compute_later()
+    with monitor:
+        model(**batch)
+    assert finish() == monitor.compute()
 
 
 def test_read_leaves_no_trace(make_llama, batch):

@@ -94,20 +94,20 @@ def effective_rank(
     return matrix_entropy(hidden_states, attention_mask, center=center, normalize=normalize, alpha=alpha).exp()
 
 
-def spectral_summary(eigenvalues: Tensor) -> dict[str, Tensor]:
+def spectral_summary(eigenvalues: Tensor, *, num_features: int | None = None) -> dict[str, Tensor]:
     r"""Everything that follows from one spectrum.
 
     With the eigenvalues scaled to sum 1 and :math:`\sigma_j = \sqrt{l_j}`:
 
     ============================  ===================================================================================
     ``matrix_entropy``            :math:`-\sum_j l_j \log l_j`, nats (arXiv 2401.17139)
-    ``normalized_matrix_entropy`` that, divided by ``log k``; k is d when the covariance was decomposed
+    ``normalized_matrix_entropy`` that, divided by ``log d``
     ``effective_rank``            exp of the entropy (Roy & Vetterli 2007)
     ``renyi_2``                   :math:`-\log \sum_j l_j^2`, nats
     ``participation_ratio``       :math:`(\sum_j l_j)^2 / \sum_j l_j^2`
     ``stable_rank``               :math:`\sum_j l_j / \max_j l_j`
     ``top_share``                 :math:`\max_j l_j / \sum_j l_j`
-    ``numerical_rank``            eigenvalues above ``k * eps * max`` of their dtype
+    ``numerical_rank``            eigenvalues above ``d * eps * max`` of their dtype
     ``alpha_req``                 -slope of :math:`\log l_j` over :math:`\log j`, least squares above that threshold
                                   (Agrawal et al. 2022, alpha-ReQ); NaN for fewer than two eigenvalues
     ``rankme``                    exp of the entropy of :math:`\sigma_j / \sum \sigma` (Garrido et al. 2023, arXiv
@@ -116,6 +116,7 @@ def spectral_summary(eigenvalues: Tensor) -> dict[str, Tensor]:
 
     Args:
         eigenvalues: ``(..., k)``, non-negative, in descending order, of any scale.
+        num_features: d, where it is more than k: the eigenvalues are those of a Gram matrix. ``None``: k.
 
     Returns:
         A tensor ``(...)`` for each name of the table.
@@ -135,7 +136,7 @@ def spectral_summary(eigenvalues: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"`eigenvalues` must be a floating point tensor, got {_describe(eigenvalues)}.")
     if eigenvalues.ndim == 0 or eigenvalues.shape[-1] == 0:
         raise ValueError(f"`eigenvalues` must have shape (..., k) with k >= 1, got {tuple(eigenvalues.shape)}.")
-    size = eigenvalues.shape[-1]
+    size = num_features or eigenvalues.shape[-1]
     total = eigenvalues.sum(-1, keepdim=True)
     l = eigenvalues / torch.where(total > 0, total, 1.0)  # noqa: E741 - the formulas' own name
     entropy = entropy_of_eigenvalues(l)

@@ -1,0 +1,215 @@
+"""How the statistics of all layers become numbers together: shared out over the ranks, decomposed in batches."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from matent_callbacks._accumulate import LayerAccumulator, Matrix, moments_matrix
+from matent_callbacks._catalogue import CATALOGUE, Source
+from matent_callbacks._distributed import (
+    agreed_failures,
+    agreed_widths,
+    all_reduce_sequence_means,
+    is_distributed,
+    share_moments,
+)
+from matent_callbacks.functional.entropy import spectral_summary
+from matent_callbacks.functional.sequences import SequenceMean
+from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
+
+# Matrices of at most so many numbers are decomposed in one call: batching gains nothing beyond, and their memory is
+# taken twice while it lasts.
+_BATCH_NUMBERS = 2**25
+_NONFINITE = "nonfinite_tokens"
+
+_Unit = tuple[Source, str]
+"""What has a spectrum of its own: a layer, by how its tokens were prepared."""
+
+
+class Readings(NamedTuple):
+    """The numbers of all layers."""
+
+    values: dict[str, dict[str, float]]
+    """By layer and name; one that is not defined, as where no token was seen, is not there."""
+    nonfinite: dict[str, int]
+    failed: set[str]
+    """Layers that were left out on some rank, and so on all."""
+
+
+class PendingReadings:
+    """The readings of all layers, begun: their moments are where they are decomposed, and :meth:`result` does the rest.
+
+    In a distributed run the moments of each layer travel to one rank, which decomposes it, and then the numbers to
+    all. Every rank makes the same collective calls, here and in :meth:`result`, whatever its layers have seen. With an
+    ``executor`` the decompositions are its work meanwhile, on the CPU.
+    """
+
+    def __init__(
+        self,
+        accumulators: Mapping[str, LayerAccumulator],
+        metrics: Sequence[str],
+        *,
+        failed: Collection[str] = (),
+        executor: Executor | None = None,
+    ) -> None:
+        self._device = next(iter(accumulators.values())).device
+        self._distributed = is_distributed()
+        gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
+        self._names = {unit: _names(unit[0], metrics, width) for unit, width in gathered.widths.items()}
+        self._sequence_names = _names("sequence", metrics, 0)
+        self._gathered = gathered
+        self._found: Future[dict[_Unit, Tensor]] | None = None
+        if executor is not None:
+            matrices = {unit: matrix.to_cpu() for unit, matrix in gathered.matrices.items()}
+            gathered.matrices.clear()
+            self._found = executor.submit(_decompose, matrices, self._names)
+
+    def result(self) -> Readings:
+        """The numbers, on every rank the same, bit by bit."""
+        error: Exception | None = None
+        found: dict[_Unit, Tensor] = {}
+        try:
+            found = self._found.result() if self._found else _decompose(self._gathered.matrices, self._names)
+        except Exception as raised:
+            if not self._distributed:
+                raise
+            # The other ranks wait for this one's numbers.
+            error = raised
+        pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
+        own_sequences = not self._distributed or dist.get_rank() == 0
+        for mean in self._gathered.sequences.values():
+            of_sequences = _sequence_numbers(mean, self._sequence_names) if own_sequences else None
+            pieces.append(self._piece(of_sequences, len(self._sequence_names)))
+        pieces.append(self._piece(None, 1) + float(error is not None))
+        table = torch.cat(pieces)
+        if self._distributed:
+            dist.all_reduce(table)
+        *numbers, num_failed = table.tolist()
+        if num_failed:
+            raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
+        return self._read_back(numbers)
+
+    def _piece(self, numbers: Tensor | None, length: int) -> Tensor:
+        # MPS has no float64.
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        if numbers is None:
+            return torch.zeros(length, dtype=dtype, device=self._device)
+        return numbers.to(self._device, dtype)
+
+    def _read_back(self, numbers: list[float]) -> Readings:
+        columns = [(layer, name) for (_, layer), names in self._names.items() for name in names]
+        columns += [(layer, name) for layer in self._gathered.sequences for name in self._sequence_names]
+        readings = Readings({}, {}, self._gathered.failed)
+        for (layer, name), number in zip(columns, numbers, strict=True):
+            values = readings.values.setdefault(layer, {})
+            if name == _NONFINITE:
+                readings.nonfinite[layer] = int(number)
+            elif math.isfinite(number):
+                values[name] = number
+        return readings
+
+
+class _Gathered(NamedTuple):
+    widths: dict[_Unit, int]
+    """d of every unit that is not left out."""
+    matrices: dict[_Unit, Matrix]
+    """Of those, what this rank decomposes."""
+    sequences: dict[str, SequenceMean]
+    failed: set[str]
+
+
+def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
+    used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in failed}
+    matrices = {(source, layer): tokens.matrix() for layer, a in used.items() for source, tokens in a.tokens.items()}
+    return _Gathered(
+        {unit: matrix.num_features for unit, matrix in matrices.items()},
+        matrices,
+        {layer: a.sequences for layer, a in used.items() if a.sequences is not None},
+        set(failed),
+    )
+
+
+def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
+    device = next(iter(accumulators.values())).device
+    flags = agreed_failures([layer in failed for layer in accumulators], device)
+    everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
+    used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
+    units = [(source, layer) for layer, a in used.items() for source in a.tokens]
+    moments = [used[layer].tokens[source].moments() for source, layer in units]
+    widths = agreed_widths(moments)
+    everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
+    matrices = {
+        unit: moments_matrix(shared, unit[0])
+        for unit, shared in zip(units, share_moments(moments, widths), strict=True)
+        if shared is not None
+    }
+    sequences = {layer: a.sequences for layer, a in used.items() if a.sequences is not None}
+    common = all_reduce_sequence_means(list(sequences.values()))
+    return _Gathered(
+        {unit: width for unit, width in zip(units, widths, strict=True) if width is not None},
+        matrices,
+        dict(zip(sequences, common, strict=True)),
+        everywhere,
+    )
+
+
+def _names(source: Source, metrics: Sequence[str], num_features: int) -> list[str]:
+    """The numbers of a layer that come from one source, in their order on the way between ranks."""
+    names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
+    if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
+        names += [f"spectrum_top_{k}" for k in _powers_of_two(num_features)]
+    return [*names, _NONFINITE]
+
+
+def _decompose(matrices: Mapping[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
+    """The numbers of each unit, ``(names,)``, decomposed in batches of one shape; NaN where no token was seen."""
+    alike: dict[tuple[int, int, Source], list[_Unit]] = defaultdict(list)
+    for unit, matrix in matrices.items():
+        alike[matrix.matrix.shape[0], matrix.num_features, unit[0]].append(unit)
+    found: dict[_Unit, Tensor] = {}
+    for (size, num_features, _), units in alike.items():
+        most = max(1, _BATCH_NUMBERS // max(size, 1) ** 2)
+        for batch in (units[start : start + most] for start in range(0, len(units), most)):
+            *wanted, _ = names[batch[0]]
+            num_tokens = torch.stack([matrices[unit].num_tokens for unit in batch])
+            nonfinite = torch.stack([matrices[unit].num_nonfinite for unit in batch])
+            if size == 0:
+                table = torch.full((len(batch), len(wanted)), torch.nan, device=num_tokens.device)
+            else:
+                eigenvalues = unit_trace_eigenvalues(torch.stack([matrices[unit].matrix for unit in batch]))
+                summary = {**spectral_summary(eigenvalues, num_features=num_features), **_shares(eigenvalues)}
+                table = torch.stack([summary[name] for name in wanted], -1)
+            table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
+            table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
+            found.update(zip(batch, table, strict=True))
+    return found
+
+
+def _shares(eigenvalues: Tensor) -> dict[str, Tensor]:
+    """The share of the spread in the strongest 1, 2, 4, ... directions of a unit-trace spectrum ``(..., k)``."""
+    cumulative = eigenvalues.cumsum(-1)
+    last = eigenvalues.shape[-1] - 1
+    # A Gram matrix has no more than k directions: beyond them the share is 1.
+    return {f"spectrum_top_{k}": cumulative[..., min(k - 1, last)] for k in _powers_of_two(2**31)}
+
+
+def _powers_of_two(below: int) -> list[int]:
+    return [2**i for i in range(31) if 2**i < below]
+
+
+def _sequence_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
+    entropy = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
+    of = {
+        "sequence_matrix_entropy": entropy,
+        "sequence_effective_rank": entropy.exp(),
+        _NONFINITE: mean.num_nonfinite.to(entropy.dtype),
+    }
+    return torch.stack([of[name] for name in names])
