@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
@@ -68,6 +69,71 @@ def gathering_metric_on_rank(rank: int, world_size: int) -> float:
     return metric.compute().item()
 
 
+class Collectives(TorchDispatchMode):
+    """Notes every collective call and how many numbers it was given, whatever function it was made through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((func._schema.name.split("::")[1], sum(tensor.numel() for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def machinery_on_rank(rank: int, world_size: int) -> dict[str, Any]:
+    """The ways torchmetrics offers to bring ranks together, on 4 ranks, and what each sent."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randn(2, 7 + rank, WIDTH, generator=generator) for _ in range(2)]
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found: dict[str, Any] = {}
+
+    alone = MatrixEntropy(sync_on_compute=False)
+    alone.update(batches[0])
+    found["alone"] = alone.compute().item()
+    with alone.sync_context():
+        found["in_context"] = alone._entropy().item()
+    alone.update(batches[1])
+    found["alone_again"] = MatrixEntropy.compute(alone).item()
+
+    stepwise = MatrixEntropy(dist_sync_on_step=True)
+    found["steps"] = [stepwise(batch).item() for batch in batches]
+    found["over_steps"] = stepwise.compute().item()
+
+    grouped = MatrixEntropy(process_group=pairs[rank // 2])
+    grouped.update(batches[0])
+    with Collectives() as collectives:
+        found["grouped"] = grouped.compute().item()
+    found["sent"] = collectives.sent
+    return found
+
+
+def test_torchmetrics_own_ways_of_bringing_ranks_together():
+    results = run_on_ranks(machinery_on_rank, 4)
+    generators = [torch.Generator().manual_seed(rank) for rank in range(4)]
+    batches = [[torch.randn(2, 7 + rank, WIDTH, generator=generators[rank]) for _ in range(2)] for rank in range(4)]
+
+    def entropy(*parts: torch.Tensor) -> Any:
+        metric = MatrixEntropy()
+        for part in parts:
+            metric.update(part)
+        return pytest.approx(metric.compute().item(), rel=1e-5)
+
+    steps = [entropy(*(own[i] for own in batches)) for i in range(2)]
+    for rank, found in enumerate(results):
+        assert found["alone"] == entropy(batches[rank][0])
+        assert found["alone_again"] == entropy(*batches[rank])
+        assert found["in_context"] == steps[0]
+        assert found["steps"] == steps
+        assert found["over_steps"] == entropy(*(part for own in batches for part in own))
+        first = rank - rank % 2
+        assert found["grouped"] == entropy(batches[first][0], batches[first + 1][0])
+        assert {name for name, _ in found["sent"]} == {"allreduce_"}
+        assert sum(size for _, size in found["sent"]) <= WIDTH * (WIDTH + 1) // 2 + WIDTH + 5
+
+
 @pytest.mark.parametrize(("world_size", "dtype", "rel"), [(2, torch.float32, 1e-5), (4, torch.float64, 1e-10)])
 def test_metrics_have_the_value_of_all_ranks(world_size, dtype, rel):
     results = run_on_ranks(metrics_on_rank, world_size, dtype)
@@ -127,20 +193,6 @@ def monitor_on_rank(rank: int, world_size: int) -> tuple[dict[str, float], list[
         patch.setattr(_readings, "unit_trace_eigenvalues", spy)
         values = monitored([rank])
     return values, collectives.sent, decomposed
-
-
-class Collectives(TorchDispatchMode):
-    """Notes every collective call and how many numbers it was given, whatever function it was made through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.sent.append((func._schema.name.split("::")[1], sum(tensor.numel() for tensor in tensors)))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -11,6 +11,15 @@ UNITS = {
     "effective_rank": "effective rank (dimensions)",
     "sequence_effective_rank": "effective rank (dimensions)",
 }
+# Differences of a factor matter, not those of so many dimensions.
+LOGARITHMIC = {
+    "effective_rank",
+    "sequence_effective_rank",
+    "rankme",
+    "participation_ratio",
+    "stable_rank",
+    "numerical_rank",
+}
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from matent_callbacks.plot._layers import layer_heatmap
 from matent_callbacks.plot._style import BLUE, ORANGE, UNITS, series
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
-    """Draw layer by step, one cell for each reading, on a logarithmic scale; the embeddings are at the bottom.
-
-    Args:
-        records: What a Trainer logged.
-        metric: The metric whose layers are shown.
-        ax: The axis to draw on.
-
-    Raises:
-        ValueError: If no record has the metric.
-
-    Example:
-        >>> import matplotlib.pyplot as plt
-        >>> from matent_callbacks.plot import layer_heatmap
-        >>> figure, ax = plt.subplots()
-        >>> layer_heatmap([{"step": 1, "effective_rank/last": 3.0}], ax=ax)
-        >>> ax.get_xlabel()
-        'step'
-    """
-    from matplotlib.colors import LogNorm
-
-    records = list(records)
-    prefix = f"{metric}/"
-    layers = sorted({key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)})
-    layers = [layer for layer in layers if layer != "last"] + ["last"] * ("last" in layers)
-    if not layers:
-        raise ValueError(f"`records` must hold values of `{metric}/<layer>`, and none was found.")
-    columns = {layer: dict(zip(*series(records, prefix + layer), strict=True)) for layer in layers}
-    steps = sorted({step for column in columns.values() for step in column})
-    grid = [[columns[layer].get(step, float("nan")) for step in steps] for layer in layers]
-    image = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=LogNorm())
-    ax.set_yticks([i + 0.5 for i in range(len(layers))], layers)
-    ax.set_xlabel("step")
-    ax.figure.colorbar(image, ax=ax, label=UNITS.get(metric, metric))
 
 
 def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") -> Figure:
@@ -88,11 +51,3 @@ def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") 
     if title:
         figure.suptitle(title)
     return figure
-
-
-def _edges(steps: list[float]) -> list[float]:
-    """Boundaries of cells that have the steps in their middle."""
-    if len(steps) == 1:
-        return [steps[0] - 0.5, steps[0] + 0.5]
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
-    return [2 * steps[0] - middles[0], *middles, 2 * steps[-1] - middles[-1]]
