@@ -10,7 +10,14 @@ from torch import Tensor
 from matent_callbacks._catalogue import Source
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
-from matent_callbacks.functional.moments import Moments, covariance, empty_moments, merge_moments, token_moments
+from matent_callbacks.functional.moments import (
+    Moments,
+    covariance,
+    empty_moments,
+    merge_moments,
+    token_moments,
+    token_moments_about_origin,
+)
 from matent_callbacks.functional.sequences import (
     SequenceMean,
     empty_sequence_mean,
@@ -141,8 +148,9 @@ class PooledTokens:
             self._merge(tokens)
 
     def _merge(self, tokens: Tokens) -> None:
+        of_batch = token_moments if self._source == "raw" else token_moments_about_origin
         with full_precision(tokens.values.device):
-            batch = Moments(*(tensor.to(self._device) for tensor in token_moments(tokens)))
+            batch = Moments(*(tensor.to(self._device) for tensor in of_batch(tokens)))
         self._moments = merge_moments(self._moments, batch) if self._moments.mean.shape[0] else batch
 
 

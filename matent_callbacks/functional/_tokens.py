@@ -64,5 +64,5 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
             x.addcmul_(weight, x.sum(1, keepdim=True) / count, value=-1)
     if normalize:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x = x / torch.where(norm > 0, norm, 1.0)
+        x.div_(torch.where(norm > 0, norm, 1.0))
     return Tokens(x, valid, (mask & ~finite).sum())
