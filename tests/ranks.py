@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +13,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imported once, in the server that all ranks are forked from: on few cores that is most of the time of a test.
+_HEAVY = (
+    "torch.distributed.fsdp",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "lightning.pytorch",
+)
+
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 90) -> list[Any]:
     """What ``function(rank, world_size, *args)`` returned on each rank. A rank that fails or hangs ends all of them."""
+    multiprocessing.set_forkserver_preload([name for name in _HEAVY if name in sys.modules])
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _on_rank, (function, world_size, folder, args), nprocs=world_size, join=False, start_method="spawn"
+            _on_rank, (function, world_size, folder, args), nprocs=world_size, join=False, start_method="forkserver"
         )
         deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
         try:
