@@ -101,14 +101,22 @@ class EntropyMonitor:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def start(self, *, training_only: bool = False, attention_mask: Tensor | None = None) -> None:
+    def start(
+        self,
+        *,
+        training_only: bool = False,
+        attention_mask: Tensor | None = None,
+        sample_mask: Tensor | None = None,
+    ) -> None:
         """Begin to read forwards: ``with monitor:`` for where there is no block to put it around.
 
         Args:
             training_only: Leave out forwards that are not in training mode with gradients.
             attention_mask: ``(B, T)``, for models that are not handed one; it goes before the model's own.
+            sample_mask: ``(B,)``, false for samples that do not count, such as those that a distributed sampler
+                repeats to give every rank as many.
         """
-        self._capture.open(training_only=training_only, attention_mask=attention_mask)
+        self._capture.open(training_only=training_only, attention_mask=attention_mask, sample_mask=sample_mask)
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""

@@ -38,17 +38,25 @@ class Capture:
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
         self._outer_mask: Tensor | None = None
+        self._sample_mask: Tensor | None = None
         self._beside = False
         self._depth = 0
         self._counts = True
         self._masks: list[Tensor] = []
         self._packing: Packing | None = None
 
-    def open(self, *, training_only: bool = False, attention_mask: Tensor | None = None) -> None:
-        """Begin to read. ``attention_mask`` goes before any that the model is given."""
+    def open(
+        self,
+        *,
+        training_only: bool = False,
+        attention_mask: Tensor | None = None,
+        sample_mask: Tensor | None = None,
+    ) -> None:
+        """Begin to read. ``attention_mask`` goes before any that the model is given, ``sample_mask`` on top of it."""
         self.close()
         self._training_only = training_only
         self._outer_mask = attention_mask
+        self._sample_mask = sample_mask
         entrance = compiled_entrance(self._model, self._layers)
         if entrance is None:
             self._undo += [handle.remove for handle in self._hooks()]
@@ -60,7 +68,7 @@ class Capture:
         for undo in self._undo:
             undo()
         self._undo.clear()
-        self._outer_mask = None
+        self._outer_mask = self._sample_mask = None
         self._forget_forward()
 
     @contextmanager
@@ -141,7 +149,10 @@ class Capture:
         with self._guard(key), torch.no_grad():
             hidden_states, packing = first_tensor(value), self._packing
             if hidden_states is not None and packing is not None and hidden_states.shape[:-1] == packing.shape:
-                self._reader(key, packing.unpack(hidden_states), packing.valid)
+                valid, samples = packing.valid, self._sample_mask
+                if samples is not None and len(samples) == packing.shape[0]:
+                    valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
+                self._reader(key, packing.unpack(hidden_states), valid)
             else:
                 self._reader(key, hidden_states, self._mask_for(hidden_states))
 
@@ -151,10 +162,18 @@ class Capture:
             return None
         for mask in (self._outer_mask, *self._masks):
             if mask is not None and mask.shape == hidden_states.shape[:-1]:
-                return mask
+                return self._of_counted_samples(mask)
             if mask is not None and hidden_states.ndim == 2 and mask.numel() == hidden_states.shape[0]:
-                return mask.flatten()
-        return None
+                return self._of_counted_samples(mask).flatten()
+        if self._sample_mask is None or hidden_states.ndim != 3:
+            return None
+        return self._of_counted_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+
+    def _of_counted_samples(self, mask: Tensor) -> Tensor:
+        samples = self._sample_mask
+        if samples is None or len(samples) != len(mask):
+            return mask
+        return (mask > 0) & samples.to(mask.device).unsqueeze(1)
 
 
 def first_tensor(value: Any) -> Tensor | None:
