@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -29,17 +29,24 @@ class Guarded:
         self._on_error = on_error
         self._warned = False
 
-    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The values, or, after a warning and with ``on_error="warn"``, none."""
-        if self._on_error == "raise":
-            return measure()
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """What goes wrong inside is told once and, with ``on_error="warn"``, goes no further."""
         try:
-            return measure()
+            yield
         except Exception as error:
+            if self._on_error == "raise":
+                raise
             if not self._warned:
-                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=2)
+                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=4)
             self._warned = True
-            return {}
+
+    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The values, or, where it went wrong, none."""
+        values: dict[str, float] = {}
+        with self.guard():
+            values.update(measure())
+        return values
 
 
 class Measurement(Guarded):
@@ -96,13 +103,9 @@ class Measurement(Guarded):
         reference = model if self._reference == "start" else self._reference
         assert isinstance(reference, nn.Module)
 
-        def measure() -> dict[str, float]:
-            monitor = self.new_monitor(reference, (_DATA_SET_RANK,))
-            with around():
-                monitor.read(self.probe)
-            return monitor.compute()
-
-        self._reference_ranks = self.guarded(measure)
+        self._reference_ranks = self.guarded(
+            lambda: self._on_probe(self.new_monitor(reference, (_DATA_SET_RANK,)), around)
+        )
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
@@ -119,10 +122,7 @@ class Measurement(Guarded):
         self._reference_ranks = state["reference_ranks"]
 
     def _probe(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-        monitor = self._monitor(model, probing=True)
-        with around():
-            monitor.read(self.probe)
-        values = monitor.compute()
+        values = self._on_probe(self._monitor(model, probing=True), around)
         difference = {
             key.replace(_DATA_SET_RANK, "diff_erank"): before - values[key]
             for key, before in (self._reference_ranks or {}).items()
@@ -130,6 +130,12 @@ class Measurement(Guarded):
         }
         unasked = () if _DATA_SET_RANK in self.metrics else (f"{_DATA_SET_RANK}/",)
         return {key: value for key, value in values.items() if not key.startswith(unasked)} | difference
+
+    def _on_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+        # Where the forwards fail on one rank, the others still wait for it in `compute`.
+        with self.guard(), around():
+            monitor.read(self.probe)
+        return monitor.compute()
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
         # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.

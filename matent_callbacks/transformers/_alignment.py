@@ -108,9 +108,9 @@ class AlignmentCallback(MeasuringCallback):
         self._find_probe()
         self._alignment.measure_or_raise(self.trainer.model)
 
-    def step_values(self, state: TrainerState) -> dict[str, float]:
+    def step_values(self, state: TrainerState) -> dict[str, float] | None:
         due = state.global_step % self._alignment.every_n_steps == 0 or state.global_step == state.max_steps
-        return self._alignment.measure(self.trainer.model) if due else {}
+        return self._alignment.measure(self.trainer.model) if due else None
 
     def evaluation_values(self) -> dict[str, float]:
         self._find_probe()

@@ -11,7 +11,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks._measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.transformers._measuring import MeasuringCallback
+from matent_callbacks.transformers._repeats import counted_samples
 
 
 class MatrixEntropyCallback(MeasuringCallback):
@@ -114,11 +116,11 @@ class MatrixEntropyCallback(MeasuringCallback):
             "prediction_step": self._around_prediction_step,
         }
 
-    def step_values(self, state: TrainerState) -> dict[str, float]:
+    def step_values(self, state: TrainerState) -> dict[str, float] | None:
         due = state.global_step % self._measurement.every_n_steps == 0
         if self._measurement.probe is None:
-            return self._measurement.from_forwards() if due else {}
-        return self._probe(state) if due or state.global_step == state.max_steps else {}
+            return self._measurement.from_forwards() if due else None
+        return self._probe(state) if due or state.global_step == state.max_steps else None
 
     def begin_evaluation(self) -> None:
         self._measurement.reset()
@@ -163,15 +165,25 @@ class MatrixEntropyCallback(MeasuringCallback):
         return self._reading(prediction_step, model, *args, **kwargs)
 
     def _reading(
-        self, step: Callable[..., Any], model: nn.Module, *args: Any, training_only: bool = False, **kwargs: Any
+        self,
+        step: Callable[..., Any],
+        model: nn.Module,
+        inputs: Any,
+        *args: Any,
+        training_only: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """The step with the monitor on, on the model as it is called: prepared, wrapped, perhaps compiled."""
-        monitor = self._measurement.monitor(model)
-        monitor.start(training_only=training_only)
+        monitor: EntropyMonitor | None = None
+        with self._measurement.guard():
+            monitor = self._measurement.monitor(model)
+            sample_mask = None if training_only else counted_samples(self.trainer, inputs)
+            monitor.start(training_only=training_only, sample_mask=sample_mask)
         try:
-            return step(model, *args, **kwargs)
+            return step(model, inputs, *args, **kwargs)
         finally:
-            monitor.stop()
+            if monitor is not None:
+                monitor.stop()
 
     def _probe(self, state: TrainerState) -> dict[str, float]:
         self._probed_step = state.global_step

@@ -40,8 +40,8 @@ class MeasuringCallback(AttachedCallback):
         """The Trainer's methods to run around, each with what is called with it and its arguments."""
         return {"evaluation_loop": self._around_evaluation_loop}
 
-    def step_values(self, state: TrainerState) -> dict[str, float]:
-        """The readings that belong to the step that is over; none where it is not monitored."""
+    def step_values(self, state: TrainerState) -> dict[str, float] | None:
+        """The readings that belong to the step that is over; None where it is not monitored."""
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
@@ -63,9 +63,13 @@ class MeasuringCallback(AttachedCallback):
         self._pending = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._pending.update(self.step_values(state))
-        # The Trainer's record of this step is where they go: one record a step, with the loss.
-        control.should_log = control.should_log or bool(self._pending)
+        values = self.step_values(state)
+        if values is None:
+            return
+        self._pending.update(values)
+        # The Trainer's record of this step is where they go: one record a step, with the loss. Also where the reading
+        # failed: the ranks gather the loss for it together.
+        control.should_log = True
 
     def on_log(
         self,
