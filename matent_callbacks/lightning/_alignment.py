@@ -91,8 +91,8 @@ class AlignmentCallback(MeasuringCallback):
         self._find_probe(trainer)
         self._alignment.measure_or_raise(_model(pl_module), around=trainer.precision_plugin.forward_context)
 
-    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
-        return self._measured(trainer, pl_module) if due or last else {}
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
+        return self._measured(trainer, pl_module) if due or last else None
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val")

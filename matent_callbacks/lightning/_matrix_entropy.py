@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from matent_callbacks._measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.lightning._measuring import MeasuringCallback
+from matent_callbacks.lightning._repeats import counted_samples
 from matent_callbacks.monitor import EntropyMonitor
 
 
@@ -136,18 +137,18 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not self.off and self._measurement.probe is None and self.next_step_is_due(trainer):
-            self._start(self._measurement.monitor(pl_module), batch)
+            self._start(lambda: self._measurement.monitor(pl_module), batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         if self._measurement.probe is None:
-            return self._measurement.from_forwards() if due else {}
+            return self._measurement.from_forwards() if due else None
         # Also at the end, so that the last record describes the model that is saved.
         if not (due or last):
-            return {}
+            return None
         return self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -156,7 +157,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._start_evaluation_batch(trainer, pl_module, batch, dataloader_idx)
+        self._start_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -172,7 +173,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_test_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._start_evaluation_batch(trainer, pl_module, batch, dataloader_idx)
+        self._start_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -187,13 +188,22 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     # Inside
 
-    def _start(self, monitor: EntropyMonitor, batch: Any) -> None:
-        self._open = monitor
+    def _start(
+        self,
+        monitor: Callable[[], EntropyMonitor],
+        batch: Any,
+        samples: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
+        # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
+        with self._measurement.guard():
+            self._open = monitor()
+            self._open.start(attention_mask=self._mask_of(batch), sample_mask=samples())
+
+    def _mask_of(self, batch: Any) -> Tensor | None:
         if self._mask is not None:
-            monitor.start(attention_mask=self._mask(batch))
-        else:
-            own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            monitor.start(attention_mask=own if isinstance(own, Tensor) and own.ndim == 2 else None)
+            return self._mask(batch)
+        own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return own if isinstance(own, Tensor) and own.ndim == 2 else None
 
     def _stop(self) -> None:
         if self._open is not None:
@@ -203,12 +213,18 @@ class MatrixEntropyCallback(MeasuringCallback):
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
         return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))
 
-    def _start_evaluation_batch(self, trainer: Any, pl_module: Any, batch: Any, dataloader_idx: int) -> None:
+    def _start_evaluation_batch(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
         if not self._reads_evaluation(trainer, pl_module):
             return
-        if dataloader_idx not in self._loaders:
-            self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
-        self._start(self._loaders[dataloader_idx], batch)
+
+        def monitor() -> EntropyMonitor:
+            if dataloader_idx not in self._loaders:
+                self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
+            return self._loaders[dataloader_idx]
+
+        self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
 
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):

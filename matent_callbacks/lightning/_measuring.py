@@ -20,8 +20,8 @@ class MeasuringCallback(Callback):
         self._stride = 1
         self._logged_step = -1
 
-    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float]:
-        """The readings after an optimizer step: ``due`` at an interval, ``last`` if no other step follows."""
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
+        """The readings after an optimizer step, ``due`` at an interval, ``last`` if no other step follows; or None."""
         raise NotImplementedError
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -39,8 +39,9 @@ class MeasuringCallback(Callback):
         # Several optimizers take several steps a batch.
         self._stride, self._last_step = trainer.global_step - self._last_step, trainer.global_step
         values = self.step_values(trainer, pl_module, due=due, last=trainer.global_step == trainer.max_steps)
-        if not values:
+        if values is None:
             return
+        # Also where the reading failed: the ranks measure together or not at all.
         self._logged_step = trainer.global_step
         # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
         # between would be lost, or stand at a later step. So the loggers get theirs at once.

@@ -1,0 +1,25 @@
+"""Which samples of an evaluation batch are there for the first time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+
+def counted_samples(trainer: Any, batch_idx: int, dataloader_idx: int) -> Tensor | None:
+    """``(B,)``: false for what the loader's ``DistributedSampler`` repeats to give every rank as many; None: all count.
+
+    The sampler deals out one sample to each rank in turn, and after the last one those from the beginning again.
+    Nothing is known, and nothing left out, without such a sampler, or with batches of no fixed size.
+    """
+    combined = trainer._evaluation_loop._combined_loader
+    loader = combined.flattened[dataloader_idx]
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if size is None or not isinstance(sampler, DistributedSampler) or combined._mode != "sequential":
+        return None
+    own = torch.arange(batch_idx * size, min((batch_idx + 1) * size, len(sampler)))
+    data_set: Any = sampler.dataset
+    return torch.lt(own * sampler.num_replicas + sampler.rank, len(data_set))
