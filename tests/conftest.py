@@ -70,6 +70,23 @@ def collate(examples: list[dict[str, Any]], *, side: str = "right") -> dict[str,
     return {key: torch.tensor([padded(e[key], fill) for e in examples]) for key, fill in padding.items()}
 
 
+def llama(*, layers: int = 3, hidden: int = 32, dropout: float = 0.1, seed: int = 0) -> Any:
+    """A small causal language model with random weights, the same for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        attention_dropout=dropout,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config)
+
+
 @pytest.fixture
 def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A W&B session of this test's own: one that is running keeps its folder, and processes started later join it."""
@@ -88,22 +105,7 @@ def batch() -> dict[str, Tensor]:
 
 @pytest.fixture
 def make_llama() -> Callable[..., Any]:
-    def make(*, layers: int = 3, hidden: int = 32, dropout: float = 0.1, seed: int = 0) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            attention_dropout=dropout,
-            max_position_embeddings=128,
-        )
-        return LlamaForCausalLM(config)
-
-    return make
+    return llama
 
 
 @pytest.fixture
