@@ -57,11 +57,12 @@ class Capture:
         self._training_only = training_only
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
-        entrance = compiled_entrance(self._model, self._layers)
-        if entrance is None:
-            self._undo += [handle.remove for handle in self._hooks()]
-        else:
-            self._undo.append(meet(entrance, self._read_beside))
+        with self._guard("all"):
+            entrance = compiled_entrance(self._model, self._layers)
+            if entrance is None:
+                self._undo.extend(handle.remove for handle in self._hooks())
+            else:
+                self._undo.append(meet(entrance, self._read_beside))
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""
@@ -74,21 +75,22 @@ class Capture:
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks: for forwards that are known to run without a graph."""
-        handles = self._hooks()
+        handles: list[RemovableHandle] = []
         try:
+            handles.extend(self._hooks())
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._forget_forward()
 
-    def _hooks(self) -> list[RemovableHandle]:
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        """Registers one after the other, so that those before one that fails can be removed."""
         chain = self._layers.chain
-        enter = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in chain]
-        read = [self._read_hook(point) for point in self._layers.points]
+        yield from (module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in chain)
+        yield from (self._read_hook(point) for point in self._layers.points)
         # After the read points: the output of a module in the chain must be read before its forward is over.
-        leave = [module.register_forward_hook(self._leave, always_call=True) for module in chain]
-        return [*enter, *read, *leave]
+        yield from (module.register_forward_hook(self._leave, always_call=True) for module in chain)
 
     def _read_hook(self, point: ReadPoint) -> RemovableHandle:
         if point.where == "input":
@@ -108,13 +110,16 @@ class Capture:
             self._beside = False
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = _named_arguments(module, args, kwargs)
         if self._depth == 0:
             self._counts = self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
+        self._depth += 1
+        with self._guard("all"):
+            self._look_at(_named_arguments(module, args, kwargs))
+
+    def _look_at(self, arguments: dict[str, Any]) -> None:
         # A module in the chain may be called without its parents, so each level may be the first to see a cache.
         if arguments.get("past_key_values") is not None:
             self._counts = False
-        self._depth += 1
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if mask is not None:
@@ -139,14 +144,9 @@ class Capture:
         self._read(key, module, output)
 
     def _read(self, key: str, module: nn.Module, value: Any) -> None:
-        if _in_backward():
-            return
-        if self._depth == 0:
-            if self._training_only and not (self._beside or module.training):
-                return
-        elif not self._counts:
-            return
         with self._guard(key), torch.no_grad():
+            if not self._is_read(module):
+                return
             hidden_states, packing = first_tensor(value), self._packing
             if hidden_states is not None and packing is not None and hidden_states.shape[:-1] == packing.shape:
                 valid, samples = packing.valid, self._sample_mask
@@ -155,6 +155,13 @@ class Capture:
                 self._reader(key, packing.unpack(hidden_states), valid)
             else:
                 self._reader(key, hidden_states, self._mask_for(hidden_states))
+
+    def _is_read(self, module: nn.Module) -> bool:
+        if _in_backward():
+            return False
+        if self._depth == 0:
+            return self._beside or not self._training_only or module.training
+        return self._counts
 
     def _mask_for(self, hidden_states: Tensor | None) -> Tensor | None:
         """The mask that fits; prompt tuning, for one, makes a longer one further in."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import transformers
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening
@@ -24,6 +25,7 @@ from matent_callbacks.transformers import MatrixEntropyCallback as TrainerCallba
 from tests.conftest import collate, llama, slow_entropy, slow_pooled_entropy, text_examples
 
 STEPS, BATCH, TOKENS, EVERY = 6, 4, 16, 2
+MONITORED = list(range(EVERY, STEPS + 1, EVERY))
 STACK = ("layer_00", "layer_01", "last")
 METRICS = ("matrix_entropy", "sequence_matrix_entropy")
 
@@ -42,10 +44,14 @@ class Way:
     packed: bool = False
     evaluate: bool = False
     resume: bool = False
+    wandb: bool = False
+    spoil: Callable[[Any], None] = lambda model: None
+    """What goes wrong in the model."""
 
     def model(self) -> Any:
         """The model with its initial weights, as nothing but the way itself changes it."""
         model = llama(layers=2)
+        self.spoil(model)
         if not self.lora:
             return model
         from peft import LoraConfig, get_peft_model
@@ -95,6 +101,10 @@ class Record:
     """After each batch: hooks on the model, and activations alive."""
     random: Tensor | None = None
     """The state of the generator at the end."""
+    steps: int = 0
+    """Optimizer steps made."""
+    module: Any = None
+    """The LightningModule around the model."""
 
     def forward(self, batch: dict[str, Any], step: int, *, training: bool) -> None:
         tensors = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
@@ -112,7 +122,8 @@ class Record:
             if values:
                 readings.setdefault(step, {}).update(values)
 
-    def end(self) -> None:
+    def end(self, steps: int) -> None:
+        self.steps = steps
         self.random = torch.get_rng_state()
         gc.collect()
         self.look()
@@ -157,7 +168,8 @@ def _documents(states: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
     if "position_ids" in batch:
         starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
         return list(states[0].tensor_split(starts[1:]))
-    return [row[mask.bool()] for row, mask in zip(states, batch["attention_mask"], strict=True)]
+    valid = batch["attention_mask"].bool() & states.isfinite().all(-1)
+    return [row[mask] for row, mask in zip(states, valid, strict=True)]
 
 
 class _Trainer(transformers.Trainer):
@@ -203,7 +215,7 @@ def by_trainer(way: Way, folder: Path, callbacks: list[Any], record: Record, dat
         "eval_steps": STEPS // 2,
         "learning_rate": 1e-3,
         "logging_steps": 1,
-        "report_to": "none",
+        "report_to": "wandb" if way.wandb else "none",
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 3,
@@ -224,7 +236,7 @@ def by_trainer(way: Way, folder: Path, callbacks: list[Any], record: Record, dat
         try:
             trainer.train(resume_from_checkpoint=way.resume and stop_at == STEPS)
         finally:
-            record.end()
+            record.end(trainer.state.global_step)
             for logged in trainer.state.log_history:
                 record.take(logged["step"], logged)
 
@@ -238,6 +250,10 @@ class _Module(pl.LightningModule):
         if way.compiled == "whole":
             self.model = torch.compile(record.model, backend="eager")
         self.record = record
+
+    def on_train_epoch_start(self) -> None:
+        # Lightning discards the gradients of an accumulation that the end of the data cut short.
+        self.record.forwards = [f for f in self.record.forwards if f.step <= self.trainer.global_step]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.record.forward(batch, self.trainer.global_step + 1, training=True)
@@ -266,6 +282,8 @@ class _LookLast(pl.Callback):
 def by_lightning(way: Way, folder: Path, callbacks: list[Any], record: Record, dataset: Any = None) -> None:
     """Train by Lightning's ``Trainer``."""
     data = text_examples(STEPS * BATCH * way.accumulate, TOKENS) if dataset is None else dataset
+    module = record.module = record.module or _Module(way, record)
+    module.record = record
     torch.manual_seed(3)
     for stop_at in (STEPS // 2, STEPS) if way.resume else (STEPS,):
         logger = CSVLogger(folder, version=stop_at)
@@ -276,7 +294,7 @@ def by_lightning(way: Way, folder: Path, callbacks: list[Any], record: Record, d
             val_check_interval=STEPS // 2 * way.accumulate,
             limit_val_batches=1.0 if way.evaluate else 0,
             num_sanity_val_steps=0,
-            logger=logger,
+            logger=[logger, *([WandbLogger(save_dir=folder, offline=True)] if way.wandb else [])],
             callbacks=[*callbacks, _LookLast()],
             default_root_dir=folder,
             accelerator="cpu",
@@ -290,11 +308,11 @@ def by_lightning(way: Way, folder: Path, callbacks: list[Any], record: Record, d
         )
         resumed = way.resume and stop_at == STEPS
         try:
-            trainer.fit(_Module(way, record), *loaders, ckpt_path=folder / "half.ckpt" if resumed else None)
+            trainer.fit(module, *loaders, ckpt_path=folder / "half.ckpt" if resumed else None)
             if way.resume:
                 trainer.save_checkpoint(folder / "half.ckpt")
         finally:
-            record.end()
+            record.end(trainer.global_step)
             for path in Path(logger.log_dir).glob("metrics.csv"):
                 with path.open() as file:
                     for row in csv.DictReader(file):
@@ -306,18 +324,47 @@ def train(
 ) -> Record:
     """Train once; what happened is in ``record`` also if this raises."""
     record = Record(way.trained_model()) if record is None else record
-    gc.collect()
     # What is there before is no activation of this run, and there is much of it to look through.
     gc.freeze()
     try:
         FRAMEWORKS[framework][0](way, folder, callbacks, record, **more)
     finally:
         gc.unfreeze()
-        torch._dynamo.reset()
+        if way.compiled:
+            torch._dynamo.reset()
     return record
+
+
+def assert_same(watched: Record, alone: Record) -> None:
+    """Training, bit for bit, and what is left on the model after each batch."""
+    assert watched.steps == alone.steps
+    assert watched.losses == alone.losses
+    weights, expected_weights = watched.model.state_dict(), alone.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+    assert torch.equal(watched.random, alone.random)
+    assert watched.left == alone.left
+
+
+def assert_right(way: Way, record: Record, *, steps: list[int], evaluations: list[int] | None = None) -> None:
+    """The readings of the steps and of the evaluations, all of them and no others.
+
+    Of the same forward bit for bit: what is left to tolerate is float32 statistics against float64.
+    """
+    assert sorted(record.readings) == steps
+    assert sorted(record.evaluations) == (evaluations or [])
+    for training, readings in ((True, record.readings), (False, record.evaluations)):
+        for step, values in readings.items():
+            forwards = [f for f in record.forwards if f.training == training and f.step == step]
+            of_layers = {key: value for key, value in values.items() if key.split("/")[1] in STACK}
+            assert of_layers == pytest.approx(expected(way, forwards), rel=1e-5)
 
 
 FRAMEWORKS: dict[str, tuple[Callable[..., None], type]] = {
     "Trainer": (by_trainer, TrainerCallback),
     "Lightning": (by_lightning, LightningCallback),
 }
+
+
+def make_callback(framework: str, layers: Any = "all", **arguments: Any) -> Any:
+    """The callback of the framework, which reads every other step."""
+    return FRAMEWORKS[framework][1](EVERY, layers, metrics=METRICS, **arguments)
