@@ -135,6 +135,12 @@ class MatrixEntropyCallback(MeasuringCallback):
         if not self.off:
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
+        # discarded as well.
+        if not self.off:
+            self._measurement.reset()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not self.off and self._measurement.probe is None and self.next_step_is_due(trainer):
             self._start(lambda: self._measurement.monitor(pl_module), batch)

@@ -137,6 +137,8 @@ class MatrixEntropyCallback(MeasuringCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._probed_step = -1
+        # Of a step or an evaluation that was broken off, if training begins once more.
+        self._measurement.reset()
         self._measurement.begin(self.trainer.model)
         self.keep_state(state)
 
