@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,13 @@ def log_to_loggers(trainer: Any, values: dict[str, float]) -> None:
     # The Trainer's own x axis: what `self.log` of this step is written under.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=step)
-        logger.save()
+        # Lightning itself may not write at this step, and so would not end here.
+        try:
+            logger.log_metrics(values, step=step)
+            logger.save()
+        except Exception as error:
+            kind = type(logger).__name__
+            warnings.warn(f"{kind} did not take the readings: {error}. Training goes on.", stacklevel=2)
 
 
 def publish(trainer: Any, values: dict[str, float]) -> None:

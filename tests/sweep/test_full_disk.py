@@ -20,8 +20,7 @@ def test_training_goes_on_with_its_readings(framework, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     watched, alone = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
-    (written,) = (tmp_path / "watched").rglob("*.wandb")
-    assert written.stat().st_size == LIMIT  # it did run full
+    assert max(path.stat().st_size for path in tmp_path.rglob("*.wandb")) == LIMIT  # it did run full
     assert list(map(int, watched["readings"])) == MONITORED
     assert all("matrix_entropy/last" in values for values in watched["readings"].values())
     assert len(watched["losses"]) == STEPS
