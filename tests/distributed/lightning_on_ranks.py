@@ -76,7 +76,7 @@ def train_and_evaluate(folder: str, world_size: int) -> dict[str, Any]:
     trainer = make_trainer(folder, world_size, [callback, kept])
     seen = record_forwards(module.model)
     trainer.fit(module, loader(16 * world_size))
-    steps, seen = dict(kept.values), list(seen)
+    steps = dict(kept.values)
     evaluating = make_trainer(folder, world_size, [MatrixEntropyCallback(1, layers="all")])
     [*_, validated] = evaluating.validate(module, [loader(n) for n in EVALUATION_SIZES], verbose=False)
     validated = dict(evaluating.callback_metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ Seen = list[tuple[Tensor, Tensor]]
 def as_if_launched(rank: int, world_size: int) -> None:
     """The environment that a launcher gives its processes."""
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in known.items()})
+    os.environ.update({name: str(value) for name, value in known.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 
 def small_llama() -> Any:
@@ -60,14 +61,14 @@ def over_examples(model: Any, examples: list[dict[str, Any]]) -> dict[str, float
 
 
 def record_forwards(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """Hidden states and mask of each forward from now on, by the model's own means."""
-    import functools
-
+    """Hidden states and mask of each training forward from now on, by the model's own means."""
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
     forward: Callable[..., Any] = model.forward
 
     @functools.wraps(forward)
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            return forward(*args, **kwargs)
         output = forward(*args, **{**kwargs, "output_hidden_states": True})
         seen.append((tuple(h.detach().clone() for h in output.hidden_states), kwargs["attention_mask"].clone()))
         return output

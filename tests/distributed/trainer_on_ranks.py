@@ -25,7 +25,9 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(text_examples(DISPATCHED))
 
 
-def make_trainer(folder: str, callbacks: list[Any], *, model: Any = None, **arguments: Any) -> Trainer:
+def make_trainer(
+    folder: str, callbacks: list[Any], *, model: Any = None, trainer: type[Trainer] = Trainer, **arguments: Any
+) -> Trainer:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
@@ -38,7 +40,7 @@ def make_trainer(folder: str, callbacks: list[Any], *, model: Any = None, **argu
         "use_cpu": True,
         "seed": 3,
     }
-    return Trainer(
+    return trainer(
         model=small_llama() if model is None else model,
         args=TrainingArguments(folder, **{**settings, **arguments}),
         train_dataset=text_examples(64),
@@ -58,7 +60,6 @@ def train_and_evaluate(folder: str) -> dict[str, Any]:
     seen = record_forwards(model)
     trainer.train()
     steps = [record for record in trainer.state.log_history if "matrix_entropy/last" in record]
-    seen = list(seen)
     evaluations: dict[Any, dict[str, float]] = {n: trainer.evaluate(text_examples(n)) for n in EVALUATION_SIZES}
     evaluations["dispatched"] = trainer.evaluate(Stream())
     split = make_trainer(
