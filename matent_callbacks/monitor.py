@@ -197,8 +197,10 @@ class EntropyMonitor:
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error
-            self._failed |= {layer} if layer in self.layers else set(self.layers)
-            warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
+            failing = {layer} if layer in self.layers else set(self.layers)
+            if not failing <= self._failed:
+                warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
+            self._failed |= failing
 
 
 @functools.cache

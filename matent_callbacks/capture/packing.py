@@ -24,7 +24,7 @@ class Packing(NamedTuple):
 
 
 def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | None:
-    """Where documents begin, by position ids that start again at 0, or None for a batch of one document a row.
+    """Where documents begin, by position ids that start again, or None for a batch of one document a row.
 
     Packing is given in no other way that all models share: there is no mask, or one that marks padding only. Looking
     into the positions makes the host wait for the device, but few batches carry any.
@@ -39,7 +39,8 @@ def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | No
     first[:, 0] = True
     # A count that falls back to its beginning; padding on the left holds its place at 0 or 1 and starts nothing.
     again = torch.zeros_like(valid)
-    again[:, 1:] = (positions[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
+    falls = (positions[:, 1:] == 0) | (positions[:, 1:] < positions[:, :-1])
+    again[:, 1:] = falls & valid[:, 1:] & valid[:, :-1]
     if not bool(again.any()):
         return None
     starts = (first | again).flatten().nonzero().squeeze(1)
