@@ -64,6 +64,7 @@ class Measurement(Guarded):
         on_error: Literal["warn", "raise"],
         module: str | None,
         dtype: torch.dtype,
+        background: bool,
     ) -> None:
         super().__init__(every_n_steps, on_error)
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
@@ -73,6 +74,7 @@ class Measurement(Guarded):
         self.layers = layers
         self.metrics = check_metrics(metrics)
         self.probe = probe
+        self.background = background
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
         self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype}
@@ -82,9 +84,14 @@ class Measurement(Guarded):
         """The monitor of the model's own forwards."""
         return self._monitor(model, probing=False)
 
-    def from_forwards(self) -> dict[str, float]:
-        """What the monitor has read since the last call."""
-        return self.guarded(self._monitors[False].compute)
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """As they stand in the keys."""
+        return self._monitors[False].layers
+
+    def from_forwards(self) -> Callable[[], dict[str, float]]:
+        """What the monitor has read since the last call, once it is asked for."""
+        return self._values(self._monitors[False])
 
     def reset(self) -> None:
         """Forget what the monitor has read."""
@@ -92,9 +99,14 @@ class Measurement(Guarded):
 
     def from_probe(
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> dict[str, float]:
+    ) -> Callable[[], dict[str, float]]:
         """The chosen metrics on the probe, and the difference from the reference; ``around`` each set of forwards."""
-        return self.guarded(lambda: self._probe(model, around))
+        values: Callable[[], dict[str, float]] = dict
+        with self.guard():
+            monitor = self._monitor(model, probing=True)
+            self._read_probe(monitor, around)
+            values = self._values(monitor)
+        return lambda: self._with_difference(values())
 
     def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
@@ -103,9 +115,12 @@ class Measurement(Guarded):
         reference = model if self._reference == "start" else self._reference
         assert isinstance(reference, nn.Module)
 
-        self._reference_ranks = self.guarded(
-            lambda: self._on_probe(self.new_monitor(reference, (_DATA_SET_RANK,)), around)
-        )
+        def measure() -> dict[str, float]:
+            monitor = self.new_monitor(reference, (_DATA_SET_RANK,))
+            self._read_probe(monitor, around)
+            return monitor.compute()
+
+        self._reference_ranks = self.guarded(measure)
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
@@ -121,8 +136,16 @@ class Measurement(Guarded):
         """Take over what :meth:`state_dict` gave."""
         self._reference_ranks = state["reference_ranks"]
 
-    def _probe(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-        values = self._on_probe(self._monitor(model, probing=True), around)
+    def _values(self, monitor: EntropyMonitor) -> Callable[[], dict[str, float]]:
+        if not self.background:
+            values = self.guarded(monitor.compute)
+            return lambda: values
+        finish: Callable[[], dict[str, float]] = dict
+        with self.guard():
+            finish = monitor.compute_later()
+        return lambda: self.guarded(finish)
+
+    def _with_difference(self, values: dict[str, float]) -> dict[str, float]:
         difference = {
             key.replace(_DATA_SET_RANK, "diff_erank"): before - values[key]
             for key, before in (self._reference_ranks or {}).items()
@@ -131,11 +154,10 @@ class Measurement(Guarded):
         unasked = () if _DATA_SET_RANK in self.metrics else (f"{_DATA_SET_RANK}/",)
         return {key: value for key, value in values.items() if not key.startswith(unasked)} | difference
 
-    def _on_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+    def _read_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> None:
         # Where the forwards fail on one rank, the others still wait for it in `compute`.
         with self.guard(), around():
             monitor.read(self.probe)
-        return monitor.compute()
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
         # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.

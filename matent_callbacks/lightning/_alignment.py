@@ -9,6 +9,7 @@ from matent_callbacks._alignment import AlignmentMeasurement, Stages
 from matent_callbacks._probe import first_batch
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._measuring import MeasuringCallback
+from matent_callbacks.lightning._pictures import summarize_by_maximum
 
 
 class AlignmentCallback(MeasuringCallback):
@@ -87,6 +88,7 @@ class AlignmentCallback(MeasuringCallback):
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
+        summarize_by_maximum(trainer, "alignment/image_text")
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._find_probe(trainer)
         self._alignment.measure_or_raise(_model(pl_module), around=trainer.precision_plugin.forward_context)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks._measurement import Measurement
+from matent_callbacks._pictures import LayerPictures, thinned
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.lightning._measuring import MeasuringCallback
+from matent_callbacks.lightning._pictures import show, takes_pictures
 from matent_callbacks.lightning._repeats import counted_samples
+from matent_callbacks.lightning._trainer import logging_step, publish
 from matent_callbacks.monitor import EntropyMonitor
 
 
@@ -53,6 +56,10 @@ class MatrixEntropyCallback(MeasuringCallback):
         prog_bar: Show the values in the progress bar.
         module: Path of the part of the LightningModule whose layers these are.
         dtype: Of the statistics, float32 or float64.
+        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
+            values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        pictures: With two layers or more, give loggers that take images (W&B, TensorBoard) two panels of all layers:
+            the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near
@@ -79,6 +86,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         prog_bar: bool = False,
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
+        background: bool = False,
+        pictures: bool = True,
     ) -> None:
         super().__init__()
         self.every_n_steps = every_n_steps
@@ -95,7 +104,11 @@ class MatrixEntropyCallback(MeasuringCallback):
             on_error=on_error,
             module=module,
             dtype=dtype,
+            background=background,
         )
+        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
+        self._pictures = LayerPictures(self._measurement.metrics) if pictures else None
+        self._records: list[dict[str, float]] = []
         self._settings = {
             "every_n_steps": every_n_steps,
             "layers": layers,
@@ -111,10 +124,11 @@ class MatrixEntropyCallback(MeasuringCallback):
         return str(self._generate_state_key(**self._settings))
 
     def state_dict(self) -> dict[str, Any]:
-        return self._measurement.state_dict()
+        return {**self._measurement.state_dict(), "records": self._records}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._measurement.load_state_dict(state_dict)
+        self._records = list(state_dict["records"])
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -132,6 +146,7 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
+        self._late = None
         if not self.off:
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
@@ -151,11 +166,32 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         if self._measurement.probe is None:
-            return self._measurement.from_forwards() if due else None
-        # Also at the end, so that the last record describes the model that is saved.
-        if not (due or last):
-            return None
-        return self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
+            values = self._measurement.from_forwards() if due else None
+        elif due or last:
+            # Also at the end, so that the last record describes the model that is saved.
+            values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
+        else:
+            values = None
+        if values is None or not self._measurement.background:
+            return None if values is None else values()
+        self._log_late(trainer)
+        self._late = logging_step(trainer), values
+        return {}
+
+    def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
+        if self._pictures is None:
+            return
+        self._records = thinned([*self._records, {"step": step, **self._pictures.shown(values)}])
+        self._show_pictures(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # A run that goes on from here has the readings until then.
+        self._log_late(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.off:
+            self._log_late(trainer)
+            self._show_pictures(trainer, last=True)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._loaders = {}
@@ -215,6 +251,21 @@ class MatrixEntropyCallback(MeasuringCallback):
         if self._open is not None:
             self._open.stop()
             self._open = None
+
+    def _log_late(self, trainer: Any) -> None:
+        late, self._late = self._late, None
+        if late is None:
+            return
+        step, values = late[0], late[1]()
+        publish(trainer, values, step=step)
+        self.was_logged(trainer, values, step=step)
+
+    def _show_pictures(self, trainer: Any, *, last: bool = False) -> None:
+        if self._pictures is None or not takes_pictures(trainer):
+            return
+        with self._measurement.guard():
+            pictures = self._pictures.draw(self._records, self._measurement.layer_names, last=last)
+            show(trainer, pictures, step=logging_step(trainer))
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
         return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))

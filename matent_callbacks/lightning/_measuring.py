@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from matent_callbacks.lightning._trainer import Callback, log_to_loggers, publish
+from matent_callbacks.lightning._trainer import Callback, log_to_loggers, logging_step, publish
 
 
 class MeasuringCallback(Callback):
@@ -23,6 +23,9 @@ class MeasuringCallback(Callback):
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         """The readings after an optimizer step, ``due`` at an interval, ``last`` if no other step follows; or None."""
         raise NotImplementedError
+
+    def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
+        """Called when readings are in the loggers, at ``step`` of their x axis."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.off = trainer.barebones
@@ -45,8 +48,10 @@ class MeasuringCallback(Callback):
         self._logged_step = trainer.global_step
         # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
         # between would be lost, or stand at a later step. So the loggers get theirs at once.
-        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
-        log_to_loggers(trainer, values)
+        if values:
+            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+            log_to_loggers(trainer, values)
+            self.was_logged(trainer, values, step=logging_step(trainer))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
@@ -55,6 +60,7 @@ class MeasuringCallback(Callback):
         values = self.step_values(trainer, pl_module, due=False, last=True)
         if values:
             publish(trainer, values)
+            self.was_logged(trainer, values, step=logging_step(trainer))
 
     def next_step_is_due(self, trainer: Any) -> bool:
         """Whether the optimizer step that is about to be made completes an interval."""

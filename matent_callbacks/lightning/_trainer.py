@@ -16,24 +16,28 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-__all__ = ["Callback", "log_to_loggers", "publish"]
+__all__ = ["Callback", "log_to_loggers", "logging_step", "publish"]
 
 
-def log_to_loggers(trainer: Any, values: dict[str, float]) -> None:
-    """Write to every logger at the step that the Trainer is at, whether or not it is one of ``log_every_n_steps``."""
-    # The Trainer's own x axis: what `self.log` of this step is written under.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+def logging_step(trainer: Any) -> int:
+    """The Trainer's own x axis now: what ``self.log`` of this step is written under."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
+def log_to_loggers(trainer: Any, values: dict[str, float], *, step: int | None = None) -> None:
+    """Write to every logger at a step, by default that of now, whether or not it is one of ``log_every_n_steps``."""
     for logger in trainer.loggers:
         # Lightning itself may not write at this step, and so would not end here.
         try:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values, step=logging_step(trainer) if step is None else step)
             logger.save()
         except Exception as error:
             kind = type(logger).__name__
             warnings.warn(f"{kind} did not take the readings: {error}. Training goes on.", stacklevel=2)
 
 
-def publish(trainer: Any, values: dict[str, float]) -> None:
+def publish(trainer: Any, values: dict[str, float], *, step: int | None = None) -> None:
     """Log from where ``self.log`` cannot be called: to the loggers and to ``callback_metrics``."""
-    log_to_loggers(trainer, values)
+    log_to_loggers(trainer, values, step=step)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})

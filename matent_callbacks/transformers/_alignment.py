@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from matent_callbacks._alignment import AlignmentMeasurement, Stages
 from matent_callbacks._probe import first_batch
 from matent_callbacks.transformers._measuring import MeasuringCallback
+from matent_callbacks.transformers._pictures import summarize_by_maximum
 
 
 class AlignmentCallback(MeasuringCallback):
@@ -81,6 +82,7 @@ class AlignmentCallback(MeasuringCallback):
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(during_eval=during_eval)
+        self._summarized = False
         self._alignment = AlignmentMeasurement(
             every_n_steps,
             probe=probe,
@@ -107,6 +109,18 @@ class AlignmentCallback(MeasuringCallback):
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._find_probe()
         self._alignment.measure_or_raise(self.trainer.model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if not self._summarized and logs is not None:
+            self._summarized = summarize_by_maximum(self.trainer, "alignment/image_text")
 
     def step_values(self, state: TrainerState) -> dict[str, float] | None:
         due = state.global_step % self._alignment.every_n_steps == 0 or state.global_step == state.max_steps

@@ -10,9 +10,12 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks._measurement import Measurement
+from matent_callbacks._pictures import LayerPictures
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
+from matent_callbacks.transformers._late import LateReading
 from matent_callbacks.transformers._measuring import MeasuringCallback
+from matent_callbacks.transformers._pictures import show, takes_pictures
 from matent_callbacks.transformers._repeats import counted_samples
 
 
@@ -49,6 +52,10 @@ class MatrixEntropyCallback(MeasuringCallback):
             when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
         module: Path of the part of the model whose layers these are.
         dtype: Of the statistics, float32 or float64.
+        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
+            values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        pictures: With two layers or more, give W&B and TensorBoard two panels of all of them: the profile through the
+            layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; when the Trainer is made (or the callback
@@ -73,6 +80,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         reference: Literal["start"] | nn.Module | None = None,
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
+        background: bool = False,
+        pictures: bool = True,
     ) -> None:
         super().__init__(during_eval=during_eval)
         self._measurement = Measurement(
@@ -85,7 +94,10 @@ class MatrixEntropyCallback(MeasuringCallback):
             on_error=on_error,
             module=module,
             dtype=dtype,
+            background=background,
         )
+        self._late = LateReading()
+        self._pictures = LayerPictures(self._measurement.metrics) if pictures else None
         self._probed_step = -1
 
     def attach(self, trainer: Trainer) -> None:
@@ -114,13 +126,22 @@ class MatrixEntropyCallback(MeasuringCallback):
             **super().wrappers(),
             "training_step": self._around_training_step,
             "prediction_step": self._around_prediction_step,
+            "_save_checkpoint": self._before_saving,
         }
 
     def step_values(self, state: TrainerState) -> dict[str, float] | None:
         due = state.global_step % self._measurement.every_n_steps == 0
         if self._measurement.probe is None:
-            return self._measurement.from_forwards() if due else None
-        return self._probe(state) if due or state.global_step == state.max_steps else None
+            values = self._measurement.from_forwards() if due else None
+        else:
+            values = self._probe(state) if due or state.global_step == state.max_steps else None
+        if values is None:
+            return None
+        if not self._measurement.background:
+            return values()
+        self._log_late()
+        self._late.begin(state, values)
+        return {}
 
     def begin_evaluation(self) -> None:
         self._measurement.reset()
@@ -130,26 +151,41 @@ class MatrixEntropyCallback(MeasuringCallback):
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
-        return self._measurement.from_forwards()
+        return self._measurement.from_forwards()()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._probed_step = -1
+        self._late.forget()
         # Of a step or an evaluation that was broken off, if training begins once more.
         self._measurement.reset()
         self._measurement.begin(self.trainer.model)
         self.keep_state(state)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        has_reading = bool(self._pending)
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if has_reading:
+            self._show_pictures()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._measurement.probe is None:
-            return
+        self._log_late()
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if best_was_loaded or self._probed_step != state.global_step:
-            self.trainer.log(self._probe(state))
+        unseen = best_was_loaded or self._probed_step != state.global_step
+        if self._measurement.probe is not None and unseen:
+            self.trainer.log(self._probe(state)())
+        self._show_pictures(last=True)
 
     def _around_training_step(
         self, training_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
@@ -187,6 +223,22 @@ class MatrixEntropyCallback(MeasuringCallback):
             if monitor is not None:
                 monitor.stop()
 
-    def _probe(self, state: TrainerState) -> dict[str, float]:
+    def _probe(self, state: TrainerState) -> Callable[[], dict[str, float]]:
         self._probed_step = state.global_step
         return self._measurement.from_probe(self.trainer.model)
+
+    def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # So that the readings until then are in the checkpoint's log.
+        self._log_late()
+        return save_checkpoint(*args, **kwargs)
+
+    def _log_late(self) -> None:
+        if self._late.log(self.trainer):
+            self._show_pictures()
+
+    def _show_pictures(self, *, last: bool = False) -> None:
+        if self._pictures is None or not takes_pictures(self.trainer):
+            return
+        with self._measurement.guard():
+            records = self.trainer.state.log_history
+            show(self.trainer, self._pictures.draw(records, self._measurement.layer_names, last=last))

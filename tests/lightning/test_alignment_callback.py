@@ -18,7 +18,14 @@ def loader(examples: list[Any]) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(examples, batch_size=4, collate_fn=collate_pairs)
 
 
-def fit(folder: Path, model: Any, examples: list[Any], callbacks: list[Any], package: str = "lightning.pytorch") -> Any:
+def fit(
+    folder: Path,
+    model: Any,
+    examples: list[Any],
+    callbacks: list[Any],
+    package: str = "lightning.pytorch",
+    logger: Any = False,
+) -> Any:
     pl = importlib.import_module(package)
 
     class Module(pl.LightningModule):
@@ -42,7 +49,7 @@ def fit(folder: Path, model: Any, examples: list[Any], callbacks: list[Any], pac
         max_steps=4,
         val_check_interval=2,
         callbacks=callbacks,
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -81,3 +88,15 @@ def test_a_probe_that_cannot_be_read_is_told_when_training_begins(tmp_path):
     probe = {k: v for k, v in collate_pairs(llava_examples(4)).items() if k != "pixel_values"}
     with pytest.raises(ValueError, match="`pixel_values` must be in the batch"):
         fit(tmp_path, make_llava(), llava_examples(8), [AlignmentCallback(1, probe=probe)])
+
+
+def test_wandb_sums_the_alignment_up_by_its_greatest_value_and_its_last(tmp_path, own_wandb):
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    trainer, _ = fit(tmp_path, make_llava(), llava_examples(32), [AlignmentCallback(1)], logger=logger)
+    summary = wandb.run.summary["alignment/image_text"]
+    assert summary["last"] == pytest.approx(trainer.callback_metrics["alignment/image_text"].item())
+    assert summary["max"] >= summary["last"]
+    wandb.finish()

@@ -71,6 +71,17 @@ def test_readings_of_a_vision_language_model(tmp_path):
     assert last["alignment/image_reduction_ratio"] == pytest.approx(ratio, rel=1e-3, abs=1e-4)
 
 
+def test_wandb_sums_the_alignment_up_by_its_greatest_value_and_its_last(tmp_path, own_wandb):
+    import wandb
+
+    trainer = make_trainer(tmp_path, [AlignmentCallback(1)], report_to="wandb")
+    trainer.train()
+    values = [r["alignment/image_text"] for r in trainer.state.log_history if "alignment/image_text" in r]
+    summary = wandb.run.summary["train/alignment/image_text"]
+    assert {"max": summary["max"], "last": summary["last"]} == {"max": max(values), "last": values[-1]}
+    wandb.finish()
+
+
 def test_basis_entropy_and_pair_measures(tmp_path):
     callback = AlignmentCallback(4, basis="entropy", pair_measures=["cka", "mutual_knn", "modality_gap"], k=3)
     trainer = make_trainer(tmp_path, [callback])

@@ -1,0 +1,65 @@
+"""All layers of a run in two pictures, so that a logger needs two panels and not one for each layer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# A picture shows everything until now: it is drawn again when there is this much more to show.
+_GROWTH = 1.25
+_MOST_RECORDS = 512
+
+
+class LayerPictures:
+    """Draws the layers of one metric, ever more rarely, so that the cost of it vanishes in a long run."""
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._metric = "effective_rank" if "effective_rank" in metrics else metrics[0]
+        self._drawn = 0
+
+    def shown(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Of one reading, what goes into a picture."""
+        return {key: value for key, value in values.items() if key.startswith(f"{self._metric}/")}
+
+    def draw(
+        self, records: Sequence[Mapping[str, Any]], layers: Sequence[str], *, last: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The pictures by name, ``(height, width, 3)`` uint8, or none if it is not yet time (``last``: it is).
+
+        Fewer than two layers make no picture, nor does a machine without matplotlib.
+        """
+        keys = {f"{self._metric}/{layer}" for layer in layers}
+        own = [
+            {key: value for key, value in record.items() if key == "step" or key in keys}
+            for record in records
+            if not keys.isdisjoint(record)
+        ]
+        readings = len({record["step"] for record in own})
+        enough = readings > self._drawn if last else readings >= max(_GROWTH * self._drawn, 2)
+        if len(keys) < 2 or not enough or importlib.util.find_spec("matplotlib") is None:
+            return {}
+        self._drawn = readings
+        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        from matent_callbacks.plot import layer_heatmap, layer_profile
+
+        pictures = {}
+        for name, draw in (("profile", layer_profile), ("heatmap", layer_heatmap)):
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            canvas = FigureCanvasAgg(figure)
+            draw(own, self._metric, ax=figure.subplots())
+            canvas.draw()  # type: ignore[no-untyped-call]
+            pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+            pictures[f"layers/{self._metric}_{name}"] = pixels[..., :3].copy()
+        return pictures
+
+
+def thinned(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Every second one, the latest among them, once there are more than a picture can show."""
+    return records if len(records) <= _MOST_RECORDS else records[::-2][::-1]
