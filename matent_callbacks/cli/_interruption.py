@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM come between two batches, when what is measured can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Inside ``with``, both signals raise KeyboardInterrupt, but in :meth:`hold` not before its end.
+
+    A second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._pending = False
+
+    def __enter__(self) -> Interruption:
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._handle) for number in (_SIGNALS if main else ())}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Put off what comes inside."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._pending:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._pending = True
+        if not self._held:
+            raise KeyboardInterrupt

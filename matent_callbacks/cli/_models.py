@@ -1,0 +1,168 @@
+"""Models as ``AutoModel`` gives them, with their tokenizer; no code and no pickle of theirs runs unless allowed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+
+
+class ModelError(ValueError):
+    """A model that cannot be measured; the message is one sentence."""
+
+
+class LayersError(ModelError):
+    """A model that has not the layers asked for."""
+
+
+class Loaded(NamedTuple):
+    """A model and what is known of it."""
+
+    model: nn.Module
+    tokenizer: Any
+    max_length: int | None
+    """Tokens that it takes at most, if it says so."""
+    note: str | None
+    """What the user should know of it, one sentence."""
+
+
+def load(name: str, *, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool) -> Loaded:
+    """The model in evaluation mode.
+
+    Raises:
+        ModelError: If it cannot be loaded, or not without what is not allowed.
+    """
+    import transformers
+
+    _check_weights(name, allow_pickle=allow_pickle)
+    common = {"trust_remote_code": trust_remote_code}
+    with _silent():
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, **common)
+            _check_kernels(name, config, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+            model, info = transformers.AutoModel.from_pretrained(
+                name,
+                config=config,
+                dtype=DTYPES.get(dtype, "auto"),
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **common,
+            )
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(_why(name, error, trust_remote_code=trust_remote_code)) from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    own = [key for key in model.state_dict() if "pooler" not in key]
+    if missing and len(missing) >= len(own):
+        raise ModelError(f"{name} has no weight of {type(model).__name__}, so there is nothing trained to measure.")
+    note = f"{name} lacks {len(missing)} weights ({missing[0]}, ...), which are random here." if missing else None
+    # Right padding is what positions counted from the left can take, whatever the tokenizer is set to.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return Loaded(model.to(device).eval(), tokenizer, _max_length(model, tokenizer), note)
+
+
+def runnable(model: Any) -> Any:
+    """The part that text is run through: the encoder of an encoder-decoder, as in the paper's ``AutoModel(...)[0]``."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def training_progress(name: str) -> dict[str, int | None]:
+    """Steps and tokens of the run that a local model comes from, by the ``trainer_state.json`` in or beside it."""
+    folder = Path(name)
+    for file in (folder / "trainer_state.json", folder.resolve().parent / "trainer_state.json"):
+        try:
+            state = json.loads(file.read_text(encoding="utf-8")) if folder.is_dir() else {}
+            # The Trainer writes 0 tokens where it was not told to count them.
+            return {"steps": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
+        except (OSError, ValueError, AttributeError):
+            continue
+    return {"steps": None, "tokens": None}
+
+
+def _check_weights(name: str, *, allow_pickle: bool) -> None:
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    safe, *pickled = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
+    unsafe = [file for files in pickled for file in files]
+    if not safe and not unsafe:
+        raise ModelError(f"{name} has no weights: there is no .safetensors file in it.")
+    if not allow_pickle and not safe:
+        raise ModelError(
+            f"{name} has its weights pickled ({unsafe[0].name}), and a pickle can run code when it is loaded: "
+            "save them as .safetensors, or pass --allow-pickle if you trust whoever made it."
+        )
+
+
+def _check_kernels(name: str, config: Any, *, trust_remote_code: bool) -> None:
+    """A config may ask for attention kernels of any hub repository, which are code as well."""
+    asked = [value for key, value in _items(config.to_dict()) if key.lstrip("_").endswith("_implementation")]
+    asked += [getattr(config, key, None) for key in ("_attn_implementation", "_experts_implementation")]
+    remote = [value for value in asked if isinstance(value, str) and "/" in value]
+    if remote and not trust_remote_code:
+        raise ModelError(f"{name} wants to run code of {remote[0]}: pass --trust-remote-code if you trust its author.")
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield str(key), item
+        yield from _items(item)
+
+
+def _why(name: str, error: Exception, *, trust_remote_code: bool) -> str:
+    text = str(error)
+    if "trust_remote_code" in text and not trust_remote_code:
+        return f"{name} needs code of its own to run: pass --trust-remote-code if you trust whoever made it."
+    if "use_safetensors" in text:
+        return f"{name} has no .safetensors file: pass --allow-pickle if you trust whoever made its pickled weights."
+    return f"{name} cannot be loaded: {first_sentence(error)}"
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an exception says first, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _max_length(model: Any, tokenizer: Any) -> int | None:
+    bounds = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the one after the padding token's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            bounds.append(module.num_embeddings - module.padding_idx - 1)
+    known = [int(bound) for bound in bounds if isinstance(bound, int) and 0 < bound < 2**31]
+    return min(known, default=None)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Loading says much, and all that matters is said in one sentence elsewhere."""
+    import transformers
+
+    # Else a hub repository without .safetensors is sent to a converter.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,247 @@
+"""One model over one text: windows of documents, batches of like length, one entropy per sequence and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks._accumulate import LayerAccumulator
+from matent_callbacks._catalogue import Source
+from matent_callbacks.capture.hooks import Capture
+from matent_callbacks.capture.layers import Layers
+from matent_callbacks.capture.quiet import quiet, run
+from matent_callbacks.cli._bootstrap import Floats, Means, draws
+from matent_callbacks.cli._documents import Document, Text, TextError
+from matent_callbacks.cli._models import ModelError, runnable
+from matent_callbacks.functional import matrix_entropy
+from matent_callbacks.functional.moments import Moments, merge_moments
+
+# Documents that are sorted by length together.
+_WINDOW = 512
+Hold = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass
+class State:
+    """All that a pass over the text has found, and where it stands: enough to go on from there."""
+
+    document: int = 0
+    """The first one of the window at hand."""
+    batches: int = 0
+    """Batches of this window that are done."""
+    accepted: int = 0
+    """Sequences before this window."""
+    end: int = 0
+    """Bytes before this window, and their checksum."""
+    checksum: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    complete: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    """Where each kind of trouble was met first."""
+    widths: dict[str, int] = field(default_factory=dict)
+    means: dict[str, Means] = field(default_factory=dict)
+    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
+
+    def skip(self, kind: str, place: str) -> None:
+        """Count a document that is left out."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        self.places.setdefault(kind, place)
+
+
+class Tokenized(NamedTuple):
+    """One tokenized document."""
+
+    document: int
+    place: str
+    ids: list[int]
+
+
+class _Window(NamedTuple):
+    batches: list[list[Tokenized]]
+    skipped: list[tuple[str, str]]
+    accepted: int
+    documents: int
+    last: Document
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Text,
+    state: State,
+    *,
+    layers: Layers,
+    sources: frozenset[Source] = frozenset(),
+    max_length: int,
+    batch_tokens: int,
+    max_sequences: int | None = None,
+    seed: int = 0,
+    hold: Hold = nullcontext,
+) -> Iterator[int]:
+    """Run ``model`` over what ``state`` has not seen of ``text`` and put what is found there.
+
+    Between two items of this iterator, which come after each batch and say how many bytes of text are done, the state
+    is one to go on from. ``hold`` is entered while it is not.
+
+    Raises:
+        TextError: If the text is not the one that the state is of.
+        ModelError: If a layer gives nothing to measure.
+    """
+    device = next(model.parameters()).device
+    reader = _Reader(model, layers, sources, device)
+    state.moments = {
+        layer: {source: Moments(*(tensor.to(device) for tensor in own)) for source, own in moments.items()}
+        for layer, moments in state.moments.items()
+    }
+    documents = enumerate(text.documents())
+    _go_to(documents, state)
+    with quiet(model):
+        while not state.complete:
+            window = _window(documents, tokenizer, max_length, batch_tokens, left(max_sequences, state.accepted))
+            if window is None:
+                break
+            for batch in window.batches[state.batches :]:
+                with hold():
+                    _add(state, batch, reader.read(batch, pad=tokenizer.pad_token_id or 0), reader, seed)
+                done = state.batches / len(window.batches)
+                yield round(state.end + done * (window.last.end - state.end))
+            with hold():
+                _finish(state, window)
+                state.complete = left(max_sequences, state.accepted) == 0
+    state.complete = True
+
+
+def left(maximum: int | None, count: int) -> int | None:
+    """How many may still come."""
+    return None if maximum is None else max(maximum - count, 0)
+
+
+def _go_to(documents: Iterator[tuple[int, Document]], state: State) -> None:
+    if state.document == 0:
+        return
+    last = next(islice(documents, state.document - 1, state.document), None)
+    if last is None or last[1].checksum != state.checksum:
+        raise TextError("--text is not what it was when this measurement was interrupted: give another --out.")
+
+
+def _window(
+    documents: Iterator[tuple[int, Document]], tokenizer: Any, max_length: int, batch_tokens: int, most: int | None
+) -> _Window | None:
+    """The next documents as batches, the longest first, so that memory that does not suffice shows at once."""
+    read = list(islice(documents, _WINDOW))
+    if not read:
+        return None
+    texts = [document.text for _, document in read if document.trouble is None]
+    ids = iter(tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else [])
+    sequences: list[Tokenized] = []
+    skipped = []
+    used = 0
+    for used, (index, document) in enumerate(read, 1):  # noqa: B007
+        own = next(ids) if document.trouble is None else []
+        if len(own) >= 2:
+            sequences.append(Tokenized(index, document.place, own))
+            if most is not None and len(sequences) == most:
+                break
+        else:
+            skipped.append((document.trouble or "one_token", document.place))
+    sequences.sort(key=lambda sequence: (-len(sequence.ids), sequence.document))
+    batches: list[list[Tokenized]] = []
+    for sequence in sequences:
+        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return _Window(batches, skipped, len(sequences), used, read[used - 1][1])
+
+
+class _Found(NamedTuple):
+    entropies: dict[str, Floats]
+    """``(B,)`` by layer; NaN where a hidden state is not finite."""
+    moments: dict[str, dict[Source, Moments]]
+
+
+class _Reader:
+    """Runs batches through a model and measures its layers."""
+
+    def __init__(self, model: nn.Module, layers: Layers, sources: frozenset[Source], device: torch.device) -> None:
+        self.widths: dict[str, int] = {}
+        self._target = runnable(model)
+        self._layers = tuple(point.key for point in layers.points)
+        self._sources = sources
+        self._device = device
+        self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
+        self._shape = torch.Size()
+        self._entropies: dict[str, Tensor] = {}
+        self._moments: dict[str, dict[Source, Moments]] = {}
+
+    def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
+        """One forward."""
+        length = len(batch[0].ids)
+        ids = torch.tensor([sequence.ids + [pad] * (length - len(sequence.ids)) for sequence in batch])
+        mask = torch.arange(length) < torch.tensor([[len(sequence.ids)] for sequence in batch])
+        self._shape, self._entropies, self._moments = ids.shape, {}, {}
+        self._capture.open(attention_mask=mask)
+        try:
+            run(self._target, {"input_ids": ids, "attention_mask": mask.long()})
+        finally:
+            self._capture.close()
+        if silent := [layer for layer in self._layers if layer not in self._entropies]:
+            raise ModelError(f"--layers asks for {silent[0]}, which the model does not run through on text.")
+        return _Found({layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers}, self._moments)
+
+    def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None) -> None:
+        if states is not None and states.ndim == 2:  # experts and their like see one long row of tokens
+            states = states.reshape(*self._shape, -1) if states.shape[0] == self._shape.numel() else states
+        if states is None or states.shape[:-1] != self._shape or attention_mask is None:
+            got = "no tensor" if states is None else f"a tensor {tuple(states.shape)}"
+            raise ModelError(
+                f"--layers asks for {layer}, which gives {got} for a batch of {tuple(self._shape)}: not one hidden "
+                "state a token."
+            )
+        mask = attention_mask.reshape(self._shape).to(states.device) > 0
+        finite = (torch.isfinite(states.sum(-1)) | ~mask).all(-1)
+        self.widths[layer] = states.shape[-1]
+        self._entropies[layer] = torch.where(finite, matrix_entropy(states, mask), torch.nan)
+        if self._sources:
+            own = LayerAccumulator(self._sources, max_tokens=None, dtype=torch.float32, device=self._device)
+            own.update(states, mask)
+            self._moments[layer] = own.moments
+
+
+def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:
+    counts = draws(seed, [sequence.document for sequence in batch])
+    # The layers of one model are compared with each other: over the same sequences.
+    finite = np.all([np.isfinite(values) for values in found.entropies.values()], axis=0)
+    for layer, values in found.entropies.items():
+        state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
+    for layer, moments in found.moments.items():
+        seen = state.moments.get(layer)
+        state.moments[layer] = (
+            {source: merge_moments(seen[source], own) for source, own in moments.items()} if seen else moments
+        )
+    for sequence, good in zip(batch, finite, strict=True):
+        if good:
+            state.sequences += 1
+            state.tokens += len(sequence.ids)
+        else:
+            state.skip("nonfinite", sequence.place)
+    state.widths.update(reader.widths)
+    state.batches += 1
+
+
+def _finish(state: State, window: _Window) -> None:
+    for kind, place in window.skipped:
+        state.skip(kind, place)
+    state.document += window.documents
+    state.accepted += window.accepted
+    state.end, state.checksum = window.last.end, window.last.checksum
+    state.batches = 0

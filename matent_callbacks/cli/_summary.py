@@ -1,0 +1,109 @@
+"""From what a model's passes found to its entry in the results, and the table of all entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text as Cell
+
+from matent_callbacks._accumulate import LayerAccumulator, compute_readings
+from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks.cli._bootstrap import LEVEL, interval
+from matent_callbacks.cli._stream import State
+
+TROUBLE = {
+    "empty": "documents are empty",
+    "one_token": "documents have fewer than two tokens and so no covariance",
+    "damaged": "lines are not JSON with a string in that field",
+    "not_utf8": "lines are not UTF-8 text",
+    "unreadable": "files cannot be read",
+    "nonfinite": "sequences gave NaN or Inf",
+}
+_HEADS = {
+    "sequence_matrix_entropy": "entropy (nats)",
+    "normalized_sequence_matrix_entropy": "/ log d",
+    "sequence_effective_rank": "eRank",
+    "untrained_sequence_matrix_entropy": "untrained entropy",
+    "untrained_sequence_effective_rank": "untrained eRank",
+    "diff_erank": "Diff-eRank",
+}
+
+
+def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The paper's data-set quantities of each layer, and those of the other metrics that were asked for."""
+    pooled = _pooled(trained, metrics)
+    quantities = {}
+    for layer, means in trained.means.items():
+        entropy, count = means.replicates(), means.count
+        found = {
+            "sequence_matrix_entropy": entropy,
+            "normalized_sequence_matrix_entropy": entropy / math.log(trained.widths[layer])
+            if trained.widths[layer] > 1
+            else np.full_like(entropy, np.nan),
+            "sequence_effective_rank": np.exp(entropy),
+        }
+        if untrained is not None:
+            before = untrained.means[layer].replicates()
+            found["untrained_sequence_matrix_entropy"] = before
+            found["untrained_sequence_effective_rank"] = np.exp(before)
+            # Replicate by replicate: both models saw the same draws.
+            found["diff_erank"] = np.exp(before) - np.exp(entropy)
+        own = {name: interval(replicates, count=count) for name, replicates in found.items()}
+        quantities[layer] = {**own, **pooled.get(layer, {})}
+    return quantities
+
+
+def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    names = [name for name in metrics if CATALOGUE[name] != "sequence"]
+    if not names or not state.moments:
+        return {}
+    accumulators = {}
+    for layer, moments in state.moments.items():
+        accumulators[layer] = LayerAccumulator(
+            frozenset(moments), max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
+        )
+        accumulators[layer].moments = moments
+    return {
+        layer: {name: {"value": reading.values.get(name), "low": None, "high": None} for name in names}
+        for layer, reading in compute_readings(accumulators, names).items()
+    }
+
+
+def notes(state: State) -> list[str]:
+    """One sentence for each kind of trouble that the text gave."""
+    return [
+        f"{count:,} {TROUBLE[kind]} and are left out (first: {state.places[kind]})."
+        for kind, count in sorted(state.skipped.items())
+    ]
+
+
+def table(models: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each model and layer."""
+    names = list(dict.fromkeys(name for entry in models for layer in entry["layers"].values() for name in layer))
+    made = Table(caption=f"below each value: its {LEVEL:.0%} bootstrap interval over sequences", caption_justify="left")
+    for head in ("model", "layer"):
+        made.add_column(head, overflow="fold")
+    for head in ("parameters", "sequences", *(_HEADS.get(name, name.replace("_", " ")) for name in names)):
+        made.add_column(head, justify="right")
+    for entry in models:
+        about = [entry["model"], f"{entry['parameters']:,}", f"{entry['num_sequences']:,}"]
+        for layer, quantities in entry["layers"].items():
+            cells = [about[0], layer, *about[1:], *(_cell(quantities.get(name)) for name in names)]
+            # As text: a name is shown as it is, whatever it has of rich's markup.
+            made.add_row(*map(Cell, cells))
+            about = [""] * 3
+        made.add_section()
+    return made
+
+
+def _cell(quantity: Mapping[str, float | None] | None) -> str:
+    if quantity is None or quantity["value"] is None:
+        return "-"
+    if quantity["low"] is None:
+        return f"{quantity['value']:.4g}"
+    return f"{quantity['value']:.4g}\n{quantity['low']:.4g} to {quantity['high']:.4g}"

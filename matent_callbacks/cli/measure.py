@@ -1,0 +1,111 @@
+"""``matent measure``: the paper's data-set quantities of models on disk or on the hub."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class _Dtype(str, Enum):
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    auto = "auto"
+
+
+def measure(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folder of a model, or its name on the Hugging Face hub.")
+    ],
+    *,
+    text: Annotated[
+        str, typer.Option(metavar="PATH", help="A file with one document a line, a folder of such files, or - (stdin).")
+    ],
+    field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The text is JSON Lines, with each document in this field.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="last, all, every:4, numbers, module names or globs like *.mlp; several with commas.",
+            show_default="last",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of the pooled covariance besides, without interval: effective_rank, rankme, participation_ratio, ...",
+            show_default="the paper's, which are always there",
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document that count, from its beginning.")] = 2048,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many documents.", show_default="all")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one batch, padding included; 1 runs document by document.")
+    ] = 8192,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Also measure the same model with fresh random weights: Diff-eRank.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the untrained weights and the bootstrap.")] = 0,
+    dtype: Annotated[
+        _Dtype, typer.Option(help="What the model computes in; auto: as its weights are stored.")
+    ] = _Dtype.float32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU if there is one")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write results here as JSON, and go on from what is there.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load weights that are not .safetensors; a pickle can run code.")
+    ] = False,
+) -> int:
+    """Measure matrix entropy and effective rank of models over text.
+
+    For each model and layer: the mean entropy of the sequences in nats, that over log d, and the effective rank
+    exp(mean entropy), each with a 95 % bootstrap interval; with --untrained also Diff-eRank. What is read is the last
+    hidden state of `AutoModel` (of an encoder-decoder: its encoder), or the layers asked for.
+
+    Two checkpoints over the documents of a file, into a file for `matent scaling`:
+
+        matent measure runs/small runs/large --text held_out.txt --untrained --out results.json
+
+    Every layer of a model of the hub over a stream of JSON Lines, 1,000 documents:
+
+        zcat corpus.jsonl.gz | matent measure gpt2 --text - --field text --layers all --max-sequences 1000
+
+    Interrupted (Ctrl-C) and started again with the same --out, it goes on where it was.
+    """
+    # Torch and transformers take seconds to import, which `--help` and bad arguments need not wait for.
+    from matent_callbacks.cli._measuring import Request, run
+
+    return run(
+        Request(
+            models=models,
+            text=text,
+            field=field,
+            layers=layers or ["last"],
+            metrics=metrics or [],
+            max_length=max_length,
+            max_sequences=max_sequences,
+            batch_tokens=batch_tokens,
+            untrained=untrained,
+            seed=seed,
+            dtype=dtype.value,
+            device=device,
+            out=out,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+    )

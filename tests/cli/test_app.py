@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from matent_callbacks.cli._app import run
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = """
+import sys
+from matent_callbacks.cli._app import run
+assert run(["--help"]) == 0
+assert run(["measure", "--help"]) == 0
+heavy = {"transformers", "torchmetrics", "matplotlib", "scipy", "lightning"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "zcat corpus.jsonl.gz | matent measure" in " ".join(done.stdout.split())
+
+
+def test_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "matent_callbacks", "mesure"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "matent: No such command 'mesure'. Did you mean 'measure'?\n"
+
+
+def test_without_arguments_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "measure" in capsys.readouterr().out
