@@ -127,5 +127,6 @@ def _read(line: bytes, field: str | None) -> tuple[str, str | None]:
             return "", "damaged"
         if not isinstance(text, str):
             return "", "damaged"
-    text = text.strip()
-    return text, None if text else "empty"
+    else:
+        text = text.rstrip("\r\n")
+    return (text, None) if text.strip() else ("", "empty")

@@ -64,6 +64,9 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool, allow_p
             raise
         except Exception as error:
             raise ModelError(_why(name, error, trust_remote_code=trust_remote_code)) from error
+    # Where there is no tokenizer, transformers makes one that knows no word.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"{name} has no tokenizer, or an empty one: save it with `tokenizer.save_pretrained`.")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     own = [key for key in model.state_dict() if "pooler" not in key]
     if missing and len(missing) >= len(own):
