@@ -49,8 +49,11 @@ def measure(
         int | None, typer.Option(min=1, help="Stop after so many documents.", show_default="all")
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in one batch, padding included; 1 runs document by document.")
-    ] = 8192,
+        int,
+        typer.Option(
+            min=1, help="Tokens in one batch, padding included: more for a GPU, 1 for one document at a time."
+        ),
+    ] = 2048,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Also measure the same model with fresh random weights: Diff-eRank.")
     ] = False,

