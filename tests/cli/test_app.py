@@ -32,3 +32,10 @@ def test_module_is_the_command() -> None:
 def test_without_arguments_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "measure" in capsys.readouterr().out
+
+
+def test_without_its_libraries_it_tells_how_to_get_them() -> None:
+    code = "import sys; sys.modules['typer'] = None; from matent_callbacks.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "matent: the command line needs typer: pip install 'matent-callbacks[cli]'\n"

@@ -275,6 +275,33 @@ def test_pickled_weights_are_loaded_only_on_request(
     assert measured(tmp_path / "out.json", folder, "--text", text, "--allow-pickle")["models"] == expected["models"]
 
 
+def test_models_of_the_hub_obey_the_same_rules(text: Path, tmp_path: Path) -> None:
+    """A hub cache as ``huggingface_hub`` leaves it, without a network."""
+    from safetensors.torch import load_file
+
+    for name in ("safe", "pickled"):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        save_model(repository / "snapshots" / ("0" * 40), "bert")
+    weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    out = tmp_path / "out.json"
+    arguments = ["measure", "someone/pickled", "someone/safe", "--text", str(text), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "matent_callbacks", *arguments],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    refused, _ = done.stderr.splitlines()
+    assert refused.startswith("matent: someone/pickled has no .safetensors file"), refused
+    assert [entry["model"] for entry in json.loads(out.read_text())["models"]] == ["someone/safe"]
+
+
 def test_no_code_of_a_model_runs_unless_trusted(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
