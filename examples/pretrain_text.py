@@ -108,10 +108,18 @@ def shipped_text() -> Iterator[str]:
         yield "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, definitions))
 
 
-def tokenize(documents: list[str]) -> list[dict[str, Any]]:
-    """Train a BPE tokenizer on the documents and cut them into sequences of equal length."""
+def train_tokenizer(documents: list[str], special_tokens: tuple[str, ...] = ()) -> Any:
+    """A byte-level BPE tokenizer of the documents."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(documents, vocab_size=VOCABULARY, show_progress=False)
+    tokenizer.train_from_iterator(
+        documents, vocab_size=VOCABULARY, special_tokens=list(special_tokens), show_progress=False
+    )
+    return tokenizer
+
+
+def tokenize(documents: list[str], tokenizer: Any = None) -> list[dict[str, Any]]:
+    """Cut the documents into sequences of equal length; without a tokenizer, one is trained on them."""
+    tokenizer = tokenizer or train_tokenizer(documents)
     ids = [i for document in documents for i in tokenizer.encode(document).ids]
     chunks = (ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH + 1, LENGTH))
     return [{"input_ids": chunk, "attention_mask": [1] * LENGTH, "labels": chunk} for chunk in chunks]
