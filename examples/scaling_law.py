@@ -30,6 +30,7 @@ from transformers import (
     default_data_collator,
 )
 
+from matent_callbacks.scaling_law import fit_power_laws
 from matent_callbacks.transformers import MatrixEntropyCallback
 
 Sequences = list[dict[str, Any]]
@@ -37,7 +38,7 @@ SIZES = ((32, 2), (48, 3), (64, 4), (96, 4), (128, 5), (192, 5), (256, 5))  # wi
 QUICK = ((16, 1), (32, 1), (48, 1))
 BATCH = 16
 PIECE = 600  # characters, about 190 tokens: nearly every held-out piece fills a sequence
-FITS = ("normalized_sequence_matrix_entropy", "sequence_matrix_entropy", "sequence_effective_rank")
+FITS = ("normalized_sequence_matrix_entropy", "sequence_matrix_entropy")
 
 
 def main() -> None:
@@ -171,6 +172,12 @@ def summary(models: list[dict[str, Any]], losses: dict[str, float]) -> None:
     for model, row in zip(models, rows, strict=True):
         name = Path(model["model"]).name
         print(f"{name:14} {model['parameters']:10,}  " + " ".join(f"{value:10.3f}" for value in row))
+    fit = fit_power_laws([model["parameters"] for model in models], [row[2] for row in rows])[0]
+    constant = "" if fit.c is None else f", c = {fit.c.value:.3g}"
+    print(
+        f"The same fit to the models before training, H_0/log d: a = {fit.a.value:.3g}, "
+        f"b = {fit.b.value:.4f} ({fit.b.low:.4f} to {fit.b.high:.4f}){constant}"
+    )
     print("Order of pairs of models that each quantity shares with the held-out loss (Kendall's tau):")
     for name, column in zip(columns[:-1], zip(*rows, strict=True), strict=False):
         pairs = list(itertools.combinations(zip(column, [row[-1] for row in rows], strict=True), 2))

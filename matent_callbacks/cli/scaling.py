@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from matent_callbacks.scaling_law import Estimate, PowerLaw
 
 
+# Settings of `matent measure` that change no value.
+_HARMLESS = {"batch_tokens", "replicates"}
+
+
 class Size(str, Enum):
     """What stands for the size of a model."""
 
@@ -49,6 +53,10 @@ def scaling(
     Every model counts the same: the intervals of a measurement come from the choice of texts, which is the same for
     all models, and say nothing of how far a model lies off the curve. They are drawn, and are no weights. The noise is
     estimated from the residuals; intervals of a, b and c are 95 % profile likelihood; the form is chosen by AICc.
+
+    The law of what `matent measure --out results.json` found, with its picture:
+
+        matent scaling results.json --plot law.png
 
     Exits with 1, and fits nothing, if there are fewer than three sizes or the values do not fall.
     """
@@ -115,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _compare(settings: list[dict[str, Any]]) -> None:
     """Tell where files were not measured alike."""
-    names = sorted({name for one in settings for name in one})
+    names = sorted({name for one in settings for name in one} - _HARMLESS)
     differing = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
     if differing:
         typer.echo(f"The files differ in {', '.join(differing)}: their values may not be comparable.", err=True)

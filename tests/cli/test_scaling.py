@@ -86,7 +86,10 @@ def test_sizes_of_a_run(write):
 
 def test_files_are_put_together_and_a_model_counts_once(write):
     models = falling()
-    first, second = write(models[:4], "a.json"), write(models[3:], "b.json", settings={"max_length": 512})
+    first, second = (
+        write(models[:4], "a.json"),
+        write(models[3:], "b.json", settings={"max_length": 512, "batch_tokens": 9}),
+    )
     result = run(first, second)
     assert [row[1] for row in rows(result, "runs/")] == [f"{size:,}" for size in SIZES]
     assert result.stderr.strip() == "The files differ in max_length: their values may not be comparable."
