@@ -80,16 +80,16 @@ def scaling(
 def _points(paths: Iterable[Path], x: str, y: str, layer: str) -> list[_Point]:
     """The measured models; which are left out, and why, is told on the way."""
     documents = [_read(path) for path in paths]
-    _compare([document.get("settings") or {} for document in documents])
+    _compare([_mapping(document, "settings") for document in documents])
     # A model that stands in several files counts once, or its point would weigh twice.
-    models = {(str(model.get("model")), model.get(x)): model for doc in documents for model in doc["models"]}
+    models = {(str(model.get("model")), str(model.get(x))): model for doc in documents for model in doc["models"]}
     points, without_size, unfinished = [], list[str](), list[str]()
     seen_layers, seen_values = set[str](), set[str]()
-    for (name, size), model in models.items():
-        layers = model.get("layers") or {}
+    for (name, _), model in models.items():
+        size, layers = model.get(x), _mapping(model, "layers")
         seen_layers |= layers.keys()
-        seen_values |= layers.get(layer, {}).keys()
-        entry = layers.get(layer, {}).get(y) or {}
+        seen_values |= _mapping(layers, layer).keys()
+        entry = _mapping(_mapping(layers, layer), y)
         if not _is_number(entry.get("value")):
             unfinished.append(name)
         elif not _is_number(size) or size <= 0:
@@ -129,7 +129,13 @@ def _compare(settings: list[dict[str, Any]]) -> None:
         typer.echo(f"The files differ in {', '.join(differing)}: their values may not be comparable.", err=True)
 
 
-def _is_number(value: object) -> bool:
+def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
+    """An entry that should be a mapping; empty where it is missing or anything else."""
+    entry = document.get(key)
+    return entry if isinstance(entry, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -100,10 +100,13 @@ def test_unfinished_models_are_left_out(write):
         {"model": "begun", "parameters": 7},
         model(9, 0.4, "other", layers={"first": {}}),
         model(8, 0.4, "empty", layers={"last": {ENTROPY: None}}),
+        model(8, 0.4, "damaged", layers=[3], parameters={}),
     ]
     result = run(write(falling() + half))
     assert result.exit_code == 0
-    assert result.stderr.strip() == f"Left out, without a value of {ENTROPY} at layer last: begun, other, empty."
+    assert (
+        result.stderr.strip() == f"Left out, without a value of {ENTROPY} at layer last: begun, other, empty, damaged."
+    )
     assert len(rows(result, "runs/")) == 7
 
 
