@@ -194,9 +194,13 @@ class _Profile:
         value = a if x is None else a * at + c
         variance = 1 / spread if x is None else 1 / n + (at - mean) ** 2 / spread
         with_c = -mean / spread if x is None else 1 / n - mean * (at - mean) / spread
+        with_a = 1 / spread if x is None else (at - mean) / spread
         reach = signs * self._slack(a[:, None] * powers + c[:, None]) / np.sqrt(variance)
-        # The region is convex: where its extreme point has c < 0, the extreme of what is allowed has c = 0.
-        return np.where(c + reach * with_c >= 0, value + reach * variance, edge)
+        level = self._y.mean()
+        flat = 0 * edge if x is None else level + signs * self._slack(level + 0 * powers) / math.sqrt(n)
+        # The region is convex: where its extreme point has c < 0 or a < 0, the extreme of what is allowed has 0 there.
+        inner: Array = np.where(a + reach * with_a >= 0, value + reach * variance, flat)
+        return np.where(c + reach * with_c >= 0, inner, edge)
 
     def _slack(self, fitted: Array) -> Array:
         """Square root of what the limit leaves for each row; NaN: the limit is exceeded already."""

@@ -98,6 +98,15 @@ def test_limits_that_the_points_do_not_set():
     assert (fit.b.low, fit.b.high, fit.a.low, fit.a.high) == (0, math.inf, 0, math.inf)
 
 
+def test_curves_within_the_limits_never_rise():
+    y = np.array([0.536, 0.556, 0.567, 0.556, 0.514, 0.450])  # a hump, which a falling and a flat curve fit alike
+    _, fit = both(SIZES[:6], y)
+    allowed = fit.deviation**2 * 3 * (1 + f.ppf(0.95, 1, 3) / 3)
+    flat = math.sqrt((allowed - ((y - y.mean()) ** 2).sum()) / 6)
+    assert fit.c.high == pytest.approx(y.mean() + flat)
+    assert fit.band([1e12])[0][1] == pytest.approx(y.mean() + flat)
+
+
 def test_constant_is_never_negative():
     # Straight over log N, which a power law reaches only with c far below 0.
     without, with_c = both(SIZES, 1.5 - 0.08 * np.log(SIZES))
