@@ -5,8 +5,19 @@ Needs matplotlib: ``pip install 'matent-callbacks[plot]'``.
 
 from matent_callbacks.plot._alignment import alignment_overview
 from matent_callbacks.plot._layers import layer_heatmap, layer_profile
+from matent_callbacks.plot._report import spectrum_shares, step_curves
 from matent_callbacks.plot._scaling import scaling_law
-from matent_callbacks.plot._style import series
+from matent_callbacks.plot._style import UNITS, series
 from matent_callbacks.plot._training import training_overview
 
-__all__ = ["alignment_overview", "layer_heatmap", "layer_profile", "scaling_law", "series", "training_overview"]
+__all__ = [
+    "UNITS",
+    "alignment_overview",
+    "layer_heatmap",
+    "layer_profile",
+    "scaling_law",
+    "series",
+    "spectrum_shares",
+    "step_curves",
+    "training_overview",
+]

@@ -1,0 +1,116 @@
+"""The output folder of a Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from matent_callbacks.plateau import PlateauDetector
+from matent_callbacks.report._run import Part, Run, RunError, Stop, join, to_record
+
+_STATE = "trainer_state.json"
+_PLATEAU = re.compile(
+    r"PlateauStopping\((?P<monitor>.+), min_delta=(?P<delta>.+), patience=(?P<patience>\d+), mode=(?P<mode>\w+)\)"
+)
+
+
+def find(path: Path) -> list[Path]:
+    """The states in a folder, that of the newest checkpoint first."""
+    if path.is_file():
+        return [path] * (path.name == _STATE)
+    checkpoints = [p for p in path.glob(f"checkpoint-*/{_STATE}") if p.parent.name[11:].isdigit()]
+    checkpoints.sort(key=lambda p: int(p.parent.name[11:]), reverse=True)
+    return [p for p in [path / _STATE] if p.is_file()] + checkpoints
+
+
+def read(path: Path, files: list[Path]) -> Run:
+    """The record with the most steps; of two with as many, the folder's own."""
+    states: list[tuple[Path, dict[str, Any]]] = []
+    notes = []
+    # Of the checkpoints only the newest that can be read: each holds all of the records before it.
+    for file in files:
+        if (
+            states
+            and file.parent.name.startswith("checkpoint-")
+            and states[-1][0].parent.name.startswith("checkpoint-")
+        ):
+            break
+        try:
+            states.append((file, _load(file)))
+        except RunError as error:
+            if len(files) == 1:
+                raise
+            notes.append(f"{error}; it is left out.".replace("holds", f"{path.name} holds", 1))
+    if not states:
+        raise RunError("holds no trainer_state.json that can be read")
+    file, state = max(states, key=lambda item: item[1]["global_step"])
+    history = [record for record in state["log_history"] if isinstance(record, dict)]
+    records = [record for entry in history if (record := to_record(entry.get("step"), _without_averages(entry)))]
+    joined, told = join([Part(file.parent.name, records)])
+    stop, end = _end(state, history)
+    name = path.name if path.is_dir() else path.parent.name
+    where = file.relative_to(path) if path.is_dir() else file.name
+    return Run(name, f"Hugging Face Trainer, {where}", joined, [end, *_started_again(history), *told, *notes], stop)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"holds a {file.parent.name}/{file.name} that is damaged or was cut off while it was written"
+        ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+        raise RunError(
+            f"holds a {file.parent.name}/{file.name} that is not the state of a Trainer: it has no log_history"
+        )
+    state["global_step"] = state["global_step"] if isinstance(state.get("global_step"), int) else 0
+    return state
+
+
+def _without_averages(entry: dict[str, Any]) -> dict[str, Any]:
+    """The last record of a training has the mean loss of the whole run, which is no reading of its step."""
+    return {key: value for key, value in entry.items() if key != "train_loss"} if "train_runtime" in entry else entry
+
+
+def _started_again(history: list[dict[str, Any]]) -> list[str]:
+    ends = sorted({entry["step"] for entry in history if "train_runtime" in entry and "step" in entry})
+    last = max((entry["step"] for entry in history if "step" in entry), default=0)
+    return [f"Training ended at step {step} and was started again." for step in ends if step < last]
+
+
+def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | None, str]:
+    """The plateau at which the run was stopped, and a sentence on how the run ended, as far as the state tells."""
+    step, planned = state["global_step"], state.get("max_steps")
+    if not isinstance(planned, int) or planned <= 0:
+        return None, f"The record ends at step {step}; how many steps were planned is not in it."
+    if step >= planned:
+        return None, f"The run made all of its {planned} steps."
+    callbacks = state.get("stateful_callbacks") or {}
+    told = (callbacks.get("TrainerControl") or {}).get("args", {}).get("should_training_stop") is True
+    returned = any("train_runtime" in entry and entry.get("step") == step for entry in history)
+    if not (told or returned):
+        return None, (
+            f"The record ends at step {step} of {planned}: the run was cut off or stopped after that, or is still "
+            "running. What came after the last checkpoint is not in it."
+        )
+    for name, saved in (callbacks.get("matent_callbacks") or {}).items():
+        stop = _plateau(name, saved)
+        if stop is not None and stop.step == step:
+            return stop, f"The run was stopped at step {step} of {planned} by PlateauStopping."
+    return None, f"The run was stopped at step {step} of {planned}; by which callback is not in the record."
+
+
+def _plateau(name: str, saved: Any) -> Stop | None:
+    match = _PLATEAU.fullmatch(name)
+    if match is None:
+        return None
+    try:
+        detector = PlateauDetector(min_delta=float(match["delta"]), patience=int(match["patience"]), mode=match["mode"])  # type: ignore[arg-type]
+        detector.load_state_dict(saved)
+        step = saved["window"][-1][0]
+    except (ValueError, IndexError):
+        return None
+    return Stop(step, match["monitor"], detector.reason) if detector.reason else None

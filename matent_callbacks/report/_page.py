@@ -1,0 +1,65 @@
+"""The page itself."""
+
+from __future__ import annotations
+
+from matent_callbacks.report._figures import pictures
+from matent_callbacks.report._run import Run
+from matent_callbacks.report._summary import missing, summary
+from matent_callbacks.report._words import number, step
+
+
+def page(run: Run) -> str:
+    """A run as one HTML page that needs nothing else: no network, no script, no other file.
+
+    Args:
+        run: What :func:`~matent_callbacks.report.read_run` gave.
+
+    Returns:
+        The page. Whatever the run provides (its name, its keys) is in it as text.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> from matent_callbacks.report import Run, page
+        >>> html = page(Run("run <1>", "by hand", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]))
+        >>> "<h1>run &lt;1&gt;</h1>" in html, "fell from 2 at step 1 to 1.5 at step 2, by 0.5" in html
+        (True, True)
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("matent_callbacks.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = {
+        title: [picture._replace(svg=Markup(picture.svg)) for picture in found]
+        for title, found in pictures(run).items()
+        if found
+    }
+    return environment.get_template("page.html").render(
+        run=run,
+        steps=(step(run.steps[0]), step(run.steps[-1])),
+        summary=summary(run),
+        notes=[*run.notes, *missing(run)],
+        sections=sections,
+        logged=_logged(run),
+    )
+
+
+def _logged(run: Run) -> list[list[str]]:
+    """Every name in the log with how often it was read, and its first, last, lowest and highest value."""
+    rows = []
+    values: dict[str, list[float]] = {}
+    for record in run.records:
+        for key, value in record.items():
+            values.setdefault(key, []).append(value)
+    for key in sorted(values.keys() - {"step"}):
+        finite = [value for value in values[key] if abs(value) < float("inf")]
+        shown = [finite[0], finite[-1], min(finite), max(finite)] if finite else []
+        rows.append([key, f"{len(values[key]):,}", *(map(number, shown) if shown else [""] * 4)])
+    return rows

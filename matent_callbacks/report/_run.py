@@ -1,0 +1,154 @@
+"""A run as the report sees it: one record for each step, and what the log tells about itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from matent_callbacks.plot import series
+from matent_callbacks.report._keys import LOSSES, Quantity, in_order, normalise, parse
+
+Record = dict[str, float]
+
+
+class RunError(ValueError):
+    """A folder that is no run, or a run that cannot be read; the message is one sentence for the user."""
+
+
+class Part(NamedTuple):
+    """What one process logged: a resumed run has several."""
+
+    name: str
+    records: list[Record]
+
+
+class Stop(NamedTuple):
+    """Where and why ``PlateauStopping`` ended the run."""
+
+    step: int
+    monitor: str
+    reason: str
+
+
+class Curve(NamedTuple):
+    """Steps and values of one quantity, in the order of the steps."""
+
+    steps: list[float]
+    values: list[float]
+
+    def finite(self) -> Curve:
+        """Without NaN and infinities."""
+        pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
+        return Curve([s for s, _ in pairs], [v for _, v in pairs])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read by :func:`~matent_callbacks.report.read_run`."""
+
+    name: str
+    """The name that the run gave itself, or that of its folder."""
+    source: str
+    """What was read."""
+    records: list[Record]
+    """One for each step, in order, with the names of the Hugging Face Trainer's record."""
+    notes: list[str] = field(default_factory=list)
+    """What the log tells about itself, in sentences: its end, its parts, what is damaged."""
+    stop: Stop | None = None
+
+    @cached_property
+    def keys(self) -> dict[Quantity, str]:
+        """The name in the records of each quantity that is known here."""
+        names = {key for record in self.records for key in record}
+        found = {quantity: key for key in sorted(names) if (quantity := parse(key)) is not None}
+        loss = next((name for name in LOSSES if name in names), None)
+        return {**found, **({Quantity("loss"): loss} if loss else {})}
+
+    @cached_property
+    def steps(self) -> list[float]:
+        """All steps that have a record."""
+        return [record["step"] for record in self.records]
+
+    def curve(self, quantity: Quantity) -> Curve:
+        """All readings of a quantity; empty where there is none."""
+        return Curve(*series(self.records, self.keys[quantity])) if quantity in self.keys else Curve([], [])
+
+    def places(self, metric: str, held_out: str | None = None) -> list[str]:
+        """The layers or stages that a metric was logged for."""
+        return in_order({q.place for q in self.keys if q.metric == metric and q.held_out == held_out})
+
+    def held_out_sets(self, metric: str, place: str = "") -> list[str]:
+        """The held-out data that a metric was logged for."""
+        return sorted({q.held_out for q in self.keys if q[:2] == (metric, place) and q.held_out is not None})
+
+
+def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
+    """The numbers among what was logged at a step."""
+    at = _number(step)
+    if at is None or not math.isfinite(at):
+        return None
+    record = {"step": int(at) if at.is_integer() else at}
+    for key, value in values.items():
+        name, number = normalise(key), _number(value)
+        if name not in (None, "step") and number is not None:
+            record[str(name)] = number
+    return record
+
+
+def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
+    """One record for each step, and what is to be told about the parts.
+
+    Where a run was resumed from before its end, the later part counts from its first step on.
+
+    Raises:
+        RunError: If there is nothing in them, or a later part does not go on from an earlier one.
+    """
+    parts = [part for part in parts if any(len(record) > 1 for record in part.records)]
+    if not parts:
+        raise RunError("holds a log without a single number in it")
+    merged: dict[float, Record] = {}
+    notes = []
+    begin = min(record["step"] for record in parts[0].records)
+    for i, part in enumerate(parts):
+        first, last = (end(record["step"] for record in part.records) for end in (min, max))
+        if i and first <= begin:
+            names = ", ".join(part.name for part in parts)
+            raise RunError(f"holds {len(parts)} logs that are not one run gone on with: name one of {names}")
+        if i:
+            end_before = max(merged)
+            overlap = f" Steps {first} to {end_before} were run twice: the later part counts." * (first <= end_before)
+            notes.append(
+                f"The run was resumed: its log has another part, {part.name}, with steps {first} to {last}.{overlap}"
+            )
+            if first > end_before:
+                notes.append(f"Between steps {end_before} and {first} nothing is logged, where the run was resumed.")
+            merged = {step: record for step, record in merged.items() if step < first}
+        twice: set[float] = set()
+        for record in part.records:
+            into = merged.setdefault(record["step"], {})
+            if any(key in into for key in record if parse(key)):
+                twice.add(record["step"])
+            into.update(record)
+        if twice:
+            notes.append(
+                f"{_count(len(twice), 'step')} between {min(twice)} and {max(twice)} "
+                f"{'is' if len(twice) == 1 else 'are'} logged more than once in {part.name}: the last record counts."
+            )
+    return [merged[step] for step in sorted(merged)], notes
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _number(value: Any) -> float | None:
+    """JSON, CSV and W&B each have their own way to write NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,187 @@
+"""What moved in a run, in words: only what the readings show."""
+
+from __future__ import annotations
+
+import itertools
+from statistics import median
+
+from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.report._keys import LAYER_METRICS, Quantity
+from matent_callbacks.report._run import Curve, Run
+from matent_callbacks.report._words import (
+    PAIRS,
+    TOWERS,
+    held_out_name,
+    layers_only,
+    metric_name,
+    number,
+    place_name,
+    step,
+)
+
+
+def moved(name: str, curve: Curve) -> str:
+    """First and last reading, by how much they differ, and the lowest and highest where they are between them."""
+    finite = curve.finite()
+    bad = len(curve.values) - len(finite.values)
+    broken = (
+        f" {bad:,} of its {len(curve.values):,} readings {'is' if bad == 1 else 'are'} NaN or infinite." if bad else ""
+    )
+    name = name[:1].upper() + name[1:]
+    if not finite.values:
+        return f"{name}: no reading is a finite number ({bad:,} {'is' if bad == 1 else 'are'} not)." if bad else ""
+    values, steps = finite
+    first, last = values[0], values[-1]
+    if len(values) == 1:
+        return f"{name}: {number(first)} at step {step(steps[0])}, the only reading.{broken}"
+    if number(first) == number(last):
+        change = f"is {number(first)} at step {step(steps[0])} and at step {step(steps[-1])}"
+    else:
+        verb = "rose" if last > first else "fell"
+        change = (
+            f"{verb} from {number(first)} at step {step(steps[0])} to {number(last)} at step {step(steps[-1])}, "
+            f"by {number(abs(last - first))}"
+        )
+    between = []
+    for word, value in (("lowest", min(values)), ("highest", max(values))):
+        if number(value) not in (number(first), number(last)):
+            between.append(f"{word} {number(value)} at step {step(steps[values.index(value)])}")
+    return f"{name} {change}{''.join(f'; {text}' for text in between)}.{broken}"
+
+
+def summary(run: Run) -> list[str]:
+    """Sentences on all quantities of the run that matter most, in the order of the pictures."""
+    found = [moved("training loss", run.curve(Quantity("loss")))]
+    for name in run.held_out_sets("loss"):
+        found.append(moved(f"{held_out_name(name)} loss", run.curve(Quantity("loss", "", name))))
+    for metric in LAYER_METRICS:
+        found += _layers(run, metric)
+    found += _spectrum(run)
+    for place, name in PAIRS.items():
+        for held_out in (None, *run.held_out_sets("alignment", place)):
+            label = name if held_out is None else f"{name}, {held_out_name(held_out)},"
+            found.append(moved(label, run.curve(Quantity("alignment", place, held_out))))
+    for metric in ("effective_rank", "matrix_entropy"):
+        for place in (*STAGES, *TOWERS):
+            held_out = best_source(run, metric, place)
+            suffix = "" if held_out is None else f" ({held_out_name(held_out)})"
+            curve = run.curve(Quantity(metric, place, held_out))
+            found.append(moved(f"{metric_name(metric)} of {place_name(place)}{suffix}", curve))
+    found += _plateau(run)
+    found += _nonfinite(run)
+    return [sentence for sentence in found if sentence]
+
+
+def missing(run: Run) -> list[str]:
+    """What was not logged at all, and what was logged for a part of the run only."""
+    logged = {(q.metric, q.held_out is not None) for q in run.keys}
+    layered = {q.metric for q in run.keys if q.place and q.place not in (*STAGES, *TOWERS)}
+    absent = [
+        name
+        for name, there in (
+            ("training loss", ("loss", False) in logged),
+            ("held-out loss", ("loss", True) in logged),
+            ("matrix entropy of layers", bool(layered & {"matrix_entropy", "sequence_matrix_entropy"})),
+            ("effective rank of layers", bool(layered & {"effective_rank", "sequence_effective_rank"})),
+            ("Diff-eRank", "diff_erank" in layered),
+            ("spectrum", any(q.metric.startswith("spectrum_top_") for q in run.keys)),
+            ("image-text alignment", any(q.metric == "alignment" for q in run.keys)),
+        )
+        if not there
+    ]
+    found = [f"Not in the log of this run: {', '.join(absent)}."] if absent else []
+    partial: dict[tuple[str, float, float], list[str]] = {}
+    for quantity, key in run.keys.items():
+        steps = run.curve(quantity).steps
+        # With fewer readings there is no telling how often it was meant to be read.
+        if len(steps) < 3 or quantity.metric in ("nonfinite_tokens", "plateau"):
+            continue
+        usual = median(b - a for a, b in itertools.pairwise(steps))
+        late, early = steps[0] - run.steps[0] > 2 * usual, run.steps[-1] - steps[-1] > 2 * usual
+        if late or early:
+            partial.setdefault((quantity.metric, steps[0], steps[-1]), []).append(key)
+    for (metric, first, last), keys in partial.items():
+        what = keys[0] if len(keys) == 1 else f"{metric_name(metric)} ({len(keys)} names, such as {keys[0]})"
+        found.append(
+            f"{what} was logged from step {step(first)} to step {step(last)} only; the log as a whole goes from step "
+            f"{step(run.steps[0])} to step {step(run.steps[-1])}."
+        )
+    return found
+
+
+def best_source(run: Run, metric: str, place: str) -> str | None:
+    """Which data a reading is taken from: training, or else the first held-out data that have it."""
+    if Quantity(metric, place) in run.keys:
+        return None
+    return next(iter(run.held_out_sets(metric, place)), None)
+
+
+def _layers(run: Run, metric: str) -> list[str]:
+    """The last layer, and how many of all went which way."""
+    found = []
+    sources = {q.held_out for q in run.keys if q.metric == metric}
+    for held_out in sorted(sources, key=lambda name: (name is not None, name or "")):
+        layers = layers_only(run.places(metric, held_out))
+        if not layers:
+            continue
+        suffix = "" if held_out is None else f", {held_out_name(held_out)}"
+        last = layers[-1]
+        curve = run.curve(Quantity(metric, last, held_out))
+        found.append(moved(f"{metric_name(metric)} of {_the(last)}{suffix}", curve))
+        changes = {}
+        for layer in layers:
+            values = run.curve(Quantity(metric, layer, held_out)).finite().values
+            if len(values) > 1:
+                changes[layer] = values[-1] - values[0], values
+        if len(changes) > 1:
+            rose = sum(change > 0 for change, _ in changes.values())
+            fell = sum(change < 0 for change, _ in changes.values())
+            most = max(changes, key=lambda layer: abs(changes[layer][0]))
+            values = changes[most][1]
+            found.append(
+                f"From first to last reading {metric_name(metric)}{suffix} rose in {rose} and fell in {fell} of "
+                f"{len(changes)} layers, most in {_the(most)}: from {number(values[0])} to {number(values[-1])}."
+            )
+    return found
+
+
+def _the(layer: str) -> str:
+    return f"the {place_name(layer)}" if layer == "last" else place_name(layer)
+
+
+def _spectrum(run: Run) -> list[str]:
+    top = "spectrum_top_1"
+    sources = {q.held_out for q in run.keys if q.metric == top}
+    if not sources:
+        return []
+    held_out = None if None in sources else min(name for name in sources if name is not None)
+    layer = layers_only(run.places(top, held_out))[-1]
+    curve = run.curve(Quantity(top, layer, held_out))
+    return [moved(f"share of the variance in the strongest direction of {_the(layer)}", curve)]
+
+
+def _plateau(run: Run) -> list[str]:
+    if run.stop is not None:
+        return [f"PlateauStopping ended the run: {run.stop.monitor}: {run.stop.reason}."]
+    found = []
+    for place in run.places("plateau"):
+        since = run.curve(Quantity("plateau", f"{place}/since_progress")).finite()
+        if since.values:
+            found.append(
+                f"PlateauStopping watched {place}: at its last observation, at step {step(since.steps[-1])}, "
+                f"{number(since.values[-1])} observations had passed since progress."
+            )
+    return found
+
+
+def _nonfinite(run: Run) -> list[str]:
+    found = []
+    for layer in run.places("nonfinite_tokens"):
+        curve = run.curve(Quantity("nonfinite_tokens", layer)).finite()
+        total = sum(curve.values)
+        if total:
+            at = next(s for s, v in zip(*curve, strict=True) if v)
+            found.append(
+                f"In {_the(layer)} {number(total)} tokens that held NaN or Inf were left out, from step {step(at)} on."
+            )
+    return found

@@ -1,0 +1,122 @@
+"""A matplotlib figure as SVG that is part of a page: its text is text, and its colours are the page's."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from matent_callbacks.plot._style import BLUE, FIVE, ORANGE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE = (5.0, 3.3)
+# A colour that is readable on white is not on black: the page has one of each.
+_COLOURS = {
+    BLUE.lower(): "var(--blue)",
+    ORANGE.lower(): "var(--orange)",
+    "#000000": "currentColor",
+    **{colour.lower(): f"var(--five-{i})" for i, colour in enumerate(FIVE)},
+}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "matent",
+    # A name with dollar signs in it is a name.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.labelsize": 10.0,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": "black",
+    "axes.grid": True,
+    "grid.color": "black",
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "text.color": "black",
+    "axes.labelcolor": "black",
+    "xtick.color": "black",
+    "ytick.color": "black",
+}
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_COLOUR = re.compile(r"#[0-9a-f]{6}\b")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures made inside fit the page, whatever the user's own matplotlib settings are."""
+    import matplotlib
+
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": matplotlib.rcParams["backend"]}):
+        yield
+
+
+def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
+    """The figure as an ``svg`` element, with a title and a description for those who do not see it.
+
+    Args:
+        figure: Made inside :func:`style`.
+        name: Comes before every id, so that several pictures can be in one page.
+        title: Read out as the picture's name.
+        description: Read out after it.
+    """
+    for axis in figure.axes:
+        _plain_numbers(axis)
+        for collection in axis.collections:
+            collection.set_rasterized(True)  # each cell of a heat map would be an element
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(file.getvalue())
+    for parent in root.iter():
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for key in list(element.attrib):
+            value = _REFERENCE.sub(rf"url(#{name}-\1)", element.attrib.pop(key))
+            key = key.rpartition("}")[2]
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href" and value.startswith("#"):
+                value = f"#{name}-{value[1:]}"
+            elif key == "style":
+                value = _COLOUR.sub(lambda m: _COLOURS.get(m[0], m[0]), value)
+                # Black is what SVG fills with where nothing is said.
+                value += "; fill: currentColor" * (element.tag == "text" and "fill" not in value)
+            element.set(key, value)
+    for attribute in ("width", "height", "version"):
+        root.attrib.pop(attribute, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-title {name}-desc")
+    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ElementTree.Element(tag, id=f"{name}-{tag}")
+        element.text = text
+        root.insert(place, element)
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+def _plain_numbers(axis: object) -> None:
+    """Numbers on logarithmic axes as people write them: matplotlib's are mathematics, which is switched off."""
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    assert isinstance(axis, Axes)
+    for side in (axis.xaxis, axis.yaxis):
+        if side.get_scale() != "log" or isinstance(side.get_minor_formatter(), NullFormatter):
+            continue
+        low, high = side.get_view_interval()
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(4))
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        side.set_minor_formatter(NullFormatter())

@@ -1,0 +1,39 @@
+"""A TensorBoard log folder, of either framework."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+
+
+def find(path: Path) -> list[Path]:
+    """The folder's own event files, or those of the folders in it, in order of their names, which have the time."""
+    if path.is_file():
+        return [path] * ("tfevents" in path.name)
+    own = sorted(p for p in path.glob("*tfevents*") if p.is_file())
+    return own or sorted((p for p in path.rglob("*tfevents*") if p.is_file()), key=lambda p: (p.name, p.parent))
+
+
+def read(path: Path, files: list[Path]) -> Run:
+    """All parts; event files tell nothing about how a run ended."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise RunError("is a TensorBoard log, which needs TensorBoard to be read: pip install tensorboard") from error
+    parts = []
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        merged: dict[float, Record] = {}
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                record = to_record(event.step, {tag: event.value})
+                if record is not None:
+                    merged.setdefault(event.step, {}).update(record)
+        parts.append(
+            Part(file.name if file.parent == path else str(file.parent.relative_to(path)), list(merged.values()))
+        )
+    joined, notes = join(parts)
+    end = f"The log ends at step {joined[-1]['step']}; a TensorBoard log does not tell whether the run was finished."
+    return Run(path.name if path.is_dir() else path.parent.name, "TensorBoard event files", joined, [end, *notes])

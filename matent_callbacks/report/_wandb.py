@@ -1,0 +1,103 @@
+"""The folder of a W&B run on this disk; nothing is asked of W&B's servers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+
+_BLOCK, _FILE_HEADER, _RECORD_HEADER = 32 * 1024, 7, 7
+# The Trainer's own count of steps, where one was logged beside W&B's count of records.
+_STEPS = ("train/global_step", "trainer/global_step", "_step")
+
+
+def find(path: Path) -> list[Path]:
+    """The folder's own run, or those in it, in order of their names, which begin with the time."""
+    if path.is_file():
+        return [path] * (path.suffix == ".wandb")
+    patterns = (
+        "*.wandb",
+        "offline-run-*/*.wandb",
+        "run-*/*.wandb",
+        "wandb/offline-run-*/*.wandb",
+        "wandb/run-*/*.wandb",
+    )
+    return next((files for pattern in patterns if (files := sorted(path.glob(pattern)))), [])
+
+
+def read(path: Path, files: list[Path]) -> Run:
+    """All parts of one run."""
+    try:
+        from wandb.proto import wandb_internal_pb2
+    except ImportError as error:
+        raise RunError("is a W&B run, which needs W&B to be read: pip install wandb") from error
+    identities = {file.stem for file in files}
+    if len(identities) > 1:
+        names = ", ".join(str(file.parent.relative_to(path)) for file in files)
+        raise RunError(f"holds {len(identities)} W&B runs: name one of {names}")
+    parts: list[Part] = []
+    name, planned, end = files[0].stem, None, None
+    for file in files:
+        records: list[Record] = []
+        end = None
+        for message in _messages(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            try:
+                record.ParseFromString(message)
+            except Exception:  # protobuf's own DecodeError, wherever this version of it keeps that
+                break
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                row = {i.key or "/".join(i.nested_key): _value(i.value_json) for i in record.history.item}
+                step = next((row[key] for key in _STEPS if key in row), None)
+                found = to_record(step, {k: v for k, v in row.items() if k not in _STEPS})
+                records += [found] if found else []
+            elif kind == "run":
+                name = record.run.display_name or name
+                config = {i.key: _value(i.value_json) for i in record.run.config.update}
+                planned = config.get("max_steps", planned)
+            elif kind == "config":
+                config = {i.key: _value(i.value_json) for i in record.config.update}
+                planned = config.get("max_steps", planned)
+            elif kind == "exit":
+                end = record.exit.exit_code
+        parts.append(Part(file.parent.name, records))
+    joined, notes = join(parts)
+    last = joined[-1]["step"]
+    of = f" of {planned}" if isinstance(planned, int) and planned > 0 else ""
+    told = {
+        None: f"The log ends at step {last}{of} without an end mark: the run was cut off, or is still running.",
+        0: f"The log ends at step {last}{of}, and the program went on to its end.",
+    }
+    failed = f"The log ends at step {last}{of}, where the program failed with exit code {end}."
+    return Run(name, "Weights & Biases run folder", joined, [told.get(end, failed), *notes])
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _messages(data: bytes) -> Iterator[bytes]:
+    """LevelDB's log format: blocks of 32 KiB; a record that does not fit is cut into first, middle and last parts."""
+    position, parts = _FILE_HEADER, list[bytes]()
+    while position + _RECORD_HEADER <= len(data):
+        if _BLOCK - position % _BLOCK < _RECORD_HEADER:
+            position += _BLOCK - position % _BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        position += _RECORD_HEADER
+        # The rest was never written.
+        if kind not in (1, 2, 3, 4) or position + length > len(data):
+            return
+        parts.append(data[position : position + length])
+        position += length
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []

@@ -1,0 +1,78 @@
+"""How numbers and places of a model are written."""
+
+from __future__ import annotations
+
+from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.plot import UNITS
+
+TOWERS = ("image_tower", "text_tower")
+NAMES = {
+    "loss": "training loss",
+    "normalized_matrix_entropy": "normalised matrix entropy",
+    "sequence_matrix_entropy": "matrix entropy (mean over sequences)",
+    "sequence_effective_rank": "effective rank (of the mean entropy of sequences)",
+    "renyi_2": "Rényi entropy of order 2",
+    "top_share": "share of the strongest direction",
+    "alpha_req": "slope of the spectrum (alpha-ReQ)",
+    "rankme": "RankMe",
+    "diff_erank": "Diff-eRank",
+}
+AXES = {
+    **UNITS,
+    "loss": "loss, as logged",
+    "normalized_matrix_entropy": "matrix entropy / log d",
+    "renyi_2": "Rényi entropy (nats)",
+    "participation_ratio": "participation ratio (dimensions)",
+    "stable_rank": "stable rank (dimensions)",
+    "top_share": "share of the variance",
+    "numerical_rank": "numerical rank (dimensions)",
+    "alpha_req": "alpha",
+    "rankme": "RankMe (dimensions)",
+    "diff_erank": "Diff-eRank (dimensions)",
+}
+PAIRS = {
+    "image_text": "image-text alignment",
+    "image_reduction_ratio": "image reduction ratio",
+    "cka": "linear CKA of image and text",
+    "mutual_knn": "mutual nearest neighbours",
+    "mutual_information": "matrix-based mutual information",
+    "modality_gap": "modality gap",
+}
+ENTROPIES = ("matrix_entropy", "sequence_matrix_entropy", "normalized_matrix_entropy", "renyi_2")
+RANKS = ("effective_rank", "sequence_effective_rank", "rankme", "participation_ratio", "stable_rank", "numerical_rank")
+OTHERS = tuple(name for name in (*CATALOGUE, "diff_erank") if name not in (*ENTROPIES[:1], *RANKS[:1]))
+
+
+def number(value: float) -> str:
+    """Four significant digits, and no exponent where people would not write one."""
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def step(value: float) -> str:
+    """A step in a sentence."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"
+
+
+def metric_name(metric: str) -> str:
+    """What a metric is called in a sentence."""
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def place_name(place: str) -> str:
+    """What a layer or stage is called in a sentence."""
+    if place == "last":
+        return "last layer"
+    return place.replace("_", " ") if place in (*STAGES, *TOWERS) else place
+
+
+def held_out_name(name: str) -> str:
+    """What held-out data are called in a sentence."""
+    return f"held out ({name})" if name else "held out"
+
+
+def layers_only(places: list[str]) -> list[str]:
+    """Without the stages of a multimodal model, which are no layers."""
+    return [place for place in places if place not in (*STAGES, *TOWERS)]

@@ -1,0 +1,147 @@
+"""Real runs, trained once: a LLaVA under the Trainer and a Llama under Lightning, each with several loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.conftest import VOCABULARY, collate, text_examples
+from tests.pairs import collate_pairs, llava_examples, make_llava
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+class Logged(NamedTuple):
+    """One run under the loggers that wrote it down, and what the Trainer itself had in memory."""
+
+    folder: Path
+    tensorboard: Path
+    wandb: Path
+    history: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    import wandb
+
+    folder = tmp_path_factory.mktemp("wandb_of_reports")
+    with pytest.MonkeyPatch.context() as patch:
+        wandb.teardown()
+        patch.setenv("WANDB_DIR", str(folder))
+        patch.setenv("WANDB_MODE", "offline")
+        yield folder
+        wandb.teardown()
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory: pytest.TempPathFactory, wandb_folder: Path) -> Logged:
+    """A LLaVA that PlateauStopping ends at step 10 of 40, with a hostile name."""
+    import wandb
+    from transformers import Trainer, TrainingArguments
+
+    from matent_callbacks.transformers import AlignmentCallback, MatrixEntropyCallback, PlateauStopping
+
+    folder = tmp_path_factory.mktemp("llava") / HOSTILE
+    examples = llava_examples(32)
+    trainer = Trainer(
+        model=make_llava(),
+        args=TrainingArguments(
+            output_dir=str(folder),
+            run_name=HOSTILE,
+            max_steps=40,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=4,
+            save_steps=6,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            report_to=["tensorboard", "wandb"],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=3,
+            remove_unused_columns=False,
+        ),
+        train_dataset=examples,
+        eval_dataset=examples[:8],
+        data_collator=collate_pairs,
+        callbacks=[
+            MatrixEntropyCallback(1, layers="all"),
+            AlignmentCallback(2, num_pairs=8),
+            PlateauStopping("loss", min_delta=1e9, patience=6, mode="any", verbose=False),
+        ],
+    )
+    trainer.train()
+    trainer.save_state()
+    wandb.finish()
+    (run,) = wandb_folder.glob("wandb/offline-run-*")
+    return Logged(folder, folder / "runs", run, trainer.state.log_history)
+
+
+def lightning_module() -> Any:
+    import lightning.pytorch as pl
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=VOCABULARY,
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=3,
+                    num_attention_heads=4,
+                )
+            )
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = self.model(**batch).loss
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.model(**batch).loss)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    return Module()
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lightning's folder of a run to step 20 that was resumed from the checkpoint at step 12 and went to step 24."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    from matent_callbacks.lightning import MatrixEntropyCallback
+
+    folder = tmp_path_factory.mktemp("lightning")
+    data = [text_examples(96), text_examples(8, start=96)]
+    loaders = [torch.utils.data.DataLoader(d, batch_size=4, collate_fn=collate) for d in data]
+
+    def fit(steps: int, checkpoint: Path | None) -> None:
+        trainer = pl.Trainer(
+            logger=[CSVLogger(folder / "csv"), TensorBoardLogger(folder / "tensorboard")],
+            callbacks=[
+                MatrixEntropyCallback(2, layers="all"),
+                ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1),
+            ],
+            max_steps=steps,
+            log_every_n_steps=1,
+            val_check_interval=6,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        )
+        trainer.fit(lightning_module(), *loaders, ckpt_path=checkpoint)
+
+    fit(20, None)
+    fit(24, folder / "step=12.ckpt")
+    return folder
