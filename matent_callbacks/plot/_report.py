@@ -46,7 +46,7 @@ def step_curves(
         if i == len(lines) - 1:
             ax.plot(steps, values, color=BLUE, linewidth=1.8, marker="." if len(steps) < 30 else "", label=name)
         else:
-            ax.plot(steps, values, color=FIVE[i % 5], linewidth=1.2, linestyle=_DASHES[1 + i % 4], label=name)
+            ax.plot(steps, values, color=FIVE[i % 5], linewidth=1.4, linestyle=_DASHES[1 + i % 4], label=name)
     for i, name in enumerate(name for name in curves if name in points):
         size = 4 if len(curves[name][0]) < 60 else 2
         ax.plot(

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from matent_callbacks.report._run import Part, Run, RunError, join, to_record
+from matent_callbacks.report._words import step as at
 
 _METRICS = "metrics.csv"
 
@@ -40,7 +41,7 @@ def read(path: Path, files: list[Path]) -> Run:
         records = [record for row in rows if (record := to_record(row["step"], _filled(row)))]
         parts.append(Part(file.parent.name, records))
     joined, notes = join(parts)
-    end = f"The log ends at step {joined[-1]['step']}; a CSV log does not tell whether the run was finished."
+    end = f"The log ends at step {at(joined[-1]['step'])}; a CSV log does not tell whether the run was finished."
     name = path.name if path.is_dir() else path.parent.name
     return Run(name, f"Lightning, {_METRICS}", joined, [end, *notes, *cut])
 

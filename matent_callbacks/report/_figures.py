@@ -20,6 +20,7 @@ from matent_callbacks.report._words import (
     PAIRS,
     RANKS,
     TOWERS,
+    capital,
     held_out_name,
     layers_only,
     metric_name,
@@ -82,7 +83,7 @@ def _metric(run: Run, metric: str) -> Iterator[Picture]:
             points[f"{place_name(layers[-1])}, {held_out_name(name)}"] = run.curve(Quantity(metric, layers[-1], name))
     about = f"{len(shown)} of {len(layers)} layers." if len(shown) < len(layers) else ""
     title = metric_name(metric)
-    yield from _curves(run, metric, title[0].upper() + title[1:], AXES.get(metric, metric), curves, points, about)
+    yield from _curves(run, metric, capital(title), AXES.get(metric, metric), curves, points, about)
 
 
 def _alignment(run: Run) -> Iterator[Picture]:
@@ -92,8 +93,8 @@ def _alignment(run: Run) -> Iterator[Picture]:
             held_out_name(name): run.curve(Quantity("alignment", place, name))
             for name in run.held_out_sets("alignment", place)
         }
-        unit = {"image_text": "mean / max of image, text, both", "mutual_information": "nats"}.get(place, title)
-        yield from _curves(run, f"alignment-{place}", title[0].upper() + title[1:], unit, curves, points)
+        unit = {"image_text": "mean / max (1: aligned)", "mutual_information": "nats"}.get(place, title)
+        yield from _curves(run, f"alignment-{place}", capital(title), unit, curves, points)
 
 
 def _stages(run: Run) -> Iterator[Picture]:
@@ -158,12 +159,15 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     ax.grid(False)
     layer_heatmap(records, metric, ax=ax)
     ticks = list(zip(ax.get_yticks(), (label.get_text() for label in ax.get_yticklabels()), strict=True))
-    ticks = evenly(ticks, 24)
+    every = math.ceil(len(ticks) / 14)
+    ticks = [*ticks[: -every or None : every], ticks[-1]] if every > 1 else ticks
     ax.set_yticks([place for place, _ in ticks], [_short(label, 20) for _, label in ticks])
     if run.stop:
-        ax.axvline(run.stop.step, color="black", linestyle="--", linewidth=1)
+        # On cells of every colour: light below, dark above, in both themes.
+        ax.axvline(run.stop.step, color="white", linewidth=2.4)
+        ax.axvline(run.stop.step, color="#010101", linestyle="--", linewidth=1)
     _finish(figure, ax, legend=False)
-    title = f"{metric_name(metric)[0].upper()}{metric_name(metric)[1:]} of every layer"
+    title = f"{capital(metric_name(metric))} of every layer"
     caption = "Embeddings at the bottom, the last layer on top." if "last" in layers else ""
     if source is not None:
         caption += f" Data: {held_out_name(source)}."
@@ -214,8 +218,7 @@ def _spectrum(run: Run) -> Iterator[Picture]:
 
 def _layers(run: Run, metric: str) -> tuple[str | None, list[str]]:
     """Which data a metric is shown for, training before held out, and its layers there."""
-    sources = {q.held_out for q in run.keys if q.metric == metric}
-    for source in sorted(sources, key=lambda name: (name is not None, name or "")):
+    for source in run.sources(metric):
         layers = [
             n for n in layers_only(run.places(metric, source)) if run.curve(Quantity(metric, n, source)).finite().values
         ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.report._run import Part, Run, RunError, Stop, join, to_record
+from matent_callbacks.report._words import step as at
 
 _STATE = "trainer_state.json"
 _PLATEAU = re.compile(
@@ -78,29 +79,29 @@ def _without_averages(entry: dict[str, Any]) -> dict[str, Any]:
 def _started_again(history: list[dict[str, Any]]) -> list[str]:
     ends = sorted({entry["step"] for entry in history if "train_runtime" in entry and "step" in entry})
     last = max((entry["step"] for entry in history if "step" in entry), default=0)
-    return [f"Training ended at step {step} and was started again." for step in ends if step < last]
+    return [f"Training ended at step {at(step)} and was started again." for step in ends if step < last]
 
 
 def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | None, str]:
     """The plateau at which the run was stopped, and a sentence on how the run ended, as far as the state tells."""
     step, planned = state["global_step"], state.get("max_steps")
     if not isinstance(planned, int) or planned <= 0:
-        return None, f"The record ends at step {step}; how many steps were planned is not in it."
+        return None, f"The record ends at step {at(step)}; how many steps were planned is not in it."
     if step >= planned:
-        return None, f"The run made all of its {planned} steps."
+        return None, f"The run made all of its {at(planned)} steps."
     callbacks = state.get("stateful_callbacks") or {}
     told = (callbacks.get("TrainerControl") or {}).get("args", {}).get("should_training_stop") is True
     returned = any("train_runtime" in entry and entry.get("step") == step for entry in history)
     if not (told or returned):
         return None, (
-            f"The record ends at step {step} of {planned}: the run was cut off or stopped after that, or is still "
-            "running. What came after the last checkpoint is not in it."
+            f"The record ends at step {at(step)} of {at(planned)}: the run was cut off or stopped after that, or is "
+            "still running. What came after the last checkpoint is not in it."
         )
     for name, saved in (callbacks.get("matent_callbacks") or {}).items():
         stop = _plateau(name, saved)
         if stop is not None and stop.step == step:
-            return stop, f"The run was stopped at step {step} of {planned} by PlateauStopping."
-    return None, f"The run was stopped at step {step} of {planned}; by which callback is not in the record."
+            return stop, f"The run was stopped at step {at(step)} of {at(planned)} by PlateauStopping."
+    return None, f"The run was stopped at step {at(step)} of {at(planned)}; by which callback is not in the record."
 
 
 def _plateau(name: str, saved: Any) -> Stop | None:

@@ -18,6 +18,7 @@ def page(run: Run) -> str:
         The page. Whatever the run provides (its name, its keys) is in it as text.
 
     Raises:
+        ValueError: If the run has no records.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -26,6 +27,8 @@ def page(run: Run) -> str:
         >>> "<h1>run &lt;1&gt;</h1>" in html, "fell from 2 at step 1 to 1.5 at step 2, by 0.5" in html
         (True, True)
     """
+    if not run.records:
+        raise ValueError("`run` must have at least one record, and it has none.")
     import jinja2
     from markupsafe import Markup
 
@@ -54,12 +57,8 @@ def page(run: Run) -> str:
 def _logged(run: Run) -> list[list[str]]:
     """Every name in the log with how often it was read, and its first, last, lowest and highest value."""
     rows = []
-    values: dict[str, list[float]] = {}
-    for record in run.records:
-        for key, value in record.items():
-            values.setdefault(key, []).append(value)
-    for key in sorted(values.keys() - {"step"}):
-        finite = [value for value in values[key] if abs(value) < float("inf")]
+    for key, curve in sorted(run.columns.items()):
+        finite = curve.finite().values
         shown = [finite[0], finite[-1], min(finite), max(finite)] if finite else []
-        rows.append([key, f"{len(values[key]):,}", *(map(number, shown) if shown else [""] * 4)])
+        rows.append([key, f"{len(curve.values):,}", *(map(number, shown) if shown else [""] * 4)])
     return rows

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from matent_callbacks.plot import series
 from matent_callbacks.report._keys import LOSSES, Quantity, in_order, normalise, parse
+from matent_callbacks.report._words import step as at
 
 Record = dict[str, float]
 
@@ -62,7 +62,7 @@ class Run:
     @cached_property
     def keys(self) -> dict[Quantity, str]:
         """The name in the records of each quantity that is known here."""
-        names = {key for record in self.records for key in record}
+        names = self.columns.keys()
         found = {quantity: key for key in sorted(names) if (quantity := parse(key)) is not None}
         loss = next((name for name in LOSSES if name in names), None)
         return {**found, **({Quantity("loss"): loss} if loss else {})}
@@ -74,11 +74,28 @@ class Run:
 
     def curve(self, quantity: Quantity) -> Curve:
         """All readings of a quantity; empty where there is none."""
-        return Curve(*series(self.records, self.keys[quantity])) if quantity in self.keys else Curve([], [])
+        return self.columns[self.keys[quantity]] if quantity in self.keys else Curve([], [])
+
+    @cached_property
+    def columns(self) -> dict[str, Curve]:
+        """All readings by their name."""
+        # In one go: `series` looks through all records for each name, and there are hundreds of names.
+        columns: dict[str, Curve] = {}
+        for record in self.records:
+            for key in record.keys() - {"step"}:
+                steps, values = columns.setdefault(key, Curve([], []))
+                steps.append(record["step"])
+                values.append(record[key])
+        return columns
 
     def places(self, metric: str, held_out: str | None = None) -> list[str]:
         """The layers or stages that a metric was logged for."""
         return in_order({q.place for q in self.keys if q.metric == metric and q.held_out == held_out})
+
+    def sources(self, metric: str) -> list[str | None]:
+        """The data that a metric was logged for, training first."""
+        found = {q.held_out for q in self.keys if q.metric == metric}
+        return sorted(found, key=lambda name: (name is not None, name or ""))
 
     def held_out_sets(self, metric: str, place: str = "") -> list[str]:
         """The held-out data that a metric was logged for."""
@@ -87,10 +104,10 @@ class Run:
 
 def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
     """The numbers among what was logged at a step."""
-    at = _number(step)
-    if at is None or not math.isfinite(at):
+    number_of = _number(step)
+    if number_of is None or not math.isfinite(number_of):
         return None
-    record = {"step": int(at) if at.is_integer() else at}
+    record = {"step": int(number_of) if number_of.is_integer() else number_of}
     for key, value in values.items():
         name, number = normalise(key), _number(value)
         if name not in (None, "step") and number is not None:
@@ -116,15 +133,20 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
         first, last = (end(record["step"] for record in part.records) for end in (min, max))
         if i and first <= begin:
             names = ", ".join(part.name for part in parts)
-            raise RunError(f"holds {len(parts)} logs that are not one run gone on with: name one of {names}")
+            raise RunError(f"holds {len(parts)} logs that do not continue one another: name one of {names}")
         if i:
             end_before = max(merged)
-            overlap = f" Steps {first} to {end_before} were run twice: the later part counts." * (first <= end_before)
+            overlap = f" Steps {at(first)} to {at(end_before)} were run twice: the later part counts." * (
+                first <= end_before
+            )
             notes.append(
-                f"The run was resumed: its log has another part, {part.name}, with steps {first} to {last}.{overlap}"
+                f"The run was resumed: its log has another part, {part.name}, with steps {at(first)} to {at(last)}."
+                f"{overlap}"
             )
             if first > end_before:
-                notes.append(f"Between steps {end_before} and {first} nothing is logged, where the run was resumed.")
+                notes.append(
+                    f"Between steps {at(end_before)} and {at(first)} nothing is logged, where the run was resumed."
+                )
             merged = {step: record for step, record in merged.items() if step < first}
         twice: set[float] = set()
         for record in part.records:
@@ -134,7 +156,7 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
             into.update(record)
         if twice:
             notes.append(
-                f"{_count(len(twice), 'step')} between {min(twice)} and {max(twice)} "
+                f"{_count(len(twice), 'step')} between {at(min(twice))} and {at(max(twice))} "
                 f"{'is' if len(twice) == 1 else 'are'} logged more than once in {part.name}: the last record counts."
             )
     return [merged[step] for step in sorted(merged)], notes

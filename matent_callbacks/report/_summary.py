@@ -11,6 +11,7 @@ from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
     PAIRS,
     TOWERS,
+    capital,
     held_out_name,
     layers_only,
     metric_name,
@@ -27,10 +28,10 @@ def moved(name: str, curve: Curve) -> str:
     broken = (
         f" {bad:,} of its {len(curve.values):,} readings {'is' if bad == 1 else 'are'} NaN or infinite." if bad else ""
     )
-    name = name[:1].upper() + name[1:]
+    name = capital(name)
     if not finite.values:
         return f"{name}: no reading is a finite number ({bad:,} {'is' if bad == 1 else 'are'} not)." if bad else ""
-    values, steps = finite
+    steps, values = finite
     first, last = values[0], values[-1]
     if len(values) == 1:
         return f"{name}: {number(first)} at step {step(steps[0])}, the only reading.{broken}"
@@ -49,27 +50,22 @@ def moved(name: str, curve: Curve) -> str:
     return f"{name} {change}{''.join(f'; {text}' for text in between)}.{broken}"
 
 
-def summary(run: Run) -> list[str]:
-    """Sentences on all quantities of the run that matter most, in the order of the pictures."""
-    found = [moved("training loss", run.curve(Quantity("loss")))]
-    for name in run.held_out_sets("loss"):
-        found.append(moved(f"{held_out_name(name)} loss", run.curve(Quantity("loss", "", name))))
-    for metric in LAYER_METRICS:
-        found += _layers(run, metric)
-    found += _spectrum(run)
-    for place, name in PAIRS.items():
-        for held_out in (None, *run.held_out_sets("alignment", place)):
-            label = name if held_out is None else f"{name}, {held_out_name(held_out)},"
-            found.append(moved(label, run.curve(Quantity("alignment", place, held_out))))
-    for metric in ("effective_rank", "matrix_entropy"):
-        for place in (*STAGES, *TOWERS):
-            held_out = best_source(run, metric, place)
-            suffix = "" if held_out is None else f" ({held_out_name(held_out)})"
-            curve = run.curve(Quantity(metric, place, held_out))
-            found.append(moved(f"{metric_name(metric)} of {place_name(place)}{suffix}", curve))
-    found += _plateau(run)
-    found += _nonfinite(run)
-    return [sentence for sentence in found if sentence]
+def summary(run: Run) -> dict[str, list[str]]:
+    """Sentences on the quantities of the run by their topic, in the order of the pictures."""
+    topics = {
+        "Stop": _plateau(run),
+        "Loss": [
+            moved("training loss", run.curve(Quantity("loss"))),
+            *(moved(f"{_on(name)}loss", run.curve(Quantity("loss", "", name))) for name in run.held_out_sets("loss")),
+        ],
+        **{capital(metric_name(metric)): _layers(run, metric) for metric in LAYER_METRICS},
+        "Spectrum": _spectrum(run),
+        "Image and text": _pairs(run),
+        "Stages": _stages(run),
+        "Left out": _nonfinite(run),
+    }
+    said = {topic: [sentence for sentence in sentences if sentence] for topic, sentences in topics.items()}
+    return {topic: sentences for topic, sentences in said.items() if sentences}
 
 
 def missing(run: Run) -> list[str]:
@@ -116,33 +112,54 @@ def best_source(run: Run, metric: str, place: str) -> str | None:
     return next(iter(run.held_out_sets(metric, place)), None)
 
 
-def _layers(run: Run, metric: str) -> list[str]:
-    """The last layer, and how many of all went which way."""
+def _pairs(run: Run) -> list[str]:
+    return [
+        moved(_on(held_out) + name, run.curve(Quantity("alignment", place, held_out)))
+        for place, name in PAIRS.items()
+        for held_out in (None, *run.held_out_sets("alignment", place))
+    ]
+
+
+def _stages(run: Run) -> list[str]:
     found = []
-    sources = {q.held_out for q in run.keys if q.metric == metric}
-    for held_out in sorted(sources, key=lambda name: (name is not None, name or "")):
-        layers = layers_only(run.places(metric, held_out))
-        if not layers:
-            continue
-        suffix = "" if held_out is None else f", {held_out_name(held_out)}"
-        last = layers[-1]
-        curve = run.curve(Quantity(metric, last, held_out))
-        found.append(moved(f"{metric_name(metric)} of {_the(last)}{suffix}", curve))
-        changes = {}
-        for layer in layers:
-            values = run.curve(Quantity(metric, layer, held_out)).finite().values
-            if len(values) > 1:
-                changes[layer] = values[-1] - values[0], values
-        if len(changes) > 1:
-            rose = sum(change > 0 for change, _ in changes.values())
-            fell = sum(change < 0 for change, _ in changes.values())
-            most = max(changes, key=lambda layer: abs(changes[layer][0]))
-            values = changes[most][1]
-            found.append(
-                f"From first to last reading {metric_name(metric)}{suffix} rose in {rose} and fell in {fell} of "
-                f"{len(changes)} layers, most in {_the(most)}: from {number(values[0])} to {number(values[-1])}."
-            )
+    for metric in ("effective_rank", "matrix_entropy"):
+        for place in (*STAGES, *TOWERS):
+            held_out = best_source(run, metric, place)
+            name = f"{_on(held_out)}{metric_name(metric)} of {place_name(place)}"
+            found.append(moved(name, run.curve(Quantity(metric, place, held_out))))
     return found
+
+
+def _layers(run: Run, metric: str) -> list[str]:
+    """The last layer on all data, and how many of all layers went which way."""
+    found = []
+    for held_out in run.sources(metric):
+        layers = layers_only(run.places(metric, held_out))
+        if layers:
+            curve = run.curve(Quantity(metric, layers[-1], held_out))
+            found.append(moved(f"{_on(held_out)}{metric_name(metric)} of {_the(layers[-1])}", curve))
+    source = next((source for source in run.sources(metric) if layers_only(run.places(metric, source))), None)
+    ends = {}
+    for layer in layers_only(run.places(metric, source)):
+        values = run.curve(Quantity(metric, layer, source)).finite().values
+        if len(values) > 1:
+            ends[layer] = (values[0], values[-1])
+    if len(ends) > 1:
+        rose, fell = (sum(sign * (last - first) > 0 for first, last in ends.values()) for sign in (1, -1))
+        all_of = [word for word, number_of in (("rose", rose), ("fell", fell)) if number_of == len(ends)]
+        which = f"{all_of[0]} in all {len(ends)}" if all_of else f"rose in {rose} and fell in {fell} of {len(ends)}"
+        most = max(ends, key=lambda layer: abs(ends[layer][1] - ends[layer][0]))
+        first, last = ends[most]
+        found.append(
+            f"From first to last reading it {which} layers, most in {_the(most)}: from {number(first)} to "
+            f"{number(last)}{'' if source is None else ' (' + held_out_name(source) + ')'}."
+        )
+    return found
+
+
+def _on(held_out: str | None) -> str:
+    """Put before the name of what was measured on held-out data."""
+    return "" if held_out is None else "held-out " if not held_out else f"held-out ({held_out}) "
 
 
 def _the(layer: str) -> str:
@@ -151,18 +168,17 @@ def _the(layer: str) -> str:
 
 def _spectrum(run: Run) -> list[str]:
     top = "spectrum_top_1"
-    sources = {q.held_out for q in run.keys if q.metric == top}
-    if not sources:
-        return []
-    held_out = None if None in sources else min(name for name in sources if name is not None)
-    layer = layers_only(run.places(top, held_out))[-1]
-    curve = run.curve(Quantity(top, layer, held_out))
-    return [moved(f"share of the variance in the strongest direction of {_the(layer)}", curve)]
+    for held_out in run.sources(top)[:1]:
+        layer = layers_only(run.places(top, held_out))[-1]
+        curve = run.curve(Quantity(top, layer, held_out))
+        name = f"{_on(held_out)}share of the variance in the strongest direction of {_the(layer)}"
+        return [moved(name, curve)]
+    return []
 
 
 def _plateau(run: Run) -> list[str]:
     if run.stop is not None:
-        return [f"PlateauStopping ended the run: {run.stop.monitor}: {run.stop.reason}."]
+        return [f"PlateauStopping ended the run on {run.stop.monitor}: {run.stop.reason}."]
     found = []
     for place in run.places("plateau"):
         since = run.curve(Quantity("plateau", f"{place}/since_progress")).finite()

@@ -14,7 +14,7 @@ from matent_callbacks.plot._style import BLUE, FIVE, ORANGE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZE = (5.0, 3.3)
+SIZE = (4.2, 3.1)
 # A colour that is readable on white is not on black: the page has one of each.
 _COLOURS = {
     BLUE.lower(): "var(--blue)",

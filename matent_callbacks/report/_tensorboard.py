@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+from matent_callbacks.report._words import step as at
 
 
 def find(path: Path) -> list[Path]:
@@ -35,5 +36,7 @@ def read(path: Path, files: list[Path]) -> Run:
             Part(file.name if file.parent == path else str(file.parent.relative_to(path)), list(merged.values()))
         )
     joined, notes = join(parts)
-    end = f"The log ends at step {joined[-1]['step']}; a TensorBoard log does not tell whether the run was finished."
+    end = (
+        f"The log ends at step {at(joined[-1]['step'])}; a TensorBoard log does not tell whether the run was finished."
+    )
     return Run(path.name if path.is_dir() else path.parent.name, "TensorBoard event files", joined, [end, *notes])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+from matent_callbacks.report._words import step as at
 
 _BLOCK, _FILE_HEADER, _RECORD_HEADER = 32 * 1024, 7, 7
 # The Trainer's own count of steps, where one was logged beside W&B's count of records.
@@ -67,8 +68,8 @@ def read(path: Path, files: list[Path]) -> Run:
                 end = record.exit.exit_code
         parts.append(Part(file.parent.name, records))
     joined, notes = join(parts)
-    last = joined[-1]["step"]
-    of = f" of {planned}" if isinstance(planned, int) and planned > 0 else ""
+    last = at(joined[-1]["step"])
+    of = f" of {at(planned)}" if isinstance(planned, int) and planned > 0 else ""
     told = {
         None: f"The log ends at step {last}{of} without an end mark: the run was cut off, or is still running.",
         0: f"The log ends at step {last}{of}, and the program went on to its end.",

@@ -42,6 +42,12 @@ PAIRS = {
 ENTROPIES = ("matrix_entropy", "sequence_matrix_entropy", "normalized_matrix_entropy", "renyi_2")
 RANKS = ("effective_rank", "sequence_effective_rank", "rankme", "participation_ratio", "stable_rank", "numerical_rank")
 OTHERS = tuple(name for name in (*CATALOGUE, "diff_erank") if name not in (*ENTROPIES[:1], *RANKS[:1]))
+_STAGES = {
+    **{place: place.replace("_", " ") for place in (*STAGES, *TOWERS)},
+    "image": "image alone",
+    "text": "text alone",
+    "image_text": "image and text together",
+}
 
 
 def number(value: float) -> str:
@@ -49,6 +55,11 @@ def number(value: float) -> str:
     if value and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def capital(text: str) -> str:
+    """With its first letter a capital, and no other changed."""
+    return text[:1].upper() + text[1:]
 
 
 def step(value: float) -> str:
@@ -65,7 +76,7 @@ def place_name(place: str) -> str:
     """What a layer or stage is called in a sentence."""
     if place == "last":
         return "last layer"
-    return place.replace("_", " ") if place in (*STAGES, *TOWERS) else place
+    return _STAGES.get(place, place)
 
 
 def held_out_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +24,8 @@ class Logged(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    import wandb
-
-    folder = tmp_path_factory.mktemp("wandb_of_reports")
-    with pytest.MonkeyPatch.context() as patch:
-        wandb.teardown()
-        patch.setenv("WANDB_DIR", str(folder))
-        patch.setenv("WANDB_MODE", "offline")
-        yield folder
-        wandb.teardown()
-
-
-@pytest.fixture(scope="session")
-def stopped(tmp_path_factory: pytest.TempPathFactory, wandb_folder: Path) -> Logged:
-    """A LLaVA that PlateauStopping ends at step 10 of 40, with a hostile name."""
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """A LLaVA that PlateauStopping ends within 40 steps, with a hostile name."""
     import wandb
     from transformers import Trainer, TrainingArguments
 
@@ -74,10 +60,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, wandb_folder: Path) -> Log
             PlateauStopping("loss", min_delta=1e9, patience=6, mode="any", verbose=False),
         ],
     )
-    trainer.train()
+    with pytest.MonkeyPatch.context() as patch:
+        # A W&B session of this run's own, as in `own_wandb`.
+        wandb.teardown()
+        patch.setenv("WANDB_DIR", str(folder.parent))
+        trainer.train()
+        wandb.teardown()
     trainer.save_state()
-    wandb.finish()
-    (run,) = wandb_folder.glob("wandb/offline-run-*")
+    (run,) = folder.parent.glob("wandb/offline-run-*")
     return Logged(folder, folder / "runs", run, trainer.state.log_history)
 
 
