@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
-from matent_callbacks.report._keys import Quantity
+from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._summary import best_source, moved
 from matent_callbacks.report._svg import SIZE, style, to_svg
@@ -16,7 +16,6 @@ from matent_callbacks.report._thin import evenly, peaks
 from matent_callbacks.report._words import (
     AXES,
     ENTROPIES,
-    OTHERS,
     PAIRS,
     RANKS,
     TOWERS,
@@ -60,7 +59,9 @@ def pictures(run: Run) -> dict[str, list[Picture]]:
             ],
             "Layer by layer": [*_heatmap(run, used_rank or used_entropy), *_spectrum(run)],
             "Image and text": [*_alignment(run), *_stages(run)],
-            "Further quantities": [p for m in OTHERS if m not in (used_entropy, used_rank) for p in _metric(run, m)],
+            "Further quantities": [
+                p for m in LAYER_METRICS if m not in (used_entropy, used_rank) for p in _metric(run, m)
+            ],
         }
 
 

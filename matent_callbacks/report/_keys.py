@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from matent_callbacks._catalogue import CATALOGUE
 
-LAYER_METRICS = (*CATALOGUE, "diff_erank")
+# The spectrum is logged as several numbers, which have names of their own.
+LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_erank")
 # What Lightning users call their training loss; the first that was logged is taken.
 LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_epoch")
 

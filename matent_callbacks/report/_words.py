@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from matent_callbacks._catalogue import CATALOGUE
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import UNITS
 
@@ -41,7 +40,6 @@ PAIRS = {
 }
 ENTROPIES = ("matrix_entropy", "sequence_matrix_entropy", "normalized_matrix_entropy", "renyi_2")
 RANKS = ("effective_rank", "sequence_effective_rank", "rankme", "participation_ratio", "stable_rank", "numerical_rank")
-OTHERS = tuple(name for name in (*CATALOGUE, "diff_erank") if name not in (*ENTROPIES[:1], *RANKS[:1]))
 _STAGES = {
     **{place: place.replace("_", " ") for place in (*STAGES, *TOWERS)},
     "image": "image alone",

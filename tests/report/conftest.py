@@ -55,7 +55,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         eval_dataset=examples[:8],
         data_collator=collate_pairs,
         callbacks=[
-            MatrixEntropyCallback(1, layers="all"),
+            MatrixEntropyCallback(1, layers="all", metrics=("matrix_entropy", "effective_rank", "spectrum")),
             AlignmentCallback(2, num_pairs=8),
             PlateauStopping("loss", min_delta=1e9, patience=6, mode="any", verbose=False),
         ],

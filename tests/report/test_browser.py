@@ -96,7 +96,7 @@ def test_pictures_are_drawn_and_fit(stopped: Logged, opened: Callable[..., Any],
     tab = opened(page_of(stopped.folder), width=width, scheme=scheme)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     boxes = tab.evaluate(BOXES)
-    assert len(boxes) == 7
+    assert len(boxes) == 8
     for box in boxes:
         assert box["width"] > 250
         assert box["height"] > 150
@@ -121,7 +121,7 @@ def test_pictures_are_drawn_and_fit(stopped: Logged, opened: Callable[..., Any],
 
 @BOTH_WIDTHS
 def test_other_logs(resumed: Path, stopped: Logged, opened: Callable[..., Any], width: int) -> None:
-    for folder, pictures in ((resumed / "csv", 4), (resumed / "tensorboard", 4), (stopped.wandb, 7)):
+    for folder, pictures in ((resumed / "csv", 4), (resumed / "tensorboard", 4), (stopped.wandb, 8)):
         tab = opened(page_of(folder), width=width)
         assert len(tab.query_selector_all("figure svg[role=img]")) == pictures
         assert tab.evaluate("document.documentElement.scrollWidth") <= width

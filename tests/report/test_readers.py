@@ -25,6 +25,7 @@ def known(records: list[dict[str, Any]]) -> set[str]:
 def test_the_three_logs_of_one_hugging_face_run_are_the_same_run(stopped: Logged) -> None:
     keys = known(stopped.history)
     assert {"loss", "eval_loss", "matrix_entropy/layer_00", "eval_effective_rank/last", "alignment/image_text"} < keys
+    assert {"spectrum_top_1/layer_00", "eval_spectrum_top_16/last"} < keys
     assert {"effective_rank/vision_encoder", "eval_effective_rank/image_text", "plateau/loss/since_progress"} < keys
     for folder in (stopped.folder, stopped.tensorboard, stopped.wandb):
         run = read_run(folder)

@@ -55,7 +55,7 @@ def test_layers_that_went_different_ways() -> None:
 def test_summary_of_the_real_run(stopped: Logged) -> None:
     run = read_run(stopped.folder)
     said = summary(run)
-    assert list(said) == ["Stop", "Loss", "Matrix entropy", "Effective rank", "Image and text", "Stages"]
+    assert list(said) == ["Stop", "Loss", "Matrix entropy", "Effective rank", "Spectrum", "Image and text", "Stages"]
     (stop,) = said["Stop"]
     assert stop.startswith(f"PlateauStopping ended the run on loss: plateau at step {run.steps[-1]}, value ")
     losses = [record["loss"] for record in stopped.history if "loss" in record]
@@ -133,6 +133,7 @@ def test_tables_hold_the_numbers_of_the_run(stopped: Logged, tmp_path: Path) -> 
         "matrix_entropy",
         "effective_rank",
         "heatmap",
+        "spectrum",
         "alignment-image_text",
         "alignment-image_reduction_ratio",
         "stages-effective_rank",
@@ -149,6 +150,11 @@ def test_tables_hold_the_numbers_of_the_run(stopped: Logged, tmp_path: Path) -> 
     ]
     for row in picture.rows:
         assert float(row[5]) == float(f"{by_step[int(row[0])]['effective_rank/image_text']:.4g}")
+    last = run.steps[-1]
+    layer, at, *shares = found["spectrum"].rows[-1]
+    assert (layer, at) == ("last layer", f"{last:g}")
+    assert shares == [f"{by_step[last][f'spectrum_top_{k}/last']:.1%}" for k in (1, 2, 4, 8, 16)]
+    assert ">step 1<" in found["spectrum"].svg
     top, *_, bottom = found["heatmap"].rows
     assert (top[0], bottom[0]) == ("last layer", "layer_00")
     assert float(bottom[1]) == float(f"{by_step[1]['effective_rank/layer_00']:.4g}")
