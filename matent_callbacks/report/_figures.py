@@ -242,9 +242,11 @@ def _finish(figure: Figure, ax: Axes, *, legend: bool = True) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if math.fabs(ax.get_xlim()[1]) >= 10_000:
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.4g} k" if value else "0"))
-    handles, _ = ax.get_legend_handles_labels()
-    if legend and handles:
-        figure.legend(loc="outside lower center", ncols=min(2, len(handles)))
+    _, labels = ax.get_legend_handles_labels()
+    if legend and labels:
+        # Two columns where the two longest labels have room beside each other.
+        fits = sum(sorted(map(len, labels))[-2:]) <= 40
+        figure.legend(loc="outside lower center", ncols=2 if fits and len(labels) > 1 else 1)
 
 
 def _short(label: str, limit: int = _LABEL) -> str:

@@ -15,6 +15,7 @@ import pytest
 from matent_callbacks.plot import series
 from matent_callbacks.report import Run, RunError, read_run
 from matent_callbacks.report._keys import Quantity, normalise, parse
+from matent_callbacks.report._run import Part, join
 from tests.report.conftest import HOSTILE, Logged
 
 
@@ -119,6 +120,22 @@ def test_lightning_run_that_was_resumed(resumed: Path, logger: str) -> None:
     assert len(read_run(part).notes) == 1
 
 
+def test_what_only_the_abandoned_part_logged_is_left_out() -> None:
+    first = Part("a", [{"step": s, "loss": 1.0, "effective_rank/last": 2.0} for s in range(1, 11)])
+    second = Part("b", [{"step": s, "loss": 3.0} for s in range(6, 13)])
+    records, notes = join([first, second])
+    assert records == first.records[:5] + second.records
+    assert notes == [
+        "The run was resumed: its log has another part, b, with steps 6 to 12. "
+        "Steps 6 to 10 were run twice: the later part counts."
+    ]
+    _, notes = join([first, Part("b", [{"step": 20, "loss": 3.0}, {"step": 20, "loss": 4.0}])])
+    assert notes[1:] == [
+        "Between steps 10 and 20 nothing is logged, where the run was resumed.",
+        "1 step between 20 and 20 is logged more than once in b: the last record counts.",
+    ]
+
+
 def test_runs_that_are_not_one_are_not_joined(resumed: Path, stopped: Logged, tmp_path: Path) -> None:
     source = resumed / "csv" / "lightning_logs" / "version_0"
     for version in ("version_2", "version_10"):
@@ -151,10 +168,12 @@ def test_wandb_run_that_was_cut_off(stopped: Logged, tmp_path: Path) -> None:
     assert whole.notes == [f"The log ends at step {whole.steps[-1]} of 40, and the program went on to its end."]
     (file,) = stopped.wandb.glob("*.wandb")
     data = file.read_bytes()
-    (tmp_path / file.name).write_bytes(data[: len(data) // 2])
-    run = read_run(tmp_path)
-    assert 0 < len(run.records) < len(whole.records)
-    assert run.records == whole.records[: len(run.records)]
+    # Wherever the cut is, the last record is either whole or not there.
+    for size in range(len(data) // 2, len(data) // 2 + 200):
+        (tmp_path / file.name).write_bytes(data[:size])
+        run = read_run(tmp_path)
+        assert 0 < len(run.records) < len(whole.records)
+        assert run.records == whole.records[: len(run.records)]
     assert run.notes == [
         f"The log ends at step {run.steps[-1]} of 40 without an end mark: the run was cut off, or is still running."
     ]
