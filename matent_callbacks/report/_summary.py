@@ -150,9 +150,10 @@ def _layers(run: Run, metric: str) -> list[str]:
         which = f"{all_of[0]} in all {len(ends)}" if all_of else f"rose in {rose} and fell in {fell} of {len(ends)}"
         most = max(ends, key=lambda layer: abs(ends[layer][1] - ends[layer][0]))
         first, last = ends[most]
-        found.append(
+        found.insert(
+            1,  # behind the sentence on the same data
             f"From first to last reading it {which} layers, most in {_the(most)}: from {number(first)} to "
-            f"{number(last)}{'' if source is None else ' (' + held_out_name(source) + ')'}."
+            f"{number(last)}{'' if source is None else ' (' + held_out_name(source) + ')'}.",
         )
     return found
 
