@@ -1,0 +1,1 @@
+"""What the package costs, as ratios; ``python -m benchmarks`` runs all parts and writes ``RESULTS.md``."""
