@@ -47,7 +47,7 @@ def fit(name: str, data: list[dict[str, Tensor]], width: int, values: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",
-            callbacks=callbacks,
+            callbacks=list(callbacks),
             max_epochs=1,
             accumulate_grad_batches=len(data),
             num_sanity_val_steps=0,
@@ -57,6 +57,7 @@ def fit(name: str, data: list[dict[str, Tensor]], width: int, values: dict[str, 
             enable_model_summary=False,
             default_root_dir=folder,
         )
+        # Not those that stable-pretraining has put there.
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         trainer.fit(Embeddings(width), loader(data), loader(data[:1]))
     values.update({name: float(v) for key, v in trainer.callback_metrics.items() if "rankme" in key or key == "theirs"})

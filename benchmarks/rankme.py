@@ -9,15 +9,16 @@ logarithm, which moves its value. The 14 further callbacks that it adds to every
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import logging
 import re
 import statistics
+import sys
 import warnings
 from pathlib import Path
 
-import loguru
 import torch
 
 from benchmarks._report import begin, table
@@ -33,10 +34,10 @@ def main() -> None:
     begin("Ours / RankMe of stable-pretraining", __doc__)
     make_torchvision_importable()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    loguru.logger.remove()
     warnings.filterwarnings("ignore", module="lightning")
     shapes = [(64, 2)] if quick else [(256, 4), (256, 16), (768, 4), (768, 16)]  # width, batches
-    rows = [compare(width, count, rounds=2 if quick else 5) for width, count in shapes]
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = [compare(width, count, rounds=2 if quick else 5) for width, count in shapes]
     header = ["d", "embeddings", "extra time", "extra memory | ours | theirs", "value, ours | theirs | met"]
     table(header, rows)
 
