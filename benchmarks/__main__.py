@@ -26,7 +26,9 @@ MARK = "<!-- {} -->\n"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny settings: shows that every part runs; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings: shows that every part runs; writes nothing"
+    )
     # RankMe comes with dependencies of its own: see the Makefile.
     default = [part for part in PARTS if part != "rankme"]
     parser.add_argument("--only", nargs="+", choices=PARTS, default=default, metavar="PART", help=", ".join(PARTS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from matent_callbacks.lightning import MatrixEntropyCallback
 
 
-class Embeddings(pl.LightningModule):
+class Embeddings(pl.LightningModule):  # type: ignore[misc]
     """Hands on embeddings whose spectrum falls as a power law, as those of trained models do."""
 
     def __init__(self, width: int) -> None:
@@ -41,9 +42,8 @@ def fit(name: str, data: list[dict[str, Tensor]], width: int, values: dict[str, 
     if name == "ours":
         callbacks = [MatrixEntropyCallback(1, "encoder", metrics="rankme", during_eval=False, on_error="raise")]
     elif name == "theirs":
-        from stable_pretraining.callbacks.rankme import RankMe
-
-        callbacks = [RankMe("theirs", "embedding", len(data) * len(data[0]["x"]), width, verbose=False)]
+        rankme = importlib.import_module("stable_pretraining.callbacks.rankme")
+        callbacks = [rankme.RankMe("theirs", "embedding", len(data) * len(data[0]["x"]), width, verbose=False)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -58,9 +58,11 @@ def fit(name: str, data: list[dict[str, Tensor]], width: int, values: dict[str, 
             default_root_dir=folder,
         )
         # Not those that stable-pretraining has put there.
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = callbacks
         trainer.fit(Embeddings(width), loader(data), loader(data[:1]))
-    values.update({name: float(v) for key, v in trainer.callback_metrics.items() if "rankme" in key or key == "theirs"})
+    key = {"ours": "rankme/encoder", "theirs": "theirs"}.get(name)
+    if key is not None:
+        values[name] = float(trainer.callback_metrics[key])
 
 
 def loader(data: list[dict[str, Tensor]]) -> Any:

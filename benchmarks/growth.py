@@ -118,7 +118,9 @@ def draw(curves: list[Curve]) -> None:
             ax.loglog(own.points, values, color=colour, marker="o", base=2)
             for slope in (1, 2, 3):
                 ends = [own.points[0], own.points[-1]]
-                ax.plot(ends, [values[0] * (end / ends[0]) ** slope for end in ends], color="0.85", linewidth=1, zorder=0)
+                ax.plot(
+                    ends, [values[0] * (end / ends[0]) ** slope for end in ends], color="0.85", linewidth=1, zorder=0
+                )
             ax.set_ylim(min(values) / 1.5, max(values) * 1.5)
             ax.set_xticks(own.points, [str(point) for point in own.points])
             ax.minorticks_off()

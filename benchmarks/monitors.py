@@ -115,7 +115,7 @@ class Steps:
 @torch.no_grad()
 def by_hand(hidden_states: tuple[Tensor, ...]) -> dict[str, float]:
     """Entropy and effective rank of the covariance of all tokens, layer by layer."""
-    values = {}
+    values: dict[str, float] = {}
     for number, hidden in enumerate(hidden_states):
         centred = hidden.float() - hidden.float().mean(1, keepdim=True)
         z = (centred / centred.norm(dim=-1, keepdim=True)).flatten(0, 1)

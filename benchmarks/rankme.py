@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
+import importlib
 import logging
 import re
 import statistics
 import sys
 import warnings
-from pathlib import Path
+from importlib import metadata
 
 import torch
 
@@ -74,14 +74,12 @@ def compare(width: int, count: int, *, rounds: int) -> list[str]:
 def make_torchvision_importable() -> None:
     """Declare its operators where its compiled part does not load beside this build of torch: RankMe uses none."""
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
-        spec = importlib.util.find_spec("torchvision")
-        assert spec is not None and spec.origin is not None
-        source = Path(spec.origin).with_name("_meta_registrations.py").read_text()
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        source = metadata.distribution("torchvision").locate_file("torchvision/_meta_registrations.py").read_text()
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in re.findall(r'(?:register_meta\("|torchvision::)(\w+)"', source):
-            library.define(f"{operator}(Tensor x) -> Tensor")
+            library.define(f"{operator}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
         _KEPT.append(library)
 
 
