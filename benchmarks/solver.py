@@ -51,7 +51,7 @@ def main() -> None:
 def batched(width: int) -> None:
     """Print what one call for four matrices saves."""
     four = torch.stack([power_law(width, 1.0)] * 4)
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "batched": functools.partial(torch.linalg.eigvalsh, four),
         "single": lambda: [torch.linalg.eigvalsh(matrix) for matrix in four],
     }

@@ -27,7 +27,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     begin("Step time with the callback / without", __doc__)
     # Width, blocks, rounds of single steps, rounds of whole windows: those of the wide models would take minutes each.
-    settings: list[tuple[int, int, int, Windows]] = [(256, 6, 60, {10: 10, 50: 6}), (768, 4, 12, {}), (2048, 2, 5, {})]
+    settings: list[tuple[int, int, int, Windows]] = [(256, 6, 40, {10: 6, 50: 4}), (768, 4, 12, {}), (2048, 2, 4, {})]
     if quick:
         settings = [(64, 2, 6, {10: 2}), (128, 2, 3, {})]
     print(f"Llama, {BATCH} x {LENGTH} tokens a step; in the first column the seconds of a plain step.\n")
