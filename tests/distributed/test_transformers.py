@@ -21,15 +21,22 @@ Results = list[dict[str, Any]]
 def under_torchrun(world_size: int, folder: Path) -> Results:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     script = ["-m", "tests.distributed.trainer_on_ranks", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *script],
-        cwd=Path(__file__).parents[2],
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = folder / "output.txt"
+    with (
+        output.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", *command, *script],
+            cwd=Path(__file__).parents[2],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ) as launcher,
+    ):
+        try:
+            failed = launcher.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            failed = -1
+            launcher.terminate()  # and it its processes, as it would not if it were killed
+    assert failed == 0, output.read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -121,13 +121,16 @@ def train_with_failures(folder: str, rank: int) -> dict[str, Any]:
     }
 
 
+def launched(rank: int, folder: str) -> dict[str, Any]:
+    return {"right": train_and_evaluate(folder), "failing": train_with_failures(folder, rank)}
+
+
 def on_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     as_if_launched(rank, world_size)
-    return {"right": train_and_evaluate(folder), "failing": train_with_failures(folder, rank)}
+    return launched(rank, folder)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     own_rank = int(os.environ["RANK"])
-    result = on_rank(own_rank, int(os.environ["WORLD_SIZE"]), sys.argv[1])
-    torch.save(result, f"{sys.argv[1]}/{own_rank}.pt")
+    torch.save(launched(own_rank, sys.argv[1]), f"{sys.argv[1]}/{own_rank}.pt")
