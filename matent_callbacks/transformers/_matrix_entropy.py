@@ -39,6 +39,11 @@ class MatrixEntropyCallback(MeasuringCallback):
     that is saved. Either way training is bitwise what it is without the callback. In a compiled model hooks do not
     fire: there the training forward is run once more without the graph, from the same random state.
 
+    In a distributed run every rank logs the reading of the tokens of all. Samples that accelerate repeats to make the
+    last evaluation batch whole count once, except where it cannot tell which they are: an iterable data set with
+    ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. What fails on one rank costs its share of
+    the reading; but under FSDP a probe whose forward fails on one rank only leaves the others waiting in theirs.
+
     Args:
         every_n_steps: Optimizer steps between two readings.
         layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
