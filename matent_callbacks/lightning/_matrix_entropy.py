@@ -39,6 +39,11 @@ class MatrixEntropyCallback(MeasuringCallback):
     the weights before the update; with it the same batches are run in evaluation mode after the update. Either way
     training is bitwise what it is without the callback. ``Trainer(barebones=True)`` logs nothing and is not read.
 
+    In a distributed run every rank logs the reading of the tokens of all. Samples that a ``DistributedSampler`` repeats
+    in evaluation count once; those of other samplers, and of batches of no fixed size, count as often as they come.
+    What fails on one rank costs its share of the reading; but under FSDP a probe whose forward fails on one rank only
+    leaves the others waiting in theirs.
+
     Args:
         every_n_steps: Optimizer steps between two readings.
         layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
