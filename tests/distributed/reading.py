@@ -19,6 +19,8 @@ def as_if_launched(rank: int, world_size: int) -> None:
     """The environment that a launcher gives its processes."""
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in known.items()})
+    # Asked for, and not used: the processes are in a group already.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 
 def small_llama() -> Any:
