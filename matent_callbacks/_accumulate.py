@@ -119,7 +119,12 @@ class PooledTokens:
             self._num_kept += slots
             return
         self._merge_kept()
-        self._merge(tokens)
+        self._merge(self._moments_of(tokens))
+
+    def add_moments(self, moments: Moments) -> None:
+        """Add what :meth:`moments` of another gave."""
+        self._merge_kept()
+        self._merge(moments)
 
     def moments(self) -> Moments:
         """Of all tokens; with d = 0 while none was seen."""
@@ -145,13 +150,15 @@ class PooledTokens:
     def _merge_kept(self) -> None:
         kept, self._kept, self._num_kept = self._kept, [], 0
         for tokens in kept:
-            self._merge(tokens)
+            self._merge(self._moments_of(tokens))
 
-    def _merge(self, tokens: Tokens) -> None:
+    def _moments_of(self, tokens: Tokens) -> Moments:
         of_batch = token_moments if self._source == "raw" else token_moments_about_origin
         with full_precision(tokens.values.device):
-            batch = Moments(*(tensor.to(self._device) for tensor in of_batch(tokens)))
-        self._moments = merge_moments(self._moments, batch) if self._moments.mean.shape[0] else batch
+            return Moments(*(tensor.to(self._device) for tensor in of_batch(tokens)))
+
+    def _merge(self, moments: Moments) -> None:
+        self._moments = merge_moments(self._moments, moments) if self._moments.mean.shape[0] else moments
 
 
 def moments_matrix(moments: Moments, source: Source) -> Matrix:

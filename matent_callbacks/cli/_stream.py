@@ -214,7 +214,7 @@ class _Reader:
         if self._sources:
             own = LayerAccumulator(self._sources, max_tokens=None, dtype=torch.float32, device=self._device)
             own.update(states, mask)
-            self._moments[layer] = own.moments
+            self._moments[layer] = {source: tokens.moments() for source, tokens in own.tokens.items()}
 
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:

@@ -11,8 +11,9 @@ import torch
 from rich.table import Table
 from rich.text import Text as Cell
 
-from matent_callbacks._accumulate import LayerAccumulator, compute_readings
+from matent_callbacks._accumulate import LayerAccumulator
 from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks._readings import PendingReadings
 from matent_callbacks.cli._bootstrap import LEVEL, interval
 from matent_callbacks.cli._stream import State
 
@@ -67,10 +68,16 @@ def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
         accumulators[layer] = LayerAccumulator(
             frozenset(moments), max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
         )
-        accumulators[layer].moments = moments
+        for source, own in moments.items():
+            accumulators[layer].tokens[source].add_moments(own)
+    readings = PendingReadings(accumulators, names).result()
+    # One name may stand for several numbers.
+    given = [name for name in names if name != "spectrum"]
     return {
-        layer: {name: {"value": reading.values.get(name), "low": None, "high": None} for name in names}
-        for layer, reading in compute_readings(accumulators, names).items()
+        layer: {
+            name: {"value": values.get(name), "low": None, "high": None} for name in dict.fromkeys([*given, *values])
+        }
+        for layer, values in readings.values.items()
     }
 
 
