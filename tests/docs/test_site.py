@@ -1,0 +1,82 @@
+"""The site builds without a warning, is whole, and loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from matent_callbacks._catalogue import CATALOGUE
+from tests.docs.fences import PAGES, ROOT
+
+PUBLIC = ("matent_callbacks", *(f"matent_callbacks.{n}" for n in ("functional", "transformers", "lightning", "plot")))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Loaded(HTMLParser):
+    """What a browser fetches by itself to show a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag != "a" and not (tag == "link" and values.get("rel") in ("canonical", "prev", "next")):
+            self.addresses += [values[name] or "" for name in ("src", "href", "srcset") if name in values]
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path):
+    for page in site.rglob("*.html"):
+        loaded = Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        assert loaded.addresses
+        assert not [address for address in loaded.addresses if re.match(r"(\w+:)?//", address)], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_the_api_page_has_every_public_name(site: Path):
+    page = (site / "api.html").read_text(encoding="utf-8")
+    headings = set(re.findall(r'id="([\w.]+)"', page))
+    for module in PUBLIC:
+        for name in importlib.import_module(module).__all__:
+            assert headings & {f"{module}.{name}", f"{module}.{name}.{name}"}, f"{module}.{name}"
+
+
+def test_no_markup_of_docstrings_is_left_over(site: Path):
+    page = html.unescape((site / "api.html").read_text(encoding="utf-8"))
+    assert 'class="formula"' in page
+    assert not re.findall(r":(?:math|class|func|meth):|={6,}|<h\d[^>]*>\s*Trainer\(", page)
+
+
+def test_every_name_of_the_catalogue_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/quantities.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(CATALOGUE)
+    for name, row in rows:
+        cells = [cell.strip() for cell in row.split("|")]
+        assert len(cells) == 4, name  # formula, range, unit, source
+        assert all(cells), name
+
+
+def test_the_readme_links_to_what_exists():
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / link).is_file()] == []
