@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from matent_callbacks._catalogue import Source
+from matent_callbacks.functional._packed import PackedMoments, lower_triangle, packed_second_moment
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
-from matent_callbacks.functional.moments import (
-    Moments,
-    covariance,
-    empty_moments,
-    merge_moments,
-    token_moments,
-    token_moments_about_origin,
-)
+from matent_callbacks.functional.moments import token_moments
 from matent_callbacks.functional.sequences import (
     SequenceMean,
     empty_sequence_mean,
@@ -79,18 +73,37 @@ class LayerAccumulator:
 class Matrix(NamedTuple):
     """What is decomposed of one layer: its non-zero eigenvalues are those of the covariance of the tokens."""
 
-    matrix: Tensor
-    """``(k, k)``: covariance, or Gram matrix of fewer tokens than features."""
-    num_features: int
-    """d; 0 where no token was seen."""
-    num_tokens: Tensor
-    """``()``."""
-    num_nonfinite: Tensor
-    """``()``."""
+    moments: PackedMoments
+    gram: Tensor | None = None
+    """``(N, N)``, of fewer tokens than features; there are no moments but the counts then."""
+    gram_features: int = 0
+
+    @property
+    def num_features(self) -> int:
+        """Number of features d, 0 where no token was seen."""
+        return self.gram_features or self.moments.num_features
+
+    @property
+    def size(self) -> int:
+        """Rows of :meth:`lower`."""
+        return self.num_features if self.gram is None else self.gram.shape[0]
+
+    def lower(self) -> Tensor:
+        """``(k, k)``, right on and below the diagonal, and for the one who asks to overwrite."""
+        if self.gram is not None:
+            return self.gram
+        matrix, mean = lower_triangle(self.moments.scatter), self.moments.mean
+        if self.moments.about_origin:
+            return matrix
+        # A large mean, added in float32, would wipe out the small eigenvalues. MPS has no float64.
+        if mean.device.type != "mps":
+            matrix, mean = matrix.double(), mean.double()
+        return matrix.addr_(mean, mean * self.moments.num_tokens)
 
     def to_cpu(self) -> Matrix:
         """All of it in the host's memory."""
-        return Matrix(self.matrix.cpu(), self.num_features, self.num_tokens.cpu(), self.num_nonfinite.cpu())
+        gram = None if self.gram is None else self.gram.cpu()
+        return Matrix(self.moments.to(torch.device("cpu")), gram, self.gram_features)
 
 
 class PooledTokens:
@@ -102,7 +115,9 @@ class PooledTokens:
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self._source = source
-        self._moments = empty_moments(0, dtype=dtype, device=device)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        nothing = torch.zeros(0, 1, dtype=dtype, device=device)
+        self._moments = PackedMoments(zero, zero, nothing[:, 0], nothing, about_origin=source == "pooled")
         self._kept: list[Tokens] = []
         self._num_kept = 0
         self._device = device
@@ -114,19 +129,19 @@ class PooledTokens:
             raise ValueError(f"it had {self._num_features} features before and has {width} now.")
         # By shape: how many of them count is known on the device only.
         slots = tokens.valid.numel()
-        if self._moments.mean.shape[0] == 0 and self._num_kept + slots <= width:
+        if self._moments.num_features == 0 and self._num_kept + slots <= width:
             self._kept.append(tokens)
             self._num_kept += slots
             return
         self._merge_kept()
-        self._merge(self._moments_of(tokens))
+        self._moments = self._moments.merged(self._moments_of(tokens))
 
-    def add_moments(self, moments: Moments) -> None:
+    def add_moments(self, moments: PackedMoments) -> None:
         """Add what :meth:`moments` of another gave."""
         self._merge_kept()
-        self._merge(moments)
+        self._moments = self._moments.merged(moments)
 
-    def moments(self) -> Moments:
+    def moments(self) -> PackedMoments:
         """Of all tokens; with d = 0 while none was seen."""
         self._merge_kept()
         return self._moments
@@ -134,35 +149,32 @@ class PooledTokens:
     def matrix(self) -> Matrix:
         """The smaller of Gram matrix and covariance."""
         if not self._kept:
-            return moments_matrix(self._moments, self._source)
+            return Matrix(self._moments)
         z = torch.cat([tokens.values.flatten(0, 1).to(self._device) for tokens in self._kept])
-        # As in `covariance`: the mean of tokens that were not centred would wipe out the small eigenvalues.
+        # As in `lower`: the mean of tokens that were not centred would wipe out the small eigenvalues.
         z = z.double() if self._source == "raw" and z.device.type != "mps" else z
-        valid = torch.stack([tokens.valid.sum().to(self._device) for tokens in self._kept])
-        nonfinite = torch.stack([tokens.nonfinite.to(self._device) for tokens in self._kept])
+        counts = [torch.stack([t.valid.sum(), t.nonfinite]).to(self._device) for t in self._kept]
+        num_tokens, num_nonfinite = torch.stack(counts).sum(0)
         with full_precision(z.device):
-            return Matrix(z @ z.T, z.shape[1], valid.sum(), nonfinite.sum())
+            gram = z @ z.T
+        return Matrix(self._moments._replace(num_tokens=num_tokens, num_nonfinite=num_nonfinite), gram, z.shape[1])
 
     @property
     def _num_features(self) -> int:
-        return self._kept[0].values.shape[-1] if self._kept else self._moments.mean.shape[0]
+        return self._kept[0].values.shape[-1] if self._kept else self._moments.num_features
 
     def _merge_kept(self) -> None:
         kept, self._kept, self._num_kept = self._kept, [], 0
         for tokens in kept:
-            self._merge(self._moments_of(tokens))
+            self._moments = self._moments.merged(self._moments_of(tokens))
 
-    def _moments_of(self, tokens: Tokens) -> Moments:
-        of_batch = token_moments if self._source == "raw" else token_moments_about_origin
+    def _moments_of(self, tokens: Tokens) -> PackedMoments:
         with full_precision(tokens.values.device):
-            return Moments(*(tensor.to(self._device) for tensor in of_batch(tokens)))
-
-    def _merge(self, moments: Moments) -> None:
-        self._moments = merge_moments(self._moments, moments) if self._moments.mean.shape[0] else moments
-
-
-def moments_matrix(moments: Moments, source: Source) -> Matrix:
-    """The covariance that ``source`` means."""
-    with full_precision(moments.mean.device):
-        matrix = covariance(moments, center="sequence" if source == "pooled" else None)
-    return Matrix(matrix, moments.mean.shape[0], moments.num_tokens, moments.num_nonfinite)
+            if self._source == "pooled":
+                # Centred by sequence: its covariance is the one about the origin.
+                z = tokens.values.flatten(0, 1)
+                scatter = packed_second_moment(z)
+                found = PackedMoments(tokens.valid.sum(), tokens.nonfinite, z.new_zeros(0), scatter, about_origin=True)
+            else:
+                found = PackedMoments.of(token_moments(tokens))
+        return found.to(self._device)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.functional.moments import Moments, empty_moments
+from matent_callbacks.functional._packed import PackedMoments, unpack_symmetric
+from matent_callbacks.functional.moments import Moments
 from matent_callbacks.functional.sequences import SequenceMean
 
 
@@ -19,30 +20,34 @@ def is_distributed() -> bool:
 
 def all_reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
     """Moments of the tokens of all ranks. Every rank calls this with as many; one without tokens learns d here."""
-    widths = agreed_widths(moments, group)
+    widths = agreed_widths([m.mean.shape[0] for m in moments], moments[0].mean.device, group)
     if None in widths:
         raise ValueError("`hidden_states` must have as many features on every rank as on the others.")
+    sequences = torch.stack([m.num_sequences for m in moments])
+    dist.all_reduce(sequences, group=group)
+    packed = [PackedMoments.of(m) for m in moments]
     common = []
-    for counts, mean, packed in _about_the_common_mean(moments, widths, group):
-        if packed.numel():
-            dist.all_reduce(packed, group=group)
-        common.append(Moments(counts[0], counts[1], counts[2], mean, unpack_symmetric(packed, mean.shape[0])))
+    for shared, num_sequences in zip(_about_the_common_mean(packed, widths, group), sequences, strict=True):
+        if shared.scatter.numel():
+            dist.all_reduce(shared.scatter, group=group)
+        scatter = unpack_symmetric(shared.scatter)
+        common.append(Moments(shared.num_tokens, num_sequences, shared.num_nonfinite, shared.mean, scatter))
     return common
 
 
-def share_moments(moments: Sequence[Moments], widths: Sequence[int | None]) -> list[Moments | None]:
+def share_moments(moments: Sequence[PackedMoments], widths: Sequence[int | None]) -> list[PackedMoments | None]:
     """The moments of all ranks' tokens, each on one rank only: the i-th on :func:`owner_of` i.
 
     ``widths`` is what :func:`agreed_widths` gave; where it is ``None`` nothing is sent and no rank has anything.
     """
-    shared_out: list[Moments | None] = [None] * len(moments)
+    shared_out: list[PackedMoments | None] = [None] * len(moments)
     usable = [index for index, width in enumerate(widths) if width is not None]
     reduced = _about_the_common_mean([moments[i] for i in usable], [widths[i] for i in usable], None)
-    for index, (counts, mean, packed) in zip(usable, reduced, strict=True):
-        if packed.numel():
-            dist.reduce(packed, dst=owner_of(index))
+    for index, shared in zip(usable, reduced, strict=True):
+        if shared.scatter.numel():
+            dist.reduce(shared.scatter, dst=owner_of(index))
         if owner_of(index) == dist.get_rank():
-            shared_out[index] = Moments(counts[0], counts[1], counts[2], mean, unpack_symmetric(packed, mean.shape[0]))
+            shared_out[index] = shared
     return shared_out
 
 
@@ -51,13 +56,12 @@ def owner_of(index: int) -> int:
     return index % dist.get_world_size()
 
 
-def agreed_widths(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[int | None]:
+def agreed_widths(own: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int | None]:
     """Number of features of each on all ranks: 0 where none has seen a token, ``None`` where ranks differ."""
-    if not moments:
+    if not own:
         return []
     unseen = torch.iinfo(torch.int64).max
-    own = [m.mean.shape[0] for m in moments]
-    table = torch.tensor([own, [-(width or unseen) for width in own]], device=moments[0].mean.device)
+    table = torch.tensor([list(own), [-(width or unseen) for width in own]], device=device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
     return [widest if widest in (0, -negative) else None for widest, negative in table.T.tolist()]
 
@@ -84,51 +88,26 @@ def all_reduce_sequence_means(
 
 
 def _about_the_common_mean(
-    moments: Sequence[Moments], widths: Sequence[int | None], group: dist.ProcessGroup | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Counts and mean of all ranks, and this rank's scatter about that mean, packed: their sum needs no further term.
+    moments: Sequence[PackedMoments], widths: Sequence[int | None], group: dist.ProcessGroup | None
+) -> Iterator[PackedMoments]:
+    """Counts and mean of all ranks with this rank's scatter about that mean: the sum over ranks needs no further term.
 
-    Chan et al. 1979. One layer at a time, so that no more than one scatter is there twice.
+    One layer at a time, so that no more than one scatter is there twice.
     """
     if not moments:
         return
     ready = [_widened(m, width) for m, width in zip(moments, widths, strict=True) if width is not None]
-    counts = torch.stack([torch.stack(m[:3]) for m in ready])
+    counts = torch.stack([torch.stack(m[:2]) for m in ready])
     dist.all_reduce(counts, group=group)
     means = torch.cat(
         [m.mean * _ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(ready, counts, strict=True)]
     )
     if means.numel():
         dist.all_reduce(means, group=group)
-    for m, total, mean in zip(ready, counts, torch.split(means, [m.mean.shape[0] for m in ready]), strict=True):
-        offset = m.mean - mean
-        yield total, mean.clone(), pack_symmetric(m.scatter.addr(offset, offset * m.num_tokens))
-
-
-def pack_symmetric(matrix: Tensor) -> Tensor:
-    """``(d, d)`` to ``(ceil(d / 2), d + 1)``: one half, by slices, since indices would take more than what they save.
-
-    The two triangles on the diagonal fit into each other, beside the block that is off it.
-    """
-    d = matrix.shape[0]
-    half = (d + 1) // 2
-    packed = matrix.new_zeros(half, d + 1)
-    packed[:, :half] = matrix[:half, :half].tril()
-    packed[: d - half, 1 : d - half + 1] += matrix[half:, half:].triu()
-    packed[:, half + 1 :] = matrix[:half, half:]
-    return packed
-
-
-def unpack_symmetric(packed: Tensor, num_features: int) -> Tensor:
-    """The inverse of :func:`pack_symmetric`."""
-    d, half = num_features, packed.shape[0]
-    matrix = packed.new_empty(d, d)
-    lower, upper = packed[:, :half].tril(), packed[: d - half, 1 : d - half + 1].triu()
-    matrix[:half, :half] = lower + lower.tril(-1).T
-    matrix[half:, half:] = upper + upper.triu(1).T
-    matrix[:half, half:] = packed[:, half + 1 :]
-    matrix[half:, :half] = packed[:, half + 1 :].T
-    return matrix
+    for m, total, mean in zip(ready, counts, torch.split(means, [len(m.mean) for m in ready]), strict=True):
+        # A copy of its own: the other ranks' are added into it, and the caller may go on with this rank's.
+        scatter = m.scatter.clone() if m.about_origin else m.scatter_about(mean)
+        yield PackedMoments(total[0], total[1], mean.clone(), scatter, about_origin=m.about_origin)
 
 
 def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,9 +115,12 @@ def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
     return part.to(dtype) / whole.clamp(min=1).to(dtype)
 
 
-def _widened(moments: Moments, num_features: int) -> Moments:
+def _widened(moments: PackedMoments, num_features: int) -> PackedMoments:
     """A rank that has seen nothing takes the width that the others have."""
-    if moments.mean.shape[0] == num_features:
+    if moments.num_features == num_features:
         return moments
-    zeros = empty_moments(num_features, dtype=moments.mean.dtype, device=moments.mean.device)
-    return zeros._replace(num_nonfinite=moments.num_nonfinite)
+    mean, scatter = moments.mean, moments.scatter
+    return moments._replace(
+        mean=mean.new_zeros(0 if moments.about_origin else num_features),
+        scatter=scatter.new_zeros((num_features + 1) // 2, num_features + 1),
+    )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks._accumulate import LayerAccumulator, Matrix, moments_matrix
+from matent_callbacks._accumulate import LayerAccumulator, Matrix
 from matent_callbacks._catalogue import CATALOGUE, Source
 from matent_callbacks._distributed import (
     agreed_failures,
@@ -25,9 +25,9 @@ from matent_callbacks.functional.entropy import spectral_summary
 from matent_callbacks.functional.sequences import SequenceMean
 from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
 
-# Matrices of at most so many numbers are decomposed in one call: batching gains nothing beyond, and their memory is
-# taken twice while it lasts.
-_BATCH_NUMBERS = 2**25
+# Matrices of at most so many numbers are decomposed in one call: of larger ones several at once gain nothing, and
+# their memory is taken three times while it lasts.
+_BATCH_NUMBERS = 2**17
 _NONFINITE = "nonfinite_tokens"
 
 _Unit = tuple[Source, str]
@@ -69,7 +69,7 @@ class PendingReadings:
         self._found: Future[dict[_Unit, Tensor]] | None = None
         if executor is not None:
             matrices = {unit: matrix.to_cpu() for unit, matrix in gathered.matrices.items()}
-            gathered.matrices.clear()
+            self._gathered = gathered._replace(matrices={})
             self._found = executor.submit(_decompose, matrices, self._names)
 
     def result(self) -> Readings:
@@ -144,10 +144,10 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
     units = [(source, layer) for layer, a in used.items() for source in a.tokens]
     moments = [used[layer].tokens[source].moments() for source, layer in units]
-    widths = agreed_widths(moments)
+    widths = agreed_widths([m.num_features for m in moments], device)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices = {
-        unit: moments_matrix(shared, unit[0])
+        unit: Matrix(shared)
         for unit, shared in zip(units, share_moments(moments, widths), strict=True)
         if shared is not None
     }
@@ -165,44 +165,51 @@ def _names(source: Source, metrics: Sequence[str], num_features: int) -> list[st
     """The numbers of a layer that come from one source, in their order on the way between ranks."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
-        names += [f"spectrum_top_{k}" for k in _powers_of_two(num_features)]
+        names += [f"spectrum_top_{2**i}" for i in range((num_features - 1).bit_length())]
     return [*names, _NONFINITE]
 
 
-def _decompose(matrices: Mapping[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """The numbers of each unit, ``(names,)``, decomposed in batches of one shape; NaN where no token was seen."""
+def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
+    """The numbers of each unit, ``(names,)``, in one table for all of one shape; NaN where no token was seen."""
     alike: dict[tuple[int, int, Source], list[_Unit]] = defaultdict(list)
     for unit, matrix in matrices.items():
-        alike[matrix.matrix.shape[0], matrix.num_features, unit[0]].append(unit)
+        alike[matrix.size, matrix.num_features, unit[0]].append(unit)
     found: dict[_Unit, Tensor] = {}
     for (size, num_features, _), units in alike.items():
-        most = max(1, _BATCH_NUMBERS // max(size, 1) ** 2)
-        for batch in (units[start : start + most] for start in range(0, len(units), most)):
-            *wanted, _ = names[batch[0]]
-            num_tokens = torch.stack([matrices[unit].num_tokens for unit in batch])
-            nonfinite = torch.stack([matrices[unit].num_nonfinite for unit in batch])
-            if size == 0:
-                table = torch.full((len(batch), len(wanted)), torch.nan, device=num_tokens.device)
-            else:
-                eigenvalues = unit_trace_eigenvalues(torch.stack([matrices[unit].matrix for unit in batch]))
-                summary = {**spectral_summary(eigenvalues, num_features=num_features), **_shares(eigenvalues)}
-                table = torch.stack([summary[name] for name in wanted], -1)
-            table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
-            table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
-            found.update(zip(batch, table, strict=True))
+        *wanted, _ = names[units[0]]
+        num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
+        nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
+        if size == 0:
+            table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
+        else:
+            eigenvalues = _eigenvalues([matrices[unit] for unit in units])
+            summary = {**spectral_summary(eigenvalues, num_features=num_features), **_shares(eigenvalues, wanted)}
+            table = torch.stack([summary[name] for name in wanted], -1)
+        table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
+        table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
+        found.update(zip(units, table, strict=True))
     return found
 
 
-def _shares(eigenvalues: Tensor) -> dict[str, Tensor]:
+def _eigenvalues(matrices: Sequence[Matrix]) -> Tensor:
+    """``(matrices, k)``, few matrices at a time."""
+    most = max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
+    found = []
+    for start in range(0, len(matrices), most):
+        batch = [matrix.lower() for matrix in matrices[start : start + most]]
+        stacked = batch[0].unsqueeze(0) if len(batch) == 1 else torch.stack(batch)
+        found.append(unit_trace_eigenvalues(stacked, overwrite=True))
+    return torch.cat(found)
+
+
+def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """The share of the spread in the strongest 1, 2, 4, ... directions of a unit-trace spectrum ``(..., k)``."""
     cumulative = eigenvalues.cumsum(-1)
     last = eigenvalues.shape[-1] - 1
+    prefix = "spectrum_top_"
+    directions = {name: int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
     # A Gram matrix has no more than k directions: beyond them the share is 1.
-    return {f"spectrum_top_{k}": cumulative[..., min(k - 1, last)] for k in _powers_of_two(2**31)}
-
-
-def _powers_of_two(below: int) -> list[int]:
-    return [2**i for i in range(31) if 2**i < below]
+    return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
 
 
 def _sequence_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:

@@ -37,8 +37,8 @@ def test_the_smaller_of_gram_matrix_and_covariance_is_decomposed_with_the_same_o
     accumulator, by_moments = accumulated(forwards), accumulated(forwards)
     for source in ("pooled", "raw"):
         by_moments.tokens[source].moments()
-        assert accumulator.tokens[source].matrix().matrix.shape == (size, size)
-        assert by_moments.tokens[source].matrix().matrix.shape == (WIDTH, WIDTH)
+        assert accumulator.tokens[source].matrix().lower().shape == (size, size)
+        assert by_moments.tokens[source].matrix().lower().shape == (WIDTH, WIDTH)
     expected = readings(by_moments)
     assert expected.nonfinite == {"layer": 1}
     assert readings(accumulator).nonfinite == expected.nonfinite
@@ -69,4 +69,4 @@ def test_another_width_is_an_error_and_leaves_what_was_there():
 def test_max_tokens_holds_across_the_change_from_tokens_to_moments():
     limited = accumulated(5, max_tokens=40)
     # Three forwards and the first sequence of the fourth, without what is masked, and the NaN.
-    assert limited.tokens["pooled"].matrix().num_tokens == 3 * 9 + 4 - 1
+    assert limited.tokens["pooled"].matrix().moments.num_tokens == 3 * 9 + 4 - 1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
 from matent_callbacks.cli._stream import State
-from matent_callbacks.functional.moments import Moments
+from matent_callbacks.functional._packed import PackedMoments
 
 FORMAT, VERSION = "matent-measure", 1
 
@@ -132,7 +132,9 @@ def _encode(state: State) -> dict[str, Any]:
     }
     moments = {
         layer: {
-            source: {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
+            source: {
+                name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items() if name != "about_origin"
+            }
             for source, own in sources.items()
         }
         for layer, sources in state.moments.items()
@@ -147,7 +149,10 @@ def _decode(content: dict[str, Any]) -> State:
     }
     moments = {
         layer: {
-            source: Moments(**{name: torch.from_numpy(_values(values)) for name, values in own.items()})
+            source: PackedMoments(
+                **{name: torch.from_numpy(_values(values)) for name, values in own.items()},
+                about_origin=source == "pooled",
+            )
             for source, own in sources.items()
         }
         for layer, sources in content["moments"].items()

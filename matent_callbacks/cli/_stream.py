@@ -21,7 +21,7 @@ from matent_callbacks.cli._bootstrap import Floats, Means, draws
 from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
 from matent_callbacks.functional import matrix_entropy
-from matent_callbacks.functional.moments import Moments, merge_moments
+from matent_callbacks.functional._packed import PackedMoments
 
 # Documents that are sorted by length together.
 _WINDOW = 512
@@ -49,7 +49,7 @@ class State:
     """Where each kind of trouble was met first."""
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Means] = field(default_factory=dict)
-    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
+    moments: dict[str, dict[Source, PackedMoments]] = field(default_factory=dict)
 
     def skip(self, kind: str, place: str) -> None:
         """Count a document that is left out."""
@@ -99,8 +99,7 @@ def stream(
     device = next(model.parameters()).device
     reader = _Reader(model, layers, sources, device)
     state.moments = {
-        layer: {source: Moments(*(tensor.to(device) for tensor in own)) for source, own in moments.items()}
-        for layer, moments in state.moments.items()
+        layer: {source: own.to(device) for source, own in moments.items()} for layer, moments in state.moments.items()
     }
     documents = enumerate(text.documents())
     _go_to(documents, state)
@@ -166,7 +165,7 @@ def _window(
 class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
-    moments: dict[str, dict[Source, Moments]]
+    moments: dict[str, dict[Source, PackedMoments]]
 
 
 class _Reader:
@@ -181,7 +180,7 @@ class _Reader:
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[Source, Moments]] = {}
+        self._moments: dict[str, dict[Source, PackedMoments]] = {}
 
     def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
         """One forward."""
@@ -226,7 +225,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     for layer, moments in found.moments.items():
         seen = state.moments.get(layer)
         state.moments[layer] = (
-            {source: merge_moments(seen[source], own) for source, own in moments.items()} if seen else moments
+            {source: seen[source].merged(own) for source, own in moments.items()} if seen else moments
         )
     for sequence, good in zip(batch, finite, strict=True):
         if good:

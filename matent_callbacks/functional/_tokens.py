@@ -55,13 +55,19 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
     # A row sum is NaN or Inf exactly when the row holds one: one reduction instead of a d-wide bool tensor.
     finite = torch.isfinite(x.sum(-1))
     valid = mask & finite
-    x = torch.where(valid.unsqueeze(-1), x, 0.0)
+    # On the host a look at a value costs nothing, and most batches have no row to leave out.
+    whole = x.device.type == "cpu" and bool(valid.all())
+    if not whole:
+        x = torch.where(valid.unsqueeze(-1), x, 0.0)
+    elif not center:
+        x = x.clone()
     if center:
         weight = valid.unsqueeze(-1).to(dtype)
         count = weight.sum(1, keepdim=True).clamp(min=1)
-        # Twice: the second pass removes the rounding of a mean that dwarfs the spread.
-        for _ in range(2):
-            x.addcmul_(weight, x.sum(1, keepdim=True) / count, value=-1)
+        mean = x.sum(1, keepdim=True) / count
+        x = x - mean if whole else x.addcmul_(weight, mean, value=-1)
+        # Once more: it removes the rounding of a mean that dwarfs the spread.
+        x.addcmul_(weight, x.sum(1, keepdim=True) / count, value=-1)
     if normalize:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         x.div_(torch.where(norm > 0, norm, 1.0))

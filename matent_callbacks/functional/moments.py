@@ -52,12 +52,6 @@ def token_moments(tokens: Tokens) -> Moments:
     return Moments(count, tokens.valid.any(-1).sum(), tokens.nonfinite, mean + residual, scatter)
 
 
-def token_moments_about_origin(tokens: Tokens) -> Moments:
-    """The same with the origin in place of the mean: for tokens that were centred, whose covariance is about it."""
-    z = tokens.values.flatten(0, 1)
-    return Moments(tokens.valid.sum(), tokens.valid.any(-1).sum(), tokens.nonfinite, z.new_zeros(z.shape[1]), z.T @ z)
-
-
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two sets of tokens (Chan, Golub & LeVeque 1979, pairwise update)."""
     count = a.num_tokens + b.num_tokens

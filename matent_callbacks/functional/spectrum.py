@@ -64,11 +64,18 @@ def unit_trace(matrix: Tensor) -> Tensor:
     return matrix / torch.where(trace > 0, trace, 1.0)
 
 
-def unit_trace_eigenvalues(matrix: Tensor) -> Tensor:
-    """Descending eigenvalues ``(..., k)`` of a covariance over its trace; NaN where it has overflowed."""
-    finite = torch.isfinite(matrix.sum((-2, -1)))
-    scaled = unit_trace(torch.where(finite[..., None, None], matrix, 0.0))
-    # The solver has no MPS kernel; K is small, so it goes to the CPU.
-    solvable = scaled.cpu() if scaled.device.type == "mps" else scaled
+def unit_trace_eigenvalues(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Descending eigenvalues ``(..., k)`` of a covariance over its trace; NaN where it has overflowed.
+
+    Only the lower triangle counts, but the rest has to be finite.
+    """
+    finite = torch.isfinite(matrix.sum((-2, -1)))[..., None]
+    # On the host a look at a value costs nothing.
+    if matrix.device.type != "cpu" or not bool(finite.all()):
+        unusable = ~finite[..., None]
+        matrix = matrix.masked_fill_(unusable, 0.0) if overwrite else matrix.masked_fill(unusable, 0.0)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    # The solver has no MPS kernel; the matrix is small, so it goes to the CPU.
+    solvable = matrix.cpu() if matrix.device.type == "mps" else matrix
     eigenvalues = torch.linalg.eigvalsh(solvable).flip(-1).clamp(min=0).to(matrix.device)
-    return torch.where(finite[..., None], eigenvalues, torch.nan)
+    return torch.where(finite, eigenvalues / torch.where(trace > 0, trace, 1.0), torch.nan)
