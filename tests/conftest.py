@@ -95,6 +95,7 @@ def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     wandb.teardown()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     yield tmp_path
+    wandb.finish()
     wandb.teardown()
 
 

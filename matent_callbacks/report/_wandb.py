@@ -53,10 +53,12 @@ def read(path: Path, files: list[Path]) -> Run:
                 break
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                row = {i.key or "/".join(i.nested_key): _value(i.value_json) for i in record.history.item}
+                # Pictures and the like are in several parts.
+                items = [item for item in record.history.item if len(item.nested_key) < 2]
+                row = {item.key or item.nested_key[0]: _value(item.value_json) for item in items}
                 step = next((row[key] for key in _STEPS if key in row), None)
-                found = to_record(step, {k: v for k, v in row.items() if k not in _STEPS})
-                records += [found] if found else []
+                found = to_record(step, {k: v for k, v in row.items() if k not in _STEPS and k[:1] != "_"})
+                records += [found] if found and len(found) > 1 else []
             elif kind == "run":
                 name = record.run.display_name or name
                 config = {i.key: _value(i.value_json) for i in record.run.config.update}

@@ -65,6 +65,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         wandb.teardown()
         patch.setenv("WANDB_DIR", str(folder.parent))
         trainer.train()
+        wandb.finish()
         wandb.teardown()
     trainer.save_state()
     (run,) = folder.parent.glob("wandb/offline-run-*")
