@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._distributed import all_reduce_sequence_means, is_distributed
+from matent_callbacks._distributed import (
+    agreed_failures,
+    all_reduce_mean,
+    all_reduce_sequence_means,
+    is_distributed,
+)
 from matent_callbacks._measurement import Guarded
 from matent_callbacks.capture.dual_encoder import dual_encoder_towers, is_dual_encoder, mean_token
 from matent_callbacks.capture.quiet import quiet
 from matent_callbacks.capture.vision_language import Stage, StageReader, vision_language_stages
-from matent_callbacks.functional._precision import full_precision, statistics_dtype
-from matent_callbacks.functional._tokens import prepare_tokens
+from matent_callbacks.functional._precision import statistics_dtype
+from matent_callbacks.functional._tokens import check_stage
 from matent_callbacks.functional.alignment import (
     STAGES,
     image_reduction_ratio,
@@ -26,12 +32,20 @@ from matent_callbacks.functional.alignment import (
     modality_gap,
     mutual_knn,
 )
-from matent_callbacks.functional.sequences import SequenceMean, merge_sequence_means, sequence_mean
+from matent_callbacks.functional.sequences import SequenceMean, merge_sequence_means, stage_mean
 
 Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 
 PAIR_MEASURES = ("cka", "mutual_knn", "mutual_information", "modality_gap")
 _TOWERS = ("image_tower", "text_tower")
+
+
+class _Read(NamedTuple):
+    """What one rank sees of its probe."""
+
+    entropies: dict[str, SequenceMean]
+    pairs: dict[str, Tensor]
+    skipped: int
 
 
 class AlignmentMeasurement(Guarded):
@@ -87,12 +101,28 @@ class AlignmentMeasurement(Guarded):
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> dict[str, float]:
         """All values on the probe."""
-        batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
-        dual = self._towers is not None or (self._stages is None and is_dual_encoder(model))
+        error: Exception | None = None
+        read = _Read({}, {}, 0)
         with quiet(model), around():
-            return self._dual_encoder(model, batches) if dual else self._vision_language(model, batches)
+            try:
+                read = self._read(model)
+            except Exception as raised:
+                error = raised
+        # The ranks go on together or not at all: those that could read the probe would wait for the others.
+        if is_distributed() and agreed_failures([error is not None], next(model.parameters()).device)[0]:
+            raise error or RuntimeError("Another rank failed to read the probe.")
+        if error is not None:
+            raise error
+        return self._values(read)
 
-    def _vision_language(self, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    def _read(self, model: nn.Module) -> _Read:
+        """What this rank sees of its probe."""
+        batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
+        if self._towers is not None or (self._stages is None and is_dual_encoder(model)):
+            return self._dual_encoder(model, batches)
+        return self._vision_language(model, batches)
+
+    def _vision_language(self, model: nn.Module, batches: list[Any]) -> _Read:
         entropies: dict[str, list[SequenceMean]] = {name: [] for name in STAGES}
         pairs: list[tuple[Tensor, Tensor]] = []
         skipped = 0
@@ -104,19 +134,9 @@ class AlignmentMeasurement(Guarded):
             image, text = stages["image"], stages["text"]
             both = text.mask.any(1)  # a sample of an image alone is no pair
             pairs.append((mean_token(*image)[both], mean_token(*text)[both]))
-        values = self._readings(entropies)
-        e = values["entropy" if self._basis == "entropy" else "effective_rank"]
-        found = {
-            "alignment/image_text": image_text_alignment(e["image"], e["text"], e["image_text"]),
-            "alignment/image_reduction_ratio": image_reduction_ratio(e["vision_encoder"], e["connector"]),
-            **self._asked(values),
-            **self._pairs(pairs, self._pair_measures or ()),
-        }
-        if skipped:
-            found["alignment/skipped_text_only"] = torch.tensor(float(skipped))
-        return _to_numbers(found)
+        return _Read(_totals(entropies), self._pairs(pairs, self._pair_measures or ()), skipped)
 
-    def _dual_encoder(self, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    def _dual_encoder(self, model: nn.Module, batches: list[Any]) -> _Read:
         entropies: dict[str, list[SequenceMean]] = {name: [] for name in _TOWERS}
         pairs: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
@@ -127,32 +147,34 @@ class AlignmentMeasurement(Guarded):
         measures = PAIR_MEASURES if self._pair_measures is None else self._pair_measures
         if self._pair_measures is None and pairs[0][0].shape[-1] != pairs[0][1].shape[-1]:
             measures = tuple(name for name in measures if name != "modality_gap")  # of one space only
-        return _to_numbers({**self._pairs(pairs, measures), **self._asked(self._readings(entropies))})
+        return _Read(_totals(entropies), self._pairs(pairs, measures), 0)
+
+    def _values(self, read: _Read) -> dict[str, float]:
+        """Of the samples of all ranks; the measures of pairs are the mean over ranks of those of each rank's probe."""
+        totals, pairs = read.entropies, read.pairs
+        if is_distributed():
+            totals = dict(zip(totals, all_reduce_sequence_means(list(totals.values())), strict=True))
+            pairs = dict(zip(pairs, all_reduce_mean(list(pairs.values())), strict=True))
+        entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in totals.items()}
+        values = {"entropy": entropy, "effective_rank": {name: value.exp() for name, value in entropy.items()}}
+        found: dict[str, Tensor] = {}
+        if "image_text" in entropy:
+            e = values["entropy" if self._basis == "entropy" else "effective_rank"]
+            found = {
+                "alignment/image_text": image_text_alignment(e["image"], e["text"], e["image_text"]),
+                "alignment/image_reduction_ratio": image_reduction_ratio(e["vision_encoder"], e["connector"]),
+            }
+        found |= {**self._asked(values), **pairs}
+        if read.skipped:
+            found["alignment/skipped_text_only"] = torch.tensor(float(read.skipped))
+        return _to_numbers(found)
 
     def _read_stages(self, model: nn.Module, batch: Any) -> tuple[Mapping[str, Stage], int]:
         if isinstance(self._stages, Mapping):
-            return {name: Stage(*read(model, batch)) for name, read in self._stages.items()}, 0
-        return (self._stages or vision_language_stages)(model, batch)
-
-    def _readings(self, entropies: Mapping[str, list[SequenceMean]]) -> dict[str, dict[str, Tensor]]:
-        """Entropy and effective rank of each stage over all samples of all ranks."""
-        totals = []
-        for name, batches in entropies.items():
-            total = batches[0]
-            for batch in batches[1:]:
-                total = merge_sequence_means(total, batch)
-            if total.num_nonfinite:
-                warnings.warn(
-                    f"{int(total.num_nonfinite)} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2
-                )
-            totals.append(total)
-        if is_distributed():
-            totals = all_reduce_sequence_means(totals)
-        entropy = {
-            name: torch.where(total.num_sequences > 0, total.mean, torch.nan)
-            for name, total in zip(entropies, totals, strict=True)
-        }
-        return {"entropy": entropy, "effective_rank": {name: value.exp() for name, value in entropy.items()}}
+            stages, without_image = {name: read(model, batch) for name, read in self._stages.items()}, 0
+        else:
+            stages, without_image = (self._stages or vision_language_stages)(model, batch)
+        return {name: Stage(*check_stage(name, *stage)) for name, stage in stages.items()}, without_image
 
     def _asked(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {
@@ -231,10 +253,18 @@ def measure_alignment(
     ).measure_or_raise(model)
 
 
+def _totals(entropies: Mapping[str, list[SequenceMean]]) -> dict[str, SequenceMean]:
+    totals = {name: functools.reduce(merge_sequence_means, batches) for name, batches in entropies.items()}
+    for name, total in totals.items():
+        if total.num_nonfinite:
+            warnings.warn(
+                f"{int(total.num_nonfinite)} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2
+            )
+    return totals
+
+
 def _entropy(hidden_states: Tensor, mask: Tensor) -> SequenceMean:
-    with torch.no_grad(), full_precision(hidden_states.device):
-        tokens = prepare_tokens(hidden_states, mask, center=True, normalize=True, dtype=statistics_dtype(hidden_states))
-        return sequence_mean(tokens, center=True)
+    return stage_mean(hidden_states, mask, dtype=statistics_dtype(hidden_states))
 
 
 def _to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -87,6 +87,15 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
+def all_reduce_mean(values: Sequence[Tensor]) -> list[Tensor]:
+    """Mean over the ranks of each value ``()``."""
+    if not values:
+        return []
+    stacked = torch.stack(list(values))
+    dist.all_reduce(stacked)
+    return list(stacked / dist.get_world_size())
+
+
 def _about_the_common_mean(
     moments: Sequence[PackedMoments], widths: Sequence[int | None], group: dist.ProcessGroup | None
 ) -> Iterator[PackedMoments]:

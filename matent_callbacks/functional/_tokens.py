@@ -49,6 +49,14 @@ def check_hidden_states(hidden_states: Tensor | None, attention_mask: Tensor | N
     return hidden_states, mask
 
 
+def check_stage(name: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`check_hidden_states` of one of several, whose name is in the error."""
+    try:
+        return check_hidden_states(hidden_states, attention_mask)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}`: {error}") from error
+
+
 def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> Tokens:
     """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length."""
     x = hidden_states.to(dtype)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.functional._tokens import Tokens
+from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import Tokens, prepare_tokens
 from matent_callbacks.functional.entropy import entropy_of_matrix
 from matent_callbacks.functional.spectrum import second_moment
 
@@ -41,6 +42,13 @@ def sequence_mean(tokens: Tokens, *, center: bool, alpha: float = 1.0, normalize
     defined = count >= 1 + int(center)
     total = torch.where(defined, entropy, 0.0).sum()
     return SequenceMean(defined.sum(), tokens.nonfinite, total / defined.sum().clamp(min=1))
+
+
+def stage_mean(hidden_states: Tensor, mask: Tensor, *, dtype: torch.dtype) -> SequenceMean:
+    """The paper's data-set quantity of checked hidden states ``(B, T, d)``."""
+    with torch.no_grad(), full_precision(hidden_states.device):
+        tokens = prepare_tokens(hidden_states, mask, center=True, normalize=True, dtype=dtype)
+        return sequence_mean(tokens, center=True)
 
 
 def merge_sequence_means(a: SequenceMean, b: SequenceMean) -> SequenceMean:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from matent_callbacks._distributed import all_reduce_sequence_means
-from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import check_hidden_states, prepare_tokens
+from matent_callbacks.functional._tokens import check_stage
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
-from matent_callbacks.functional.sequences import SequenceMean, empty_sequence_mean, merge_sequence_means, sequence_mean
+from matent_callbacks.functional.sequences import SequenceMean, empty_sequence_mean, merge_sequence_means, stage_mean
 from matent_callbacks.metrics._base import MergedMetric
 
 BASES = ("effective_rank", "entropy")
@@ -133,14 +132,7 @@ class ImageTextAlignment(MergedMetric):
         if given is None:
             return empty_sequence_mean(dtype=self.mean.dtype, device=self.mean.device)
         hidden_states, mask = given if isinstance(given, tuple) else (given, None)
-        try:
-            states, valid = check_hidden_states(hidden_states, mask)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"`{name}`: {error}") from error
-        with torch.no_grad(), full_precision(states.device):
-            return sequence_mean(
-                prepare_tokens(states, valid, center=True, normalize=True, dtype=self.mean.dtype), center=True
-            )
+        return stage_mean(*check_stage(name, hidden_states, mask), dtype=self.mean.dtype)
 
     def _join(self, other: SequenceMean) -> None:
         self._state = merge_sequence_means(self._state, other)

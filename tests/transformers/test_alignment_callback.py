@@ -210,8 +210,14 @@ def test_stages_of_ones_own(tmp_path):
     probe = collate_pairs(llava_examples(8))
     given = {name: lambda model, batch, name=name: vision_language_stages(model, batch)[0][name] for name in STAGES}
     expected = measure_alignment(model, probe)
-    for stages in (given, vision_language_stages):
+    of_numbers = {
+        name: lambda model, batch, read=read: (read(model, batch)[0], read(model, batch)[1].long())
+        for name, read in given.items()
+    }
+    for stages in (given, of_numbers, vision_language_stages):
         assert measure_alignment(model, probe, stages=stages) == expected
+    with pytest.raises(ValueError, match=r"`text`: `attention_mask` must have the shape of `hidden_states`"):
+        measure_alignment(model, probe, stages={**given, "text": lambda m, b: (torch.randn(2, 3, 4), torch.ones(3))})
     with pytest.raises(ValueError, match=r"`stages` must have a function for each of vision_encoder, .* got"):
         AlignmentCallback(1, stages={"image": lambda m, b: None})
 
