@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import f
 
+__all__ = ["Estimate", "PowerLaw", "fit_power_laws"]
+
 Array = NDArray[np.float64]
 
 _CONFIDENCE = 0.95

@@ -12,7 +12,7 @@ from typing import Any
 
 import griffe
 
-PUBLIC = ("functional", "transformers", "lightning", "plot")
+PUBLIC = ("functional", "transformers", "lightning", "plot", "report", "scaling_law")
 # A bar as such would end a cell of a table.
 SYMBOLS = {
     "alpha": "&alpha;", "sigma": "&sigma;", "sum": "∑", "le": "≤", "ge": "≥", "in": "∈", "cap": "∩", "circ": "∘",

@@ -7,11 +7,10 @@ from matent_callbacks.plot._alignment import alignment_overview
 from matent_callbacks.plot._layers import layer_heatmap, layer_profile
 from matent_callbacks.plot._report import spectrum_shares, step_curves
 from matent_callbacks.plot._scaling import scaling_law
-from matent_callbacks.plot._style import UNITS, series
+from matent_callbacks.plot._style import series
 from matent_callbacks.plot._training import training_overview
 
 __all__ = [
-    "UNITS",
     "alignment_overview",
     "layer_heatmap",
     "layer_profile",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot import UNITS
+from matent_callbacks.plot._style import UNITS
 
 TOWERS = ("image_tower", "text_tower")
 NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from transformers import TrainerState
+from typer.main import get_command
 
 from tests.docs.fences import PAGES, ROOT, blocks
 from tests.docs.names import names_for
@@ -25,6 +29,10 @@ def own_folder(tmp_path: Path, own_wandb: Path, monkeypatch: pytest.MonkeyPatch)
     """Where the pages' relative paths lead."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    records = [{"step": step, "loss": 3.0 - step, "effective_rank/last": 2.0 + step} for step in (1, 2)]
+    state = TrainerState(log_history=records, global_step=2, max_steps=2)
+    (tmp_path / "runs" / "llava").mkdir(parents=True)
+    state.save_to_json(str(tmp_path / "runs" / "llava" / "trainer_state.json"))
     return tmp_path
 
 
@@ -79,7 +87,13 @@ def test_commands_exist(page: str):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["make dema", "python examples/pretrain.py", "python -m matent", "python examples/pretrain_text.py --stops 3"],
+    [
+        "make dema",
+        "python examples/pretrain.py",
+        "python -m matent",
+        "python examples/pretrain_text.py --stops 3",
+        "matent report x --to y",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(wrong: str):
     ((program, *arguments),) = commands(wrong)
@@ -123,10 +137,21 @@ def check_pip(arguments: list[str]) -> None:
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
 
+def check_matent(arguments: list[str]) -> None:
+    command, *words = arguments
+    if command == "--help":
+        return
+    module = importlib.import_module(f"matent_callbacks.cli.{command}")
+    app = typer.Typer(add_completion=False)
+    app.command()(getattr(module, command))
+    options = {option for parameter in get_command(app).params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
     "pip": check_pip,
-    "matent": lambda arguments: None,
+    "matent": check_matent,
     "zcat": lambda arguments: None,
 }

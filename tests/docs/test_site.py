@@ -16,7 +16,10 @@ import pytest
 from matent_callbacks._catalogue import CATALOGUE
 from tests.docs.fences import PAGES, ROOT
 
-PUBLIC = ("matent_callbacks", *(f"matent_callbacks.{n}" for n in ("functional", "transformers", "lightning", "plot")))
+PUBLIC = (
+    "matent_callbacks",
+    *(f"matent_callbacks.{n}" for n in ("functional", "transformers", "lightning", "plot", "report", "scaling_law")),
+)
 
 
 @pytest.fixture(scope="module")
