@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -80,3 +81,10 @@ def test_train_clip(tmp_path: Path):
     for name in ("cka", "mutual_knn", "mutual_information", "modality_gap"):
         assert f"alignment/{name}: " in printed
     assert [r["trainer/global_step"] for r in read_history(tmp_path) if "alignment/cka" in r] == [0, 1]
+
+
+def test_scaling_law(tmp_path: Path):
+    printed = run("scaling_law.py", "--quick", "--output", tmp_path)
+    assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["models"]) == 3
+    assert "The same fit to the models before training" in printed
+    assert (tmp_path / "normalized_sequence_matrix_entropy.png").read_bytes().startswith(b"\x89PNG")

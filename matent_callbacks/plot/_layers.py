@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, series
+from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, in_order, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,8 +92,7 @@ def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str]
     """Layers, steps, and the value of each layer (rows) at each step; NaN where there is none."""
     records = list(records)
     prefix = f"{metric}/"
-    layers = sorted({key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)})
-    layers = [layer for layer in layers if layer != "last"] + ["last"] * ("last" in layers)
+    layers = in_order({key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)})
     if not layers:
         raise ValueError(f"`records` must hold values of `{metric}/<layer>`, and none was found.")
     columns = {layer: dict(zip(*series(records, prefix + layer), strict=True)) for layer in layers}

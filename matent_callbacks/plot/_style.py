@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,15 @@ LOGARITHMIC = {
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
+
+
+def in_order(layers: Iterable[str]) -> list[str]:
+    """By name with numbers as numbers, and ``last`` last."""
+
+    def place(name: str) -> tuple[bool, list[tuple[int, str]]]:
+        return name == "last", [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]
+
+    return sorted(layers, key=place)
 
 
 def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -109,9 +109,14 @@ def _plateau(name: str, saved: Any) -> Stop | None:
     if match is None:
         return None
     try:
-        detector = PlateauDetector(min_delta=float(match["delta"]), patience=int(match["patience"]), mode=match["mode"])  # type: ignore[arg-type]
+        settings: dict[str, Any] = {
+            "min_delta": float(match["delta"]),
+            "patience": int(match["patience"]),
+            "mode": match["mode"],
+        }
+        detector = PlateauDetector(**settings, smoothing=saved["smoothing"])
         detector.load_state_dict(saved)
         step = saved["window"][-1][0]
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, KeyError, TypeError):
         return None
     return Stop(step, match["monitor"], detector.reason) if detector.reason else None

@@ -50,11 +50,3 @@ def parse(key: str) -> Quantity | None:
     if match["held"]:
         held_out = f"loader {match['loader']}" if match["loader"] else match["set"] or ""
     return Quantity(match["metric"] or "loss", match["place"] or "", held_out)
-
-
-def in_order(layers: set[str]) -> list[str]:
-    """By name with numbers as numbers, and ``last`` last."""
-    return sorted(
-        layers,
-        key=lambda name: (name == "last", [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]),
-    )

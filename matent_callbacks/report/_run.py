@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from matent_callbacks.report._keys import LOSSES, Quantity, in_order, normalise, parse
+from matent_callbacks.plot._style import in_order
+from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse
 from matent_callbacks.report._words import step as at
 
 Record = dict[str, float]

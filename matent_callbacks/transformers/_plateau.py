@@ -60,6 +60,7 @@ class PlateauStopping(AttachedCallback):
         )
         self.verbose = verbose
         self._settings = f"{monitor}, min_delta={min_delta}, patience={patience}, mode={mode}"
+        self._smoothing = smoothing
         self._observed = False
 
     @property
@@ -68,8 +69,8 @@ class PlateauStopping(AttachedCallback):
         return f"{type(self).__name__}({self._settings})"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON types."""
-        return self.detector.state_dict()
+        """What a resumed run needs, and with the name of the state, what a reader needs to judge it; as JSON types."""
+        return {**self.detector.state_dict(), "smoothing": self._smoothing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
