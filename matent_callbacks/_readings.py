@@ -21,6 +21,7 @@ from matent_callbacks._distributed import (
     is_distributed,
     share_moments,
 )
+from matent_callbacks._solvers import solvers
 from matent_callbacks.functional.entropy import spectral_summary
 from matent_callbacks.functional.sequences import SequenceMean
 from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
@@ -28,6 +29,8 @@ from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
 # Matrices of at most so many numbers are decomposed in one call: of larger ones several at once gain nothing, and
 # their memory is taken three times while it lasts.
 _BATCH_NUMBERS = 2**17
+# Waking a thread takes as long as decomposing a small matrix.
+_WORTH_A_THREAD = 256
 _NONFINITE = "nonfinite_tokens"
 
 _Unit = tuple[Source, str]
@@ -192,14 +195,17 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
 
 
 def _eigenvalues(matrices: Sequence[Matrix]) -> Tensor:
-    """``(matrices, k)``, few matrices at a time."""
-    most = max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
-    found = []
-    for start in range(0, len(matrices), most):
-        batch = [matrix.lower() for matrix in matrices[start : start + most]]
-        stacked = batch[0].unsqueeze(0) if len(batch) == 1 else torch.stack(batch)
-        found.append(unit_trace_eigenvalues(stacked, overwrite=True))
-    return torch.cat(found)
+    """``(matrices, k)``, few matrices at a time, and on the host several times few side by side."""
+    on_host = matrices[0].moments.num_tokens.device.type == "cpu"
+    threads = solvers() if on_host and len(matrices) > 1 and matrices[0].size >= _WORTH_A_THREAD else None
+    most = min(max(1, _BATCH_NUMBERS // matrices[0].size ** 2), len(matrices) if threads is None else 1)
+    batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
+    return torch.cat(list((map if threads is None else threads.map)(_solve, batches)))
+
+
+def _solve(batch: Sequence[Matrix]) -> Tensor:
+    lower = [matrix.lower() for matrix in batch]
+    return unit_trace_eigenvalues(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
 
 
 def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from matent_callbacks._accumulate import LayerAccumulator
 from matent_callbacks._catalogue import CATALOGUE, check_metrics
 from matent_callbacks._readings import PendingReadings, Readings
+from matent_callbacks._solvers import background
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.capture.quiet import quiet, run
@@ -147,7 +147,7 @@ class EntropyMonitor:
             A function that waits for them and returns what :meth:`compute` would have. In a distributed run every rank
             has to call it, at the same place.
         """
-        return self._begin(_background())
+        return self._begin(background())
 
     def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
         accumulators = self._accumulators
@@ -201,8 +201,3 @@ class EntropyMonitor:
             if not failing <= self._failed:
                 warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
             self._failed |= failing
-
-
-@functools.cache
-def _background() -> Executor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="matent_callbacks")

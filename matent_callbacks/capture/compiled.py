@@ -21,6 +21,8 @@ Meeting = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     """The module whose call leads into compiled code that holds a read point; None where none does."""
+    if not any(map(_is_compiled, model.modules())):
+        return None
     for point in layers.points:
         entrance = next((m for m in _path(model, point.module) if _is_compiled(m)), None)
         if entrance is None:
@@ -64,7 +66,8 @@ def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    # Not by `hasattr`, which a module without it answers by an exception: a model has hundreds of modules.
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _path(model: nn.Module, target: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,52 @@
+"""Decompositions side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = """
+import os
+import torch
+from matent_callbacks import _readings, _solvers
+from matent_callbacks._accumulate import LayerAccumulator
+from matent_callbacks._readings import PendingReadings
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+matrix = torch.randn(500, 500)
+product, threads = matrix @ matrix, torch.get_num_threads()
+
+def readings():
+    return PendingReadings(accumulators, ("matrix_entropy", "rankme")).result().values
+
+accumulators = {}
+for index in range(5):
+    layer = LayerAccumulator(
+        frozenset({"pooled", "raw"}), max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    layer.update(torch.randn(4, 100, 256), None)
+    accumulators[f"layer_{index}"] = layer
+side_by_side = readings()
+assert len(_solvers.solvers()._threads) == 2
+# Training computes as before.
+assert torch.get_num_threads() == threads
+assert torch.equal(matrix @ matrix, product)
+
+# A process that is forked has no thread of its parent, and must not wait for one.
+parents = _solvers.solvers(), _solvers.background()
+child = os.fork()
+if child == 0:
+    own = _solvers.solvers(), _solvers.background()
+    os._exit(0 if not set(own) & set(parents) else 1)
+assert os.waitpid(child, 0)[1] == 0
+
+_readings.solvers = lambda: None
+for layer, values in readings().items():
+    for name, value in values.items():
+        assert abs(side_by_side[layer][name] - value) < 1e-4 * value
+"""
+
+
+def test_layers_are_decomposed_side_by_side_with_the_same_outcome_and_no_trace():
+    subprocess.run([sys.executable, "-c", CODE], check=True, timeout=120)
