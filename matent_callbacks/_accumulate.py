@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks._catalogue import Source
-from matent_callbacks.functional._packed import PackedMoments, lower_triangle, packed_second_moment
+from matent_callbacks.functional._packed import PackedMoments, lower_triangle, packed_second_moment, unpack_symmetric
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
 from matent_callbacks.functional.moments import token_moments
@@ -99,6 +99,10 @@ class Matrix(NamedTuple):
         if mean.device.type != "mps":
             matrix, mean = matrix.double(), mean.double()
         return matrix.addr_(mean, mean * self.moments.num_tokens)
+
+    def full(self) -> Tensor:
+        """``(k, k)`` of tokens that were centred, both triangles."""
+        return unpack_symmetric(self.moments.scatter) if self.gram is None else self.gram
 
     def to_cpu(self) -> Matrix:
         """All of it in the host's memory."""

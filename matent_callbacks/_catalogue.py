@@ -27,6 +27,22 @@ CATALOGUE: dict[str, Source] = {
 }
 
 
+Solver = Literal["exact", "approximate"]
+# What follows from the entropy, and is not had from eigenvalues of sequences.
+_WITHOUT_EIGENVALUES = ("matrix_entropy", "normalized_matrix_entropy", "effective_rank")
+
+
+def check_solver(solver: str, metrics: Iterable[str]) -> None:
+    """Raise if there is no such solver, or it does not give a metric."""
+    if solver not in ("exact", "approximate"):
+        raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
+    for name in metrics:
+        if solver == "approximate" and CATALOGUE[name] != "sequence" and name not in _WITHOUT_EIGENVALUES:
+            raise ValueError(
+                f"`solver='approximate'` gives {', '.join(_WITHOUT_EIGENVALUES)}, and `metrics` asks for {name!r}."
+            )
+
+
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
     """The names asked for, once each, or an error with near matches."""
     names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))

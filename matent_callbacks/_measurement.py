@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from matent_callbacks._catalogue import check_metrics
+from matent_callbacks._catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 
@@ -64,6 +64,7 @@ class Measurement(Guarded):
         on_error: Literal["warn", "raise"],
         module: str | None,
         dtype: torch.dtype,
+        solver: Solver,
         background: bool,
     ) -> None:
         super().__init__(every_n_steps, on_error)
@@ -73,11 +74,12 @@ class Measurement(Guarded):
             raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
         self.layers = layers
         self.metrics = check_metrics(metrics)
+        check_solver(solver, self.metrics)
         self.probe = probe
         self.background = background
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
-        self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype}
+        self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype, "solver": solver}
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks._accumulate import LayerAccumulator
-from matent_callbacks._catalogue import CATALOGUE, check_metrics
+from matent_callbacks._catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks._readings import PendingReadings, Readings
 from matent_callbacks._solvers import background
 from matent_callbacks.capture.hooks import Capture
@@ -44,6 +44,10 @@ class EntropyMonitor:
             an encoder-decoder.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
+        solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
+            is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
+            is ``matrix_entropy_error/<layer>``. It gives ``matrix_entropy``, ``normalized_matrix_entropy`` and
+            ``effective_rank``, and what is of sequences, which stays exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
 
     Raises:
@@ -71,6 +75,7 @@ class EntropyMonitor:
         module: str | None = None,
         max_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         if max_tokens is not None and max_tokens < 2:
@@ -81,6 +86,8 @@ class EntropyMonitor:
             raise ValueError(f"`on_error` must be 'raise' or 'warn', got {on_error!r}.")
         self.model = model
         self.metrics = check_metrics(metrics)
+        check_solver(solver, self.metrics)
+        self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
         self._on_error = on_error
@@ -152,7 +159,9 @@ class EntropyMonitor:
     def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
         accumulators = self._accumulators
         self.reset()
-        pending = PendingReadings(accumulators, self.metrics, failed=self._failed, executor=executor)
+        pending = PendingReadings(
+            accumulators, self.metrics, failed=self._failed, executor=executor, solver=self._solver
+        )
         return lambda: self._named(pending.result())
 
     def _named(self, readings: Readings) -> dict[str, float]:

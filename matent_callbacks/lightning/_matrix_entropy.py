@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks._catalogue import Solver
 from matent_callbacks._measurement import Measurement
 from matent_callbacks._pictures import LayerPictures, thinned
 from matent_callbacks.capture.layers import LayerSpec
@@ -31,6 +32,7 @@ class MatrixEntropyCallback(MeasuringCallback):
                                                   with ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind it
     ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
     ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
+    ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
     ============================================  ===================================================================
 
     The transformer is found inside the LightningModule: a Hugging Face model, or else the outermost stack of blocks
@@ -61,6 +63,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         prog_bar: Show the values in the progress bar.
         module: Path of the part of the LightningModule whose layers these are.
         dtype: Of the statistics, float32 or float64.
+        solver: ``"exact"``, or ``"approximate"`` for models of width 1,024 and more, as in
+            :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
         pictures: With two layers or more, give loggers that take images (W&B, TensorBoard) two panels of all layers:
@@ -91,6 +95,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         prog_bar: bool = False,
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
         background: bool = False,
         pictures: bool = True,
     ) -> None:
@@ -109,6 +114,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             on_error=on_error,
             module=module,
             dtype=dtype,
+            solver=solver,
             background=background,
         )
         self._late: tuple[int, Callable[[], dict[str, float]]] | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks._catalogue import Solver
 from matent_callbacks._measurement import Measurement
 from matent_callbacks._pictures import LayerPictures
 from matent_callbacks.capture.layers import LayerSpec
@@ -31,6 +32,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     ``eval_<metric>/<layer>``                     in evaluation (or the prefix that ``evaluate`` is given)
     ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
     ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
+    ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
     ============================================  ===================================================================
 
     Without ``probe`` the training forward of the step is read as it happens, over all its micro-batches: no second
@@ -57,6 +59,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
         module: Path of the part of the model whose layers these are.
         dtype: Of the statistics, float32 or float64.
+        solver: ``"exact"``, or ``"approximate"`` for models of width 1,024 and more, as in
+            :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
         pictures: With two layers or more, give W&B and TensorBoard two panels of all of them: the profile through the
@@ -85,6 +89,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         reference: Literal["start"] | nn.Module | None = None,
         module: str | None = None,
         dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
         background: bool = False,
         pictures: bool = True,
     ) -> None:
@@ -99,6 +104,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             on_error=on_error,
             module=module,
             dtype=dtype,
+            solver=solver,
             background=background,
         )
         self._late = LateReading()
