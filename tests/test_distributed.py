@@ -262,3 +262,25 @@ def test_a_decomposition_that_fails_on_one_rank_is_told_on_all_and_the_next_read
         assert first == "The decomposition failed on 1 rank(s)."
         assert second == results[0][1]
         assert "matrix_entropy/last" in second
+
+
+def wide(ranks: list[int], solver: Any) -> dict[str, float]:
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Identity()))
+    monitor = EntropyMonitor(model, "0", solver=solver, metrics=("matrix_entropy", "sequence_matrix_entropy"))
+    with monitor:
+        for rank in ranks:
+            model(torch.randn(1, 700, 1024, generator=torch.Generator().manual_seed(rank)))
+    return monitor.compute()
+
+
+def wide_on_rank(rank: int, world_size: int) -> dict[str, float]:
+    return wide([rank], "approximate")
+
+
+def test_wide_layers_are_estimated_over_all_ranks():
+    first, second = run_on_ranks(wide_on_rank, 2)
+    exact = wide([0, 1], "exact")
+    assert first == second
+    assert first.keys() - exact.keys() == {"matrix_entropy_error/0"}
+    assert first["matrix_entropy/0"] == pytest.approx(exact["matrix_entropy/0"], rel=0.01)
+    assert first["sequence_matrix_entropy/0"] == pytest.approx(exact["sequence_matrix_entropy/0"], rel=1e-5)
