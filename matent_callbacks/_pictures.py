@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ class LayerPictures:
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self._metric = "effective_rank" if "effective_rank" in metrics else metrics[0]
-        self._drawn = 0
+        self._drawn: float | None = None
+        self._wait = 0
 
     def shown(self, values: Mapping[str, float]) -> dict[str, float]:
         """Of one reading, what goes into a picture."""
@@ -32,17 +34,22 @@ class LayerPictures:
 
         Fewer than two layers make no picture, nor does a machine without matplotlib.
         """
+        if self._wait and not last:
+            # One reading a call: to look through the records of a long run each time would be the greater part.
+            self._wait -= 1
+            return {}
         keys = {f"{self._metric}/{layer}" for layer in layers}
         own = [
             {key: value for key, value in record.items() if key == "step" or key in keys}
             for record in records
             if not keys.isdisjoint(record)
         ]
-        readings = len({record["step"] for record in own})
-        enough = readings > self._drawn if last else readings >= max(_GROWTH * self._drawn, 2)
+        steps = {record["step"] for record in own}
+        enough = len(steps) > (0 if last else 1) and max(steps) != self._drawn
         if len(keys) < 2 or not enough or importlib.util.find_spec("matplotlib") is None:
             return {}
-        self._drawn = readings
+        self._drawn = max(steps)
+        self._wait = math.ceil(_GROWTH * len(steps)) - len(steps) - 1
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,0 +1,28 @@
+"""When the pictures of all layers are drawn."""
+
+from __future__ import annotations
+
+import itertools
+
+from matent_callbacks import _pictures, plot
+from matent_callbacks._pictures import LayerPictures, thinned
+
+
+def test_a_long_run_goes_on_being_drawn_and_is_drawn_at_its_end(monkeypatch):
+    for name in ("layer_profile", "layer_heatmap"):
+        monkeypatch.setattr(plot, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(_pictures, "_MOST_RECORDS", 64)
+    pictures, records, drawn = LayerPictures(["effective_rank"]), [], []
+    layers = ("layer_00", "last")
+    for step in range(1, 301):
+        records = thinned([*records, {"step": step, "effective_rank/layer_00": 1.0, "effective_rank/last": 2.0}])
+        assert len(records) <= 64
+        if pictures.draw(records, layers):
+            drawn.append(step)
+    assert drawn[:6] == [2, 3, 4, 5, 7, 9]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(drawn)]
+    assert max(gaps) <= 16
+    assert len(drawn) < 50
+    end = {"step": 301, "effective_rank/layer_00": 1.0, "effective_rank/last": 2.0}
+    assert pictures.draw([*records, end], layers, last=True)
+    assert not pictures.draw([*records, end], layers, last=True)
