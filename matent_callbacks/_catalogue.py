@@ -27,6 +27,9 @@ CATALOGUE: dict[str, Source] = {
 }
 
 
+SPECTRUM_TOP = "spectrum_top_"
+"""What ``spectrum`` is logged as, with the number of directions behind it."""
+
 Solver = Literal["exact", "approximate"]
 # What follows from the entropy, and is not had from eigenvalues of sequences.
 _WITHOUT_EIGENVALUES = ("matrix_entropy", "normalized_matrix_entropy", "effective_rank")

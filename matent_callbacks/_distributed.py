@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.functional._packed import PackedMoments, unpack_symmetric
-from matent_callbacks.functional.moments import Moments
+from matent_callbacks.functional.moments import Moments, ratio
 from matent_callbacks.functional.sequences import SequenceMean
 
 
@@ -82,7 +82,7 @@ def all_reduce_sequence_means(
     counts = torch.stack([torch.stack(m[:2]) for m in means])
     local = counts[:, 0].clone()
     dist.all_reduce(counts, group=group)
-    weighted = torch.stack([m.mean for m in means]) * _ratio(local, counts[:, 0], means[0].mean.dtype)
+    weighted = torch.stack([m.mean for m in means]) * ratio(local, counts[:, 0], means[0].mean.dtype)
     dist.all_reduce(weighted, group=group)
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
@@ -109,7 +109,7 @@ def _about_the_common_mean(
     counts = torch.stack([torch.stack(m[:2]) for m in ready])
     dist.all_reduce(counts, group=group)
     means = torch.cat(
-        [m.mean * _ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(ready, counts, strict=True)]
+        [m.mean * ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(ready, counts, strict=True)]
     )
     if means.numel():
         dist.all_reduce(means, group=group)
@@ -117,11 +117,6 @@ def _about_the_common_mean(
         # A copy of its own: the other ranks' are added into it, and the caller may go on with this rank's.
         scatter = m.scatter.clone() if m.about_origin else m.scatter_about(mean)
         yield PackedMoments(total[0], total[1], mean.clone(), scatter, about_origin=m.about_origin)
-
-
-def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    # Whole numbers divided by whole numbers give the default dtype, which may be less.
-    return part.to(dtype) / whole.clamp(min=1).to(dtype)
 
 
 def _widened(moments: PackedMoments, num_features: int) -> PackedMoments:

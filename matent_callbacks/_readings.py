@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks._accumulate import LayerAccumulator, Matrix
-from matent_callbacks._catalogue import CATALOGUE, Solver, Source
+from matent_callbacks._catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
 from matent_callbacks._distributed import (
     agreed_failures,
     agreed_widths,
@@ -74,12 +74,9 @@ class PendingReadings:
         self._device = next(iter(accumulators.values())).device
         self._distributed = is_distributed()
         gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
-        self._names = {unit: _names(unit[0], metrics, width) for unit, width in gathered.widths.items()}
-        self._decompose = _decompose
-        if solver == "approximate":
-            self._decompose = _estimate
-            self._names = {unit: [*names[:-1], _ERROR, _NONFINITE] for unit, names in self._names.items()}
-        self._sequence_names = _names("sequence", metrics, 0)
+        self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
+        self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}
+        self._sequence_names = _names("sequence", metrics)
         self._gathered = gathered
         self._found: Future[dict[_Unit, Tensor]] | None = None
         if executor is not None:
@@ -176,12 +173,12 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
     )
 
 
-def _names(source: Source, metrics: Sequence[str], num_features: int) -> list[str]:
+def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """The numbers of a layer that come from one source, in their order on the way between ranks."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
-        names += [f"spectrum_top_{2**i}" for i in range((num_features - 1).bit_length())]
-    return [*names, _NONFINITE]
+        names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
+    return [*names, *extra, _NONFINITE]
 
 
 def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
@@ -198,7 +195,11 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
             table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
         else:
             eigenvalues = _eigenvalues([matrices[unit] for unit in units])
-            summary = {**spectral_summary(eigenvalues, num_features=num_features), **_shares(eigenvalues, wanted)}
+            summary = {
+                **spectral_summary(eigenvalues, num_features=num_features),
+                **_shares(eigenvalues, wanted),
+                _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # there is none
+            }
             table = torch.stack([summary[name] for name in wanted], -1)
         table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
         table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
@@ -208,14 +209,9 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
 
 def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
     """As :func:`_decompose`, wide matrices without their eigenvalues."""
-    exact = {unit: matrix for unit, matrix in matrices.items() if matrix.size < _WIDE}
-    found = _decompose(exact, {unit: [name for name in names[unit] if name != _ERROR] for unit in exact})
-    for unit, numbers in found.items():
-        found[unit] = torch.cat([numbers[:-1], numbers.new_full((1,), torch.nan), numbers[-1:]])
-    for unit, matrix in matrices.items():
-        if unit not in found:
-            found[unit] = _estimated(matrix, names[unit])
-    return found
+    narrow = {unit: matrix for unit, matrix in matrices.items() if matrix.size < _WIDE}
+    wide = {unit: _estimated(matrices[unit], names[unit]) for unit in matrices.keys() - narrow.keys()}
+    return {**_decompose(narrow, names), **wide}
 
 
 def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
@@ -238,7 +234,7 @@ def _eigenvalues(matrices: Sequence[Matrix]) -> Tensor:
     """``(matrices, k)``, few matrices at a time, and on the host several times few side by side."""
     on_host = matrices[0].moments.num_tokens.device.type == "cpu"
     threads = solvers() if on_host and len(matrices) > 1 and matrices[0].size >= _WORTH_A_THREAD else None
-    most = min(max(1, _BATCH_NUMBERS // matrices[0].size ** 2), len(matrices) if threads is None else 1)
+    most = 1 if threads is not None else max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
     batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
     return torch.cat(list((map if threads is None else threads.map)(_solve, batches)))
 
@@ -252,8 +248,7 @@ def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """The share of the spread in the strongest 1, 2, 4, ... directions of a unit-trace spectrum ``(..., k)``."""
     cumulative = eigenvalues.cumsum(-1)
     last = eigenvalues.shape[-1] - 1
-    prefix = "spectrum_top_"
-    directions = {name: int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
+    directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
     # A Gram matrix has no more than k directions: beyond them the share is 1.
     return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.functional.moments import Moments
+from matent_callbacks.functional.moments import Moments, ratio
 
 # By slices: an index of the upper triangle would take four times what packing saves. With d = 2 h, the two triangles on
 # the diagonal fit into each other, h x (h + 1), beside the h x h block that is off it. An odd d leaves gaps.
@@ -98,8 +98,7 @@ class PackedMoments(NamedTuple):
         if not self.num_features:
             return other
         count = self.num_tokens + other.num_tokens
-        dtype = self.mean.dtype
-        mean = self.mean + (other.mean - self.mean) * (other.num_tokens.to(dtype) / count.clamp(min=1).to(dtype))
+        mean = self.mean + (other.mean - self.mean) * ratio(other.num_tokens, count, self.mean.dtype)
         scatter = self.scatter_about(mean) + other.scatter_about(mean)
         return PackedMoments(
             count, self.num_nonfinite + other.num_nonfinite, mean, scatter, about_origin=self.about_origin

@@ -64,6 +64,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.num_sequences + b.num_sequences, a.num_nonfinite + b.num_nonfinite, mean, scatter)
 
 
+def ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """One count over another; whole numbers alone would be divided in the default dtype, which may be less."""
+    return part.to(dtype) / whole.clamp(min=1).to(dtype)
+
+
 def covariance(moments: Moments, *, center: Center) -> Tensor:
     """``(d, d)``, of any scale: about the common mean for ``"global"``, about the origin otherwise."""
     if center == "global":

@@ -183,8 +183,10 @@ class MatrixEntropyCallback(MeasuringCallback):
             values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
         else:
             values = None
-        if values is None or not self._measurement.background:
-            return None if values is None else values()
+        if values is None:
+            return None
+        if not self._measurement.background:
+            return values()
         self._log_late(trainer)
         self._late = logging_step(trainer), values
         return {}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from matent_callbacks._catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
@@ -141,7 +142,7 @@ def _curves(
         [step(s), *(number(column[s]) if s in column else "" for column in columns.values())]
         for s in evenly(steps, _ROWS)
     ]
-    yield Picture(name, title, caption, svg, ["step", *everything], rows, _shown(len(rows), len(steps), "steps"))
+    yield Picture(name, title, caption, svg, ["step", *everything], rows, _shown(len(rows), len(steps)))
 
 
 def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
@@ -179,18 +180,19 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     listed = evenly(steps, 20)
     rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in listed)] for n in reversed(layers)]
     columns = ["layer", *(f"step {step(s)}" for s in listed)]
-    yield Picture("heatmap", title, caption.strip(), svg, columns, rows, _shown(len(listed), len(steps), "steps"))
+    yield Picture("heatmap", title, caption.strip(), svg, columns, rows, _shown(len(listed), len(steps)))
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
-    sizes = sorted({int(q.metric[13:]) for q in run.keys if q.metric.startswith("spectrum_top_")})
+    logged = {q.metric for q in run.keys if q.metric.startswith(SPECTRUM_TOP)}
+    sizes = sorted(int(metric.removeprefix(SPECTRUM_TOP)) for metric in logged)
     if not sizes:
         return
-    source, layers = _layers(run, f"spectrum_top_{sizes[0]}")
+    source, layers = _layers(run, f"{SPECTRUM_TOP}{sizes[0]}")
     readings: dict[str, dict[float, dict[int, float]]] = {layer: {} for layer in layers}
     for layer in layers:
         for k in sizes:
-            for s, share in zip(*run.curve(Quantity(f"spectrum_top_{k}", layer, source)).finite(), strict=True):
+            for s, share in zip(*run.curve(Quantity(f"{SPECTRUM_TOP}{k}", layer, source)).finite(), strict=True):
                 readings[layer].setdefault(s, {})[k] = share
     layer = layers[-1]
     steps = sorted(readings[layer])
@@ -254,5 +256,5 @@ def _short(label: str, limit: int = _LABEL) -> str:
     return label if len(label) <= limit else f"{label[: limit // 2 - 1]}…{label[-limit // 2 :]}"
 
 
-def _shown(rows: int, total: int, noun: str) -> str:
-    return f"{rows} of {total:,} {noun}, evenly spaced." if rows < total else ""
+def _shown(rows: int, total: int) -> str:
+    return f"{rows} of {total:,} steps, evenly spaced." if rows < total else ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks._catalogue import CATALOGUE, SPECTRUM_TOP
 
 # The spectrum is logged as several numbers, which have names of their own.
 LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_erank")
 # What Lightning users call their training loss; the first that was logged is taken.
 LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_epoch")
 
-_METRICS = "|".join((*LAYER_METRICS, "nonfinite_tokens", "alignment", "plateau", r"spectrum_top_\d+"))
+_METRICS = "|".join((*LAYER_METRICS, "nonfinite_tokens", "alignment", "plateau", rf"{SPECTRUM_TOP}\d+"))
 _KEY = re.compile(
     rf"(?P<held>eval_(?:(?P<set>.+?)_)??)?(?:loss|(?P<metric>{_METRICS})/(?P<place>.+?))(?:/dataloader_idx_(?P<loader>\d+))?"
 )

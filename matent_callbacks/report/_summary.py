@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from statistics import median
 
+from matent_callbacks._catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run
@@ -80,7 +81,7 @@ def missing(run: Run) -> list[str]:
             ("matrix entropy of layers", bool(layered & {"matrix_entropy", "sequence_matrix_entropy"})),
             ("effective rank of layers", bool(layered & {"effective_rank", "sequence_effective_rank"})),
             ("Diff-eRank", "diff_erank" in layered),
-            ("spectrum", any(q.metric.startswith("spectrum_top_") for q in run.keys)),
+            ("spectrum", any(q.metric.startswith(SPECTRUM_TOP) for q in run.keys)),
             ("image-text alignment", any(q.metric == "alignment" for q in run.keys)),
         )
         if not there
@@ -168,7 +169,7 @@ def _the(layer: str) -> str:
 
 
 def _spectrum(run: Run) -> list[str]:
-    top = "spectrum_top_1"
+    top = f"{SPECTRUM_TOP}1"
     for held_out in run.sources(top)[:1]:
         layer = layers_only(run.places(top, held_out))[-1]
         curve = run.curve(Quantity(top, layer, held_out))
