@@ -127,7 +127,7 @@ class PooledTokens:
         self._device = device
 
     def add(self, tokens: Tokens) -> None:
-        """Add a batch; an error leaves what was there."""
+        """Add a batch, in full precision; an error leaves what was there."""
         width = tokens.values.shape[-1]
         if self._num_features not in (0, width):
             raise ValueError(f"it had {self._num_features} features before and has {width} now.")
@@ -170,15 +170,13 @@ class PooledTokens:
     def _merge_kept(self) -> None:
         kept, self._kept, self._num_kept = self._kept, [], 0
         for tokens in kept:
-            self._moments = self._moments.merged(self._moments_of(tokens))
+            with full_precision(tokens.values.device):
+                self._moments = self._moments.merged(self._moments_of(tokens))
 
     def _moments_of(self, tokens: Tokens) -> PackedMoments:
-        with full_precision(tokens.values.device):
-            if self._source == "pooled":
-                # Centred by sequence: its covariance is the one about the origin.
-                z = tokens.values.flatten(0, 1)
-                scatter = packed_second_moment(z)
-                found = PackedMoments(tokens.valid.sum(), tokens.nonfinite, z.new_zeros(0), scatter, about_origin=True)
-            else:
-                found = PackedMoments.of(token_moments(tokens))
-        return found.to(self._device)
+        if self._source == "raw":
+            return PackedMoments.of(token_moments(tokens)).to(self._device)
+        # Centred by sequence: its covariance is the one about the origin.
+        z = tokens.values.flatten(0, 1)
+        scatter, no_mean = packed_second_moment(z), z.new_zeros(0)
+        return PackedMoments(tokens.valid.sum(), tokens.nonfinite, no_mean, scatter, about_origin=True).to(self._device)
