@@ -123,7 +123,7 @@ class Capture:
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if mask is not None:
-            self._masks.append(mask)
+            self._masks.append(mask > 0)  # once for all layers
         if self._packing is None and self._counts:
             self._packing = find_packing(arguments, mask)
 

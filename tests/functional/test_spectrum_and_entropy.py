@@ -88,6 +88,13 @@ def test_tokens_with_nan_or_inf_are_left_out():
     assert matrix_entropy(dirty).item() == pytest.approx(slow_entropy(z), abs=1e-9)
 
 
+@pytest.mark.parametrize("distance", [0.0, 6.0, 10.0, 1e3, 1e5])
+def test_mean_that_dwarfs_the_spread_is_taken_out_to_the_last_digit(distance):
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 64, 32) + distance * torch.randn(32)
+    assert matrix_entropy(hidden).tolist() == pytest.approx(matrix_entropy(hidden.double()).tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_and_autocast_are_measured_in_float32(dtype):
     z = torch.randn(4, 30, 16).to(dtype)
