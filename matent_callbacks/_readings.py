@@ -22,12 +22,12 @@ from matent_callbacks._distributed import (
     is_distributed,
     share_moments,
 )
-from matent_callbacks._solvers import solvers
+from matent_callbacks._solvers import side_by_side
 from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional.entropy import spectral_summary
+from matent_callbacks.functional.entropy import summarized
 from matent_callbacks.functional.sequences import SequenceMean
-from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
+from matent_callbacks.functional.spectrum import over_trace, solved
 
 # Matrices of at most so many numbers are decomposed in one call: of larger ones several at once gain nothing, and
 # their memory is taken three times while it lasts.
@@ -196,7 +196,7 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
         else:
             eigenvalues = _eigenvalues([matrices[unit] for unit in units])
             summary = {
-                **spectral_summary(eigenvalues, num_features=num_features),
+                **summarized(eigenvalues, [name for name in wanted if name in CATALOGUE], num_features=num_features),
                 **_shares(eigenvalues, wanted),
                 _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # there is none
             }
@@ -233,15 +233,18 @@ def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
 def _eigenvalues(matrices: Sequence[Matrix]) -> Tensor:
     """``(matrices, k)``, few matrices at a time, and on the host several times few side by side."""
     on_host = matrices[0].moments.num_tokens.device.type == "cpu"
-    threads = solvers() if on_host and len(matrices) > 1 and matrices[0].size >= _WORTH_A_THREAD else None
-    most = 1 if threads is not None else max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
-    batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
-    return torch.cat(list((map if threads is None else threads.map)(_solve, batches)))
+    if on_host and matrices[0].size >= _WORTH_A_THREAD:
+        found = side_by_side(_solve, [[matrix] for matrix in matrices])
+    else:
+        most = max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
+        found = [_solve(matrices[start : start + most]) for start in range(0, len(matrices), most)]
+    eigenvalues, traces = zip(*found, strict=True)
+    return over_trace(torch.cat(eigenvalues), torch.cat(traces))
 
 
-def _solve(batch: Sequence[Matrix]) -> Tensor:
+def _solve(batch: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
     lower = [matrix.lower() for matrix in batch]
-    return unit_trace_eigenvalues(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
+    return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
 
 
 def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from matent_callbacks import (
     SequenceMatrixEntropy,
     _readings,
 )
-from matent_callbacks.functional.spectrum import unit_trace_eigenvalues
+from matent_callbacks.functional.spectrum import solved
 from tests.ranks import run_on_ranks
 
 WIDTH = 12
@@ -185,12 +185,12 @@ def monitored(ranks: list[int]) -> dict[str, float]:
 def monitor_on_rank(rank: int, world_size: int) -> tuple[dict[str, float], list[tuple[str, int]], list[int]]:
     decomposed = []
 
-    def spy(matrices: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def spy(matrices: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         decomposed.append(len(matrices))
-        return unit_trace_eigenvalues(matrices, **arguments)
+        return solved(matrices, **arguments)
 
     with Collectives() as collectives, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_readings, "unit_trace_eigenvalues", spy)
+        patch.setattr(_readings, "solved", spy)
         values = monitored([rank])
     return values, collectives.sent, decomposed
 
@@ -227,7 +227,7 @@ def failing_monitor_on_rank(rank: int, world_size: int, fault: str) -> Any:
     with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         if fault == "decomposition" and rank == 1:
-            patch.setattr(_readings, "unit_trace_eigenvalues", lambda *_, **__: 1 / 0)
+            patch.setattr(_readings, "solved", lambda *_, **__: 1 / 0)
         with monitor:
             model(torch.randn(2, 5, WIDTH))
         try:

@@ -28,20 +28,37 @@ for index in range(5):
     layer.update(torch.randn(4, 100, 256), None)
     accumulators[f"layer_{index}"] = layer
 side_by_side = readings()
-assert len(_solvers.solvers()._threads) == 2
-# Training computes as before.
+# This thread and one more, ...
+assert len(_solvers._helpers(os.getpid())._threads) == 1
+# ... and training computes as before.
 assert torch.get_num_threads() == threads
 assert torch.equal(matrix @ matrix, product)
 
+# Every item once, in order, whoever works on it; what goes wrong is told once all have stopped.
+for number in range(10):
+    assert _solvers.side_by_side(str, range(number)) == [str(item) for item in range(number)]
+seen = []
+def divide(item):
+    seen.append(torch.get_num_threads())
+    return 1 / item
+for items in (range(6), range(-1, 6), range(-5, 1)):
+    try:
+        _solvers.side_by_side(divide, items)
+    except ZeroDivisionError:
+        assert torch.get_num_threads() == threads
+    else:
+        raise AssertionError(items)
+assert set(seen) == {1, 2}
+
 # A process that is forked has no thread of its parent, and must not wait for one.
-parents = _solvers.solvers(), _solvers.background()
+parents = _solvers._helpers(os.getpid()), _solvers.background()
 child = os.fork()
 if child == 0:
-    own = _solvers.solvers(), _solvers.background()
+    own = _solvers._helpers(os.getpid()), _solvers.background()
     os._exit(0 if not set(own) & set(parents) else 1)
 assert os.waitpid(child, 0)[1] == 0
 
-_readings.solvers = lambda: None
+_readings.side_by_side = lambda solve, items: [solve(item) for item in items]
 for layer, values in readings().items():
     for name, value in values.items():
         assert abs(side_by_side[layer][name] - value) < 1e-4 * value

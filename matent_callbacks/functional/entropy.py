@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -136,26 +138,58 @@ def spectral_summary(eigenvalues: Tensor, *, num_features: int | None = None) ->
         raise TypeError(f"`eigenvalues` must be a floating point tensor, got {_describe(eigenvalues)}.")
     if eigenvalues.ndim == 0 or eigenvalues.shape[-1] == 0:
         raise ValueError(f"`eigenvalues` must have shape (..., k) with k >= 1, got {tuple(eigenvalues.shape)}.")
-    size = num_features or eigenvalues.shape[-1]
-    total = eigenvalues.sum(-1, keepdim=True)
-    l = eigenvalues / torch.where(total > 0, total, 1.0)  # noqa: E741 - the formulas' own name
-    entropy = entropy_of_eigenvalues(l)
-    squares, top = l.square().sum(-1), l[..., 0]
-    sigma = l.sqrt()
-    sigma = sigma / sigma.sum(-1, keepdim=True).clamp(min=torch.finfo(l.dtype).tiny)
-    above = l > size * torch.finfo(l.dtype).eps * top.unsqueeze(-1)
-    return {
-        "matrix_entropy": entropy,
-        "normalized_matrix_entropy": entropy / (math.log(size) if size > 1 else math.nan),
-        "effective_rank": entropy.exp(),
-        "renyi_2": entropy_of_eigenvalues(l, alpha=2.0),
-        "participation_ratio": 1 / squares,
-        "stable_rank": 1 / top,
-        "top_share": top,
-        "numerical_rank": above.sum(-1).to(l.dtype),
-        "alpha_req": _power_law_slope(l, above),
-        "rankme": entropy_of_eigenvalues(sigma).exp(),
-    }
+    return summarized(eigenvalues, _SUMMARY, num_features=num_features)
+
+
+def summarized(eigenvalues: Tensor, names: Iterable[str], *, num_features: int | None = None) -> dict[str, Tensor]:
+    """Those of :func:`spectral_summary` that are named, and what they need."""
+    spectrum = _Spectrum(eigenvalues, num_features or eigenvalues.shape[-1])
+    return {name: _SUMMARY[name](spectrum) for name in names}
+
+
+class _Spectrum:
+    """What several quantities need, once it is asked for."""
+
+    def __init__(self, eigenvalues: Tensor, num_features: int) -> None:
+        self.num_features = num_features
+        total = eigenvalues.sum(-1, keepdim=True)
+        self.shares = eigenvalues / torch.where(total > 0, total, 1.0)
+        self.top = self.shares[..., 0]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return entropy_of_eigenvalues(self.shares)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        return self.shares.square().sum(-1)
+
+    @cached_property
+    def above_noise(self) -> Tensor:
+        epsilon = torch.finfo(self.shares.dtype).eps
+        return self.shares > self.num_features * epsilon * self.top.unsqueeze(-1)
+
+    def over_log_d(self) -> Tensor:
+        return self.entropy / (math.log(self.num_features) if self.num_features > 1 else math.nan)
+
+    def rankme(self) -> Tensor:
+        sigma = self.shares.sqrt()
+        total = sigma.sum(-1, keepdim=True).clamp(min=torch.finfo(sigma.dtype).tiny)
+        return entropy_of_eigenvalues(sigma / total).exp()
+
+
+_SUMMARY: dict[str, Callable[[_Spectrum], Tensor]] = {
+    "matrix_entropy": lambda spectrum: spectrum.entropy,
+    "normalized_matrix_entropy": _Spectrum.over_log_d,
+    "effective_rank": lambda spectrum: spectrum.entropy.exp(),
+    "renyi_2": lambda spectrum: _renyi_2(spectrum.squares),
+    "participation_ratio": lambda spectrum: 1 / spectrum.squares,
+    "stable_rank": lambda spectrum: 1 / spectrum.top,
+    "top_share": lambda spectrum: spectrum.top,
+    "numerical_rank": lambda spectrum: spectrum.above_noise.sum(-1).to(spectrum.shares.dtype),
+    "alpha_req": lambda spectrum: _power_law_slope(spectrum.shares, spectrum.above_noise),
+    "rankme": _Spectrum.rankme,
+}
 
 
 def entropy_of_matrix(matrix: Tensor, *, alpha: float = 1.0) -> Tensor:

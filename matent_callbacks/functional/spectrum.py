@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,18 +66,28 @@ def unit_trace(matrix: Tensor) -> Tensor:
     return matrix / torch.where(trace > 0, trace, 1.0)
 
 
-def unit_trace_eigenvalues(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
-    """Descending eigenvalues ``(..., k)`` of a covariance over its trace; NaN where it has overflowed.
+def unit_trace_eigenvalues(matrix: Tensor) -> Tensor:
+    """Descending eigenvalues ``(..., k)`` of a covariance over its trace; NaN where it has overflowed."""
+    return over_trace(*solved(matrix))
 
-    Only the lower triangle counts, but the rest has to be finite.
+
+def solved(matrix: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues ``(..., k)`` of a covariance, and its trace ``(..., 1)``.
+
+    Only the lower triangle is read. Where the trace is not finite the eigenvalues are not those of the matrix.
     """
-    finite = torch.isfinite(matrix.sum((-2, -1)))[..., None]
-    # On the host a look at a value costs nothing.
-    if matrix.device.type != "cpu" or not bool(finite.all()):
-        unusable = ~finite[..., None]
-        matrix = matrix.masked_fill_(unusable, 0.0) if overwrite else matrix.masked_fill(unusable, 0.0)
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    # A covariance has its largest numbers on the diagonal: it has overflowed where that has. On the host a look at a
+    # value costs nothing.
+    if matrix.device.type != "cpu" or not math.isfinite(trace.sum()):
+        unusable = ~torch.isfinite(trace).unsqueeze(-1)
+        matrix = matrix.masked_fill_(unusable, 0.0) if overwrite else matrix.masked_fill(unusable, 0.0)
     # The solver has no MPS kernel; the matrix is small, so it goes to the CPU.
     solvable = matrix.cpu() if matrix.device.type == "mps" else matrix
-    eigenvalues = torch.linalg.eigvalsh(solvable).flip(-1).clamp(min=0).to(matrix.device)
-    return torch.where(finite, eigenvalues / torch.where(trace > 0, trace, 1.0), torch.nan)
+    return torch.linalg.eigvalsh(solvable).to(matrix.device), trace
+
+
+def over_trace(eigenvalues: Tensor, trace: Tensor) -> Tensor:
+    """What :func:`solved` gave as a spectrum: descending, of sum 1, all zeros or NaN."""
+    spectrum = eigenvalues.flip(-1).clamp(min=0) / torch.where(trace > 0, trace, 1.0)
+    return torch.where(torch.isfinite(trace), spectrum, torch.nan)
