@@ -1,10 +1,12 @@
 """Ours / what one would do otherwise for the same step: by hand, or with the monitor of W&B.
 
-*By hand* is `output_hidden_states=True`, then for each layer a covariance, `eigvalsh` and the entropy: the same values.
-`wandb.watch(model, log="all")` keeps histograms of parameters and gradients, offline, every step here as ours is.
-Every model takes the same steps, in turn. *Time* is that of the whole step over the other's whole step. *Extra* time
-and memory are what a step costs beyond a plain one, over the same of the other. Memory is the peak of the forward or
-of the backward half of the step, whichever exceeds the plain one by more: which of them limits a run depends on it.
+*By hand* is `output_hidden_states=True`, then for each layer the covariance of the tokens that count, `eigvalsh` and
+the entropy: the same values. `wandb.watch(model, log="all")` keeps histograms of parameters and gradients, offline,
+every step here as ours is. One model takes a step with each in turn, but for the hooks of `wandb.watch`, which stay on
+a second one: two models differ by a percent or two for where their memory happens to lie. *Time* is that of the whole
+step over the other's whole step. *Extra* time and memory are what a step costs beyond a plain one, over the same of
+the other. Memory is the peak of the forward or of the backward half of the step, whichever exceeds the plain one by
+more: which of them limits a run depends on it.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ def compare(width: int, blocks: int, rounds: int) -> list[list[str]]:
 
     with tempfile.TemporaryDirectory() as folder, wandb.init(project="benchmarks", dir=folder) as run:
         steps = Steps(width, blocks, run)
-        seconds = interleaved({name: functools.partial(steps, name) for name in steps.models}, rounds=rounds)
-        halves = {name: steps.peaks(name) for name in steps.models}
+        kinds = ("plain", "ours", *NAMES)
+        seconds = interleaved({name: functools.partial(steps, name) for name in kinds}, rounds=rounds)
+        halves = {name: steps.peaks(name) for name in kinds}
     extra = {
         name: statistics.median(own - plain for own, plain in zip(values, seconds["plain"], strict=True))
         for name, values in seconds.items()
@@ -74,17 +77,23 @@ def compare(width: int, blocks: int, rounds: int) -> list[list[str]]:
     return rows
 
 
+class Training:
+    """A model, its optimizer and its data."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        self.model = make_model(width, blocks)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.data = batches()
+
+
 class Steps:
-    """Training steps of one model each, with the values of the step in the W&B run."""
+    """Training steps, plain or monitored, with the values of the step in the W&B run."""
 
     def __init__(self, width: int, blocks: int, run: Any) -> None:
-        names = ("plain", "ours", *NAMES)
-        self.models = {name: make_model(width, blocks) for name in names}
-        self._optimizers = {n: torch.optim.AdamW(model.parameters(), lr=1e-4) for n, model in self.models.items()}
-        self._data = {name: batches() for name in names}
-        self._monitor = EntropyMonitor(self.models["ours"], "all")
+        self._common, self._watched = Training(width, blocks), Training(width, blocks)
+        self._monitor = EntropyMonitor(self._common.model, "all")
         self._run = run
-        run.watch(self.models["watch"], log="all", log_freq=1)
+        run.watch(self._watched.model, log="all", log_freq=1)
 
     def __call__(self, name: str) -> None:
         loss, values = self._forward(name)
@@ -96,29 +105,37 @@ class Steps:
         forward = peak_bytes(lambda: found.append(self._forward(name)))
         return forward, peak_bytes(lambda: self._backward(name, *found[0]))
 
+    def _training(self, name: str) -> Training:
+        return self._watched if name == "watch" else self._common
+
     def _forward(self, name: str) -> tuple[Tensor, dict[str, float]]:
-        model, batch = self.models[name], next(self._data[name])
+        training = self._training(name)
+        batch = next(training.data)
         if name == "ours":
             with self._monitor:
-                output = model(**batch)
+                output = training.model(**batch)
             return output.loss, self._monitor.compute()
-        output = model(**batch, output_hidden_states=name == "by_hand")
-        return output.loss, by_hand(output.hidden_states) if name == "by_hand" else {}
+        output = training.model(**batch, output_hidden_states=name == "by_hand")
+        return output.loss, by_hand(output.hidden_states, batch["attention_mask"]) if name == "by_hand" else {}
 
     def _backward(self, name: str, loss: Tensor, values: dict[str, float]) -> None:
+        optimizer = self._training(name).optimizer
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizers[name].step()
-        self._optimizers[name].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         self._run.log({"loss": loss.item(), **values})
 
 
 @torch.no_grad()
-def by_hand(hidden_states: tuple[Tensor, ...]) -> dict[str, float]:
-    """Entropy and effective rank of the covariance of all tokens, layer by layer."""
+def by_hand(hidden_states: tuple[Tensor, ...], attention_mask: Tensor) -> dict[str, float]:
+    """Entropy and effective rank of the covariance of all tokens that count, layer by layer."""
     values: dict[str, float] = {}
+    mask = attention_mask.unsqueeze(-1).float()
+    count = mask.sum(1, keepdim=True)
     for number, hidden in enumerate(hidden_states):
-        centred = hidden.float() - hidden.float().mean(1, keepdim=True)
-        z = (centred / centred.norm(dim=-1, keepdim=True)).flatten(0, 1)
+        mean = (hidden.float() * mask).sum(1, keepdim=True) / count
+        centred = (hidden.float() - mean) * mask
+        z = (centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-12)).flatten(0, 1)
         covariance = z.T @ z
         eigenvalues = torch.linalg.eigvalsh(covariance / covariance.trace()).clamp(min=0)
         entropy = torch.special.entr(eigenvalues).sum()
