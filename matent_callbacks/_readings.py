@@ -182,10 +182,13 @@ def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra:
 
 
 def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """The numbers of each unit, ``(names,)``, in one table for all of one shape; NaN where no token was seen."""
+    """The numbers of each unit, ``(names,)``, in one table for all of one shape; NaN where no token was seen.
+
+    Each matrix is taken out, so that it is gone once it is decomposed.
+    """
     alike: dict[tuple[int, int, Source], list[_Unit]] = defaultdict(list)
-    for unit, matrix in matrices.items():
-        alike[matrix.size, matrix.num_features, unit[0]].append(unit)
+    for unit in matrices:
+        alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
     found: dict[_Unit, Tensor] = {}
     for (size, num_features, _), units in alike.items():
         *wanted, _ = names[units[0]]
@@ -194,7 +197,7 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
         if size == 0:
             table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
         else:
-            eigenvalues = _eigenvalues([matrices[unit] for unit in units])
+            eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
             summary = {
                 **summarized(eigenvalues, [name for name in wanted if name in CATALOGUE], num_features=num_features),
                 **_shares(eigenvalues, wanted),
@@ -230,20 +233,20 @@ def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
     return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
 
 
-def _eigenvalues(matrices: Sequence[Matrix]) -> Tensor:
-    """``(matrices, k)``, few matrices at a time, and on the host several times few side by side."""
-    on_host = matrices[0].moments.num_tokens.device.type == "cpu"
-    if on_host and matrices[0].size >= _WORTH_A_THREAD:
-        found = side_by_side(_solve, [[matrix] for matrix in matrices])
-    else:
-        most = max(1, _BATCH_NUMBERS // matrices[0].size ** 2)
-        found = [_solve(matrices[start : start + most]) for start in range(0, len(matrices), most)]
+def _eigenvalues(matrices: list[Matrix]) -> Tensor:
+    """``(matrices, k)``, few at a time, and on the host several times few side by side. The list is empty after it."""
+    size = matrices[0].size
+    threads = matrices[0].moments.num_tokens.device.type == "cpu" and size >= _WORTH_A_THREAD
+    most = 1 if threads else max(1, _BATCH_NUMBERS // size**2)
+    batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
+    matrices.clear()
+    found = side_by_side(_solve, batches) if threads else [_solve(batch) for batch in batches]
     eigenvalues, traces = zip(*found, strict=True)
     return over_trace(torch.cat(eigenvalues), torch.cat(traces))
 
 
-def _solve(batch: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
-    lower = [matrix.lower() for matrix in batch]
+def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
+    lower = [batch.pop(0).lower() for _ in range(len(batch))]
     return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
 
 
