@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What it costs
 
 Every time is a ratio of two things measured in turn in one process: the median of many, with the quartiles around it.
-Memory is the peak of what torch's CPU allocator had handed out. Written by `python -m benchmarks` (`make bench`).
+Memory is the peak of what torch's CPU allocator had handed out, on one thread. Written by `python -m benchmarks`
+(`make bench`).
 
 """
 MARK = "<!-- {} -->\n"

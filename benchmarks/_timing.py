@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -50,13 +51,18 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warm
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most that torch's CPU allocator had handed out during a call, beyond what it had at its beginning.
+    """The most that torch's CPU allocator had handed out in a call on one thread, beyond what it had before it.
 
     From the profiler's record of every allocation: exact, and with the solver's workspace, which resident memory
     would show only if no freed page had been kept.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees no other
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        torch.set_num_threads(threads)
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None

@@ -54,17 +54,16 @@ def batches() -> Iterator[dict[str, Tensor]]:
 
 
 class SwitchingTrainer(transformers.Trainer):  # type: ignore[misc]
-    """Trains with one set of callbacks for some steps, then with the next, and so on, and times each step.
+    """Takes a step with one set of callbacks, then with another, and so on, and times each.
 
     One model in one thread: two Trainers would differ by several percent for where their memory happens to lie.
     """
 
-    def __init__(self, sets: Mapping[str, list[Any]], window: int, **kwargs: Any) -> None:
+    def __init__(self, sets: Mapping[str, list[Any]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seconds: dict[str, list[float]] = {name: [] for name in sets}
         self._sets = sets
-        self._window = window
-        self._windows: list[str] = []
+        self._round: list[str] = []
         self._random = random.Random(0)
         self._now = ""
         self._start = 0.0
@@ -77,37 +76,30 @@ class SwitchingTrainer(transformers.Trainer):  # type: ignore[misc]
         now = time.perf_counter()
         if self._now:
             self.seconds[self._now].append(now - self._start)
-        if self.state.global_step % self._window == 0:
-            self._windows = self._windows or self._random.sample(list(self._sets), len(self._sets))
-            for callback in self._sets.get(self._now, []):
-                self.remove_callback(callback)
-            self._now = self._windows.pop()
-            for callback in self._sets[self._now]:
-                callback.attach(self)
+        self._round = self._round or self._random.sample(list(self._sets), len(self._sets))
+        for callback in self._sets.get(self._now, []):
+            self.remove_callback(callback)
+        self._now = self._round.pop()
+        for callback in self._sets[self._now]:
+            callback.attach(self)
         self._start = time.perf_counter()
         return super().get_batch_samples(*args, **kwargs)
 
 
 def seconds_in_turn(
-    sets: Mapping[str, list[Any]], *, width: int, layers: int, rounds: int, window: int = 1, warm_up: int = 2
+    sets: Mapping[str, list[Any]], *, width: int, layers: int, rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of ``window`` steps with each set of callbacks, once a round; the order within a round is drawn anew."""
-    trainer = make_trainer(sets, window, width=width, layers=layers, steps=len(sets) * (warm_up + rounds) * window + 1)
+    """Seconds of a step with each set of callbacks, once a round; the order within a round is drawn anew."""
+    trainer = make_trainer(sets, width=width, layers=layers, steps=len(sets) * (warm_up + rounds) + 1)
     trainer.train()
-    return {
-        name: [sum(steps[i : i + window]) for i in range(warm_up * window, (warm_up + rounds) * window, window)]
-        for name, steps in trainer.seconds.items()
-    }
+    return {name: seconds[warm_up:] for name, seconds in trainer.seconds.items()}
 
 
-def make_trainer(
-    sets: Mapping[str, list[Any]], window: int, *, width: int, layers: int, steps: int
-) -> SwitchingTrainer:
+def make_trainer(sets: Mapping[str, list[Any]], *, width: int, layers: int, steps: int) -> SwitchingTrainer:
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         trainer = SwitchingTrainer(
             sets,
-            window,
             model=make_model(width, layers),
             args=transformers.TrainingArguments(
                 output_dir=folder,

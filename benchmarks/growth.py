@@ -1,8 +1,8 @@
 """How a reading grows with tokens, width, layers and ranks.
 
 `EntropyMonitor` on layers that do nothing: all the time and memory are the monitor's. Times are relative to the
-leftmost point of their curve, all points measured in turn; memory is the peak during the reading. Beside them slopes
-of 1, 2 and 3 on the logarithmic axes.
+leftmost point of their curve, all points measured in turn; memory is the peak during a reading on one thread: each
+further one has a layer's matrix, twice, of its own. Beside them slopes of 1, 2 and 3 on the logarithmic axes.
 """
 
 from __future__ import annotations
