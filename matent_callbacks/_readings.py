@@ -212,9 +212,9 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
 
 def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
     """As :func:`_decompose`, wide matrices without their eigenvalues."""
-    narrow = {unit: matrix for unit, matrix in matrices.items() if matrix.size < _WIDE}
-    wide = {unit: _estimated(matrices[unit], names[unit]) for unit in matrices.keys() - narrow.keys()}
-    return {**_decompose(narrow, names), **wide}
+    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
+    estimated = {unit: _estimated(matrices.pop(unit), names[unit]) for unit in wide}
+    return {**_decompose(matrices, names), **estimated}
 
 
 def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
@@ -252,9 +252,11 @@ def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
 
 def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """The share of the spread in the strongest 1, 2, 4, ... directions of a unit-trace spectrum ``(..., k)``."""
+    directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
+    if not directions:
+        return {}
     cumulative = eigenvalues.cumsum(-1)
     last = eigenvalues.shape[-1] - 1
-    directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
     # A Gram matrix has no more than k directions: beyond them the share is 1.
     return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
 
