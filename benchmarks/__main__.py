@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks._report import conditions
+from benchmarks._markdown import conditions
 
 PARTS = ("steps", "definition", "monitors", "rankme", "communication", "growth", "solver", "measure")
 RESULTS = Path(__file__).parent / "RESULTS.md"

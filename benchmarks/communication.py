@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._stack import identities
 from benchmarks._timing import interleaved, mebibytes, peak_bytes, ratio
 from matent_callbacks import EntropyMonitor, MatrixEntropy

@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import interleaved, ratio
 from matent_callbacks import SequenceMatrixEntropy
 from matent_callbacks.functional import spectrum

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._report import PLOTS, begin, table
+from benchmarks._markdown import PLOTS, begin, table
 from benchmarks._stack import identities
 from benchmarks._timing import interleaved, peak_bytes, ratio
 from matent_callbacks import EntropyMonitor

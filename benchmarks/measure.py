@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import ratio
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._app import run

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import interleaved, mebibytes, peak_bytes, ratio
-from benchmarks._training import BATCH, LENGTH, batches, make_model
+from benchmarks._workload import BATCH, LENGTH, batches, make_model
 from matent_callbacks import EntropyMonitor
 
 NAMES = {"by_hand": "`output_hidden_states=True` by hand", "watch": '`wandb.watch(log="all")`'}

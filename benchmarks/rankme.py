@@ -21,7 +21,7 @@ from importlib import metadata
 
 import torch
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import interleaved, mebibytes, peak_bytes
 
 BATCH = 1024  # embeddings

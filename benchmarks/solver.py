@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import interleaved, ratio
-from benchmarks._training import LENGTH, batches, make_model
+from benchmarks._workload import LENGTH, batches, make_model
 from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional.entropy import entropy_of_eigenvalues
 

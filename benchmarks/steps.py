@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from benchmarks._report import begin, table
+from benchmarks._markdown import begin, table
 from benchmarks._timing import Ratio, ratio
-from benchmarks._training import BATCH, LENGTH, seconds_in_turn
+from benchmarks._workload import BATCH, LENGTH, seconds_in_turn
 from matent_callbacks.transformers import MatrixEntropyCallback
 
 NEVER = 10**9

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks._alignment import measure_alignment
+from matent_callbacks.callbacks.alignment_measurement import measure_alignment
 from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.untrained import untrained_like

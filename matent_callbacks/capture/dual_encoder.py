@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.hooks import first_tensor
-from matent_callbacks.capture.quiet import run
+from matent_callbacks.capture.inference import run
 from matent_callbacks.capture.stack import unwrap
 
 

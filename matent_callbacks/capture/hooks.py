@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
+from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.packing import Packing, find_packing
-from matent_callbacks.capture.quiet import preserved
 
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]

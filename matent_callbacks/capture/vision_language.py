@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.hooks import first_tensor
-from matent_callbacks.capture.quiet import cheap_arguments, to_device
+from matent_callbacks.capture.inference import cheap_arguments, to_device
 from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.functional.alignment import STAGES
 

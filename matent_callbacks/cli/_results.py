@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from matent_callbacks.accumulate.symmetric import PackedMoments
 from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
 from matent_callbacks.cli._stream import State
-from matent_callbacks.functional._packed import PackedMoments
 
 FORMAT, VERSION = "matent-measure", 1
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._accumulate import LayerAccumulator
-from matent_callbacks._catalogue import Source
+from matent_callbacks.accumulate.catalogue import Source
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.symmetric import PackedMoments
 from matent_callbacks.capture.hooks import Capture
+from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
-from matent_callbacks.capture.quiet import quiet, run
 from matent_callbacks.cli._bootstrap import Floats, Means, draws
 from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
 from matent_callbacks.functional import matrix_entropy
-from matent_callbacks.functional._packed import PackedMoments
 
 # Documents that are sorted by length together.
 _WINDOW = 512

@@ -91,7 +91,7 @@ def measure(
     Interrupted (Ctrl-C) and started again with the same --out, it goes on where it was.
     """
     # Torch and transformers take seconds to import, which `--help` and bad arguments need not wait for.
-    from matent_callbacks.cli._measuring import Request, run
+    from matent_callbacks.cli._measure_models import Request, run
 
     return run(
         Request(

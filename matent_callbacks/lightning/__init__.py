@@ -10,8 +10,8 @@ except ImportError:
             "matent_callbacks.lightning needs lightning: pip install 'matent-callbacks[lightning]'"
         ) from error
 
-from matent_callbacks.lightning._alignment import AlignmentCallback
-from matent_callbacks.lightning._matrix_entropy import MatrixEntropyCallback
-from matent_callbacks.lightning._plateau import PlateauStopping
+from matent_callbacks.lightning._alignment_hooks import AlignmentCallback
+from matent_callbacks.lightning._entropy_hooks import MatrixEntropyCallback
+from matent_callbacks.lightning._plateau_hooks import PlateauStopping
 
 __all__ = ["AlignmentCallback", "MatrixEntropyCallback", "PlateauStopping"]

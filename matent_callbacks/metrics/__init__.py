@@ -1,6 +1,6 @@
 """torchmetrics classes: the state and its distributed reduction; the mathematics is in ``functional``."""
 
-from matent_callbacks.metrics.alignment import ImageTextAlignment
+from matent_callbacks.metrics.image_text_alignment import ImageTextAlignment
 from matent_callbacks.metrics.pooled import EffectiveRank, MatrixEntropy
 from matent_callbacks.metrics.sequence import SequenceEffectiveRank, SequenceMatrixEntropy
 

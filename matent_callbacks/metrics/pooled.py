@@ -7,11 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matent_callbacks._distributed import all_reduce_moments
-from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens
-from matent_callbacks.functional.entropy import entropy_of_matrix
-from matent_callbacks.functional.moments import (
+from matent_callbacks.accumulate.moments import (
     Center,
     Moments,
     attainable_rank,
@@ -20,7 +16,11 @@ from matent_callbacks.functional.moments import (
     merge_moments,
     token_moments,
 )
-from matent_callbacks.functional.sequences import divide_by_log
+from matent_callbacks.accumulate.reduction import all_reduce_moments
+from matent_callbacks.accumulate.sequence_mean import divide_by_log
+from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import Tokens
+from matent_callbacks.functional.entropy import entropy_of_matrix
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
 

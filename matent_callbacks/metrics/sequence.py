@@ -7,14 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matent_callbacks._distributed import all_reduce_sequence_means
-from matent_callbacks.functional._tokens import Tokens
-from matent_callbacks.functional.sequences import (
+from matent_callbacks.accumulate.reduction import all_reduce_sequence_means
+from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
     merge_sequence_means,
     sequence_mean,
 )
+from matent_callbacks.functional._tokens import Tokens
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from matent_callbacks._catalogue import SPECTRUM_TOP
+from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
+from matent_callbacks.report._findings import best_source, moved
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run
-from matent_callbacks.report._summary import best_source, moved
 from matent_callbacks.report._svg import SIZE, style, to_svg
 from matent_callbacks.report._thin import evenly, peaks
 from matent_callbacks.report._words import (

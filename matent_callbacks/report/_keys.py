@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from matent_callbacks._catalogue import CATALOGUE, SPECTRUM_TOP
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP
 
 # The spectrum is logged as several numbers, which have names of their own.
 LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_erank")

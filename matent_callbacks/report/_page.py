@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from matent_callbacks.report._figures import pictures
+from matent_callbacks.report._findings import missing, summary
 from matent_callbacks.report._run import Run
-from matent_callbacks.report._summary import missing, summary
 from matent_callbacks.report._words import number, step
 
 

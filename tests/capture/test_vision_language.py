@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from matent_callbacks.capture.quiet import quiet
+from matent_callbacks.capture.inference import quiet
 from matent_callbacks.capture.vision_language import vision_language_stages
 from matent_callbacks.functional import matrix_entropy
 from matent_callbacks.functional.alignment import STAGES

@@ -135,8 +135,8 @@ def test_interval_is_that_of_a_mean(models: dict[str, Path], text: Path, tmp_pat
 
 def test_diff_erank_of_a_model_with_itself_has_no_spread() -> None:
     from matent_callbacks.cli._bootstrap import Means, draws
+    from matent_callbacks.cli._entries import layer_quantities
     from matent_callbacks.cli._stream import State
-    from matent_callbacks.cli._summary import layer_quantities
 
     values, counts = torch.rand(30).double().numpy(), draws(0, range(30))
     states = []
@@ -430,12 +430,12 @@ def test_interrupted_and_started_again_equals_uninterrupted(
 def test_interrupted_text_must_be_the_same(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from matent_callbacks.cli import _measuring
+    from matent_callbacks.cli import _measure_models
 
     arguments = ["measure", str(models["t5"]), "--text", "-", "--out", str(tmp_path / "out.json")]
     lines = [f"{line}\n" for line in documents(530)]
 
-    class Stop(_measuring.Interruption):
+    class Stop(_measure_models.Interruption):
         """Ctrl-C in the second window."""
 
         batches = 0
@@ -447,7 +447,7 @@ def test_interrupted_text_must_be_the_same(
             return super().hold()
 
     with monkeypatch.context() as patched:
-        patched.setattr(_measuring, "Interruption", Stop)
+        patched.setattr(_measure_models, "Interruption", Stop)
         stdin_of(patched, "".join(lines).encode())
         assert run([*arguments, "--batch-tokens", "8000"]) == 130
     stdin_of(monkeypatch, "".join(["other text\n", *lines]).encode())
@@ -462,9 +462,9 @@ def test_full_disk_is_told_once_and_measuring_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from matent_callbacks.cli import _measuring
+    from matent_callbacks.cli import _measure_models
 
-    monkeypatch.setattr(_measuring, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(_measure_models, "_SAVE_EVERY", 0.0)
     out = tmp_path / "out.json"
     before = measured(out, models["t5"], "--text", text, "--batch-tokens", 500)
     capsys.readouterr()

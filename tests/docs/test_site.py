@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import CATALOGUE
 from tests.docs.fences import PAGES, ROOT
 
 PUBLIC = (

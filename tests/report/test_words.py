@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matent_callbacks.report import Run, Stop, read_run
 from matent_callbacks.report._figures import pictures
+from matent_callbacks.report._findings import missing, moved, summary
 from matent_callbacks.report._run import Curve
-from matent_callbacks.report._summary import missing, moved, summary
 from matent_callbacks.report._thin import evenly, peaks
 from tests.report.conftest import Logged
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening
 
-from matent_callbacks._accumulate import PooledTokens
+from matent_callbacks.accumulate.layer_statistics import PooledTokens
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.transformers import MatrixEntropyCallback as TrainerCallback
 from tests.conftest import collate, llama, slow_entropy, slow_pooled_entropy, text_examples

@@ -312,12 +312,12 @@ def test_an_exception_in_monitoring_warns_once_with_the_layer_and_training_goes_
 
 
 def test_on_error_raise_raises(make_trainer, monkeypatch):
-    from matent_callbacks import _accumulate
+    from matent_callbacks.accumulate import layer_statistics
 
     def fails(self: Any, *args: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(_accumulate.LayerAccumulator, "update", fails)
+    monkeypatch.setattr(layer_statistics.LayerAccumulator, "update", fails)
     with pytest.raises(RuntimeError, match="Reading layer 'last' failed: boom"):
         make_trainer([MatrixEntropyCallback(1, on_error="raise")]).train()
 

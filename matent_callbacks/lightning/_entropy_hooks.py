@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._catalogue import Solver
-from matent_callbacks._measurement import Measurement
-from matent_callbacks._pictures import LayerPictures, thinned
+from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
+from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.lightning._measuring import MeasuringCallback
-from matent_callbacks.lightning._pictures import show, takes_pictures
-from matent_callbacks.lightning._repeats import counted_samples
+from matent_callbacks.lightning._loggers import show, takes_pictures
+from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._sampler_padding import counted_samples
 from matent_callbacks.lightning._trainer import logging_step, publish
 from matent_callbacks.monitor import EntropyMonitor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from statistics import median
 
-from matent_callbacks._catalogue import SPECTRUM_TOP
+from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from matent_callbacks._catalogue import CATALOGUE, check_metrics
+from matent_callbacks.accumulate.catalogue import CATALOGUE, check_metrics
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._documents import Text, TextError
+from matent_callbacks.cli._entries import layer_quantities, notes, table
 from matent_callbacks.cli._interruption import Interruption
 from matent_callbacks.cli._models import LayersError, Loaded, ModelError, first_sentence, load, training_progress
 from matent_callbacks.cli._results import Results, ResultsError, Settings
 from matent_callbacks.cli._stream import State, left, stream
-from matent_callbacks.cli._summary import layer_quantities, notes, table
 from matent_callbacks.untrained import untrained_like
 
 _SAVE_EVERY = 10.0  # seconds; less often where saving itself takes long

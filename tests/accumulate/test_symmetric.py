@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from matent_callbacks.functional._packed import lower_triangle, pack_symmetric, packed_second_moment, unpack_symmetric
+from matent_callbacks.accumulate.symmetric import lower_triangle, pack_symmetric, packed_second_moment, unpack_symmetric
 
 
 # Narrow and wide enough to be halved, even and odd.

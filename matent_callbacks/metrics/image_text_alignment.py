@@ -7,10 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matent_callbacks._distributed import all_reduce_sequence_means
+from matent_callbacks.accumulate.reduction import all_reduce_sequence_means
+from matent_callbacks.accumulate.sequence_mean import (
+    SequenceMean,
+    empty_sequence_mean,
+    merge_sequence_means,
+    stage_mean,
+)
 from matent_callbacks.functional._tokens import check_stage
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
-from matent_callbacks.functional.sequences import SequenceMean, empty_sequence_mean, merge_sequence_means, stage_mean
 from matent_callbacks.metrics._base import MergedMetric
 
 BASES = ("effective_rank", "entropy")

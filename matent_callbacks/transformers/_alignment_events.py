@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks._alignment import AlignmentMeasurement, Stages
-from matent_callbacks._probe import first_batch
-from matent_callbacks.transformers._measuring import MeasuringCallback
-from matent_callbacks.transformers._pictures import summarize_by_maximum
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement, Stages
+from matent_callbacks.callbacks.probe import first_batch
+from matent_callbacks.transformers._log_records import MeasuringCallback
+from matent_callbacks.transformers._reporters import summarize_by_maximum
 
 
 class AlignmentCallback(MeasuringCallback):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRank, SequenceMatrixEntropy
-from matent_callbacks._catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.functional import spectral_summary, spectrum
 from tests.conftest import collate, text_examples
 

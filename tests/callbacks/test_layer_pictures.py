@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-from matent_callbacks import _pictures, plot
-from matent_callbacks._pictures import LayerPictures, thinned
+from matent_callbacks import plot
+from matent_callbacks.callbacks import layer_pictures
+from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
 
 
 def test_a_long_run_goes_on_being_drawn_and_is_drawn_at_its_end(monkeypatch):
     for name in ("layer_profile", "layer_heatmap"):
         monkeypatch.setattr(plot, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(_pictures, "_MOST_RECORDS", 64)
+    monkeypatch.setattr(layer_pictures, "_MOST_RECORDS", 64)
     pictures, records, drawn = LayerPictures(["effective_rank"]), [], []
     layers = ("layer_00", "last")
     for step in range(1, 301):

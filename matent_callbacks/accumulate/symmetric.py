@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.functional.moments import Moments, ratio
+from matent_callbacks.accumulate.moments import Moments, ratio
 
 # By slices: an index of the upper triangle would take four times what packing saves. With d = 2 h there are, in this
 # order, the diagonal of the lower right block; the upper left block up to its diagonal and, above that, the lower right

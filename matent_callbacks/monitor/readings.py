@@ -13,21 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks._accumulate import LayerAccumulator, Matrix
-from matent_callbacks._catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
-from matent_callbacks._distributed import (
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator, Matrix
+from matent_callbacks.accumulate.reduction import (
     agreed_failures,
     agreed_widths,
     all_reduce_sequence_means,
     is_distributed,
     share_moments,
 )
-from matent_callbacks._solvers import side_by_side
+from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional.entropy import summarized
-from matent_callbacks.functional.sequences import SequenceMean
 from matent_callbacks.functional.spectrum import over_trace, solved
+from matent_callbacks.monitor.solvers import side_by_side
 
 # Matrices of at most so many numbers are decomposed in one call: of larger ones several at once gain nothing, and
 # their memory is taken three times while it lasts.

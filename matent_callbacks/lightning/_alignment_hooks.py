@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from matent_callbacks._alignment import AlignmentMeasurement, Stages
-from matent_callbacks._probe import first_batch
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement, Stages
+from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.capture.stack import hugging_face_models
-from matent_callbacks.lightning._measuring import MeasuringCallback
-from matent_callbacks.lightning._pictures import summarize_by_maximum
+from matent_callbacks.lightning._loggers import summarize_by_maximum
+from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 
 
 class AlignmentCallback(MeasuringCallback):

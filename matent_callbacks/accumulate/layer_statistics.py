@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks._catalogue import Source
-from matent_callbacks.functional._packed import PackedMoments, lower_triangle, packed_second_moment, unpack_symmetric
-from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
-from matent_callbacks.functional.moments import token_moments
-from matent_callbacks.functional.sequences import (
+from matent_callbacks.accumulate.catalogue import Source
+from matent_callbacks.accumulate.moments import token_moments
+from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
     merge_sequence_means,
     sequence_mean,
 )
+from matent_callbacks.accumulate.symmetric import PackedMoments, lower_triangle, packed_second_moment, unpack_symmetric
+from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
 
 
 class LayerAccumulator:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks._stopping import logged_values, say_stop, warn_never_logged
+from matent_callbacks.callbacks.stopping import logged_values, say_stop, warn_never_logged
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.transformers._attach import AttachedCallback
 

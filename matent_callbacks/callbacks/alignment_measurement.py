@@ -11,15 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._distributed import (
+from matent_callbacks.accumulate.reduction import (
     agreed_failures,
     all_reduce_mean,
     all_reduce_sequence_means,
     is_distributed,
 )
-from matent_callbacks._measurement import Guarded
+from matent_callbacks.accumulate.sequence_mean import SequenceMean, merge_sequence_means, stage_mean
+from matent_callbacks.callbacks.measurement import Guarded
 from matent_callbacks.capture.dual_encoder import dual_encoder_towers, is_dual_encoder, mean_token
-from matent_callbacks.capture.quiet import quiet
+from matent_callbacks.capture.inference import quiet
 from matent_callbacks.capture.vision_language import Stage, StageReader, vision_language_stages
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import check_stage
@@ -32,7 +33,6 @@ from matent_callbacks.functional.alignment import (
     modality_gap,
     mutual_knn,
 )
-from matent_callbacks.functional.sequences import SequenceMean, merge_sequence_means, stage_mean
 
 Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 

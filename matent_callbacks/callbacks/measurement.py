@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from matent_callbacks._catalogue import Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 

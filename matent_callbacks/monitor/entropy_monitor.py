@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks._accumulate import LayerAccumulator
-from matent_callbacks._catalogue import CATALOGUE, Solver, check_metrics, check_solver
-from matent_callbacks._readings import PendingReadings, Readings
-from matent_callbacks._solvers import background
+from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.capture.hooks import Capture
+from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
-from matent_callbacks.capture.quiet import quiet, run
+from matent_callbacks.monitor.readings import PendingReadings, Readings
+from matent_callbacks.monitor.solvers import background
 
 
 class EntropyMonitor:

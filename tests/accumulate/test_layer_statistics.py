@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matent_callbacks._accumulate import LayerAccumulator
-from matent_callbacks._catalogue import CATALOGUE
-from matent_callbacks._readings import PendingReadings
+from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.monitor.readings import PendingReadings
 
 WIDTH = 32
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])

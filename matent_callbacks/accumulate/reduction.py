@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.functional._packed import PackedMoments, unpack_symmetric
-from matent_callbacks.functional.moments import Moments, ratio
-from matent_callbacks.functional.sequences import SequenceMean
+from matent_callbacks.accumulate.moments import Moments, ratio
+from matent_callbacks.accumulate.sequence_mean import SequenceMean
+from matent_callbacks.accumulate.symmetric import PackedMoments, unpack_symmetric
 
 
 def is_distributed() -> bool:

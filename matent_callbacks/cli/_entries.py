@@ -11,11 +11,11 @@ import torch
 from rich.table import Table
 from rich.text import Text as Cell
 
-from matent_callbacks._accumulate import LayerAccumulator
-from matent_callbacks._catalogue import CATALOGUE
-from matent_callbacks._readings import PendingReadings
+from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.cli._bootstrap import LEVEL, interval
 from matent_callbacks.cli._stream import State
+from matent_callbacks.monitor.readings import PendingReadings
 
 TROUBLE = {
     "empty": "documents are empty",

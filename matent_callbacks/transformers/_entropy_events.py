@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks._catalogue import Solver
-from matent_callbacks._measurement import Measurement
-from matent_callbacks._pictures import LayerPictures
+from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.layer_pictures import LayerPictures
+from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
-from matent_callbacks.transformers._late import LateReading
-from matent_callbacks.transformers._measuring import MeasuringCallback
-from matent_callbacks.transformers._pictures import show, takes_pictures
-from matent_callbacks.transformers._repeats import counted_samples
+from matent_callbacks.transformers._background_readings import LateReading
+from matent_callbacks.transformers._log_records import MeasuringCallback
+from matent_callbacks.transformers._padding_samples import counted_samples
+from matent_callbacks.transformers._reporters import show, takes_pictures
 
 
 class MatrixEntropyCallback(MeasuringCallback):

@@ -1,0 +1,1 @@
+"""Statistics of tokens, and how they merge over batches, ranks and split sequences."""
