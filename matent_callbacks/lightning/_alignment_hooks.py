@@ -10,6 +10,7 @@ from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loggers import summarize_by_maximum
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._trainer import log
 
 
 class AlignmentCallback(MeasuringCallback):
@@ -107,7 +108,7 @@ class AlignmentCallback(MeasuringCallback):
             return
         self._find_probe(trainer)
         values = {f"{prefix}_{key}": value for key, value in self._measured(trainer, pl_module).items()}
-        pl_module.log_dict(values, prog_bar=self.prog_bar, add_dataloader_idx=False)
+        log(pl_module, values, prog_bar=self.prog_bar, add_dataloader_idx=False)
 
     def _measured(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         return self._alignment.measure(_model(pl_module), around=trainer.precision_plugin.forward_context)

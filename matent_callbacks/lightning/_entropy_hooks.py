@@ -16,7 +16,7 @@ from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.lightning._loggers import show, takes_pictures
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 from matent_callbacks.lightning._sampler_padding import counted_samples
-from matent_callbacks.lightning._trainer import logging_step, publish
+from matent_callbacks.lightning._trainer import draws_its_batches, log, logging_step, publish
 from matent_callbacks.monitor import EntropyMonitor
 
 
@@ -128,6 +128,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             "probe": probe is not None,
         }
         self._open: EntropyMonitor | None = None
+        self._skipped = False
+        self._overdue = False
         self._loaders: dict[int, EntropyMonitor] = {}
 
     @property
@@ -158,6 +160,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._late = None
+        self._skipped = self._overdue = False
         if not self.off:
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
@@ -165,11 +168,17 @@ class MatrixEntropyCallback(MeasuringCallback):
         # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
         # discarded as well.
         if not self.off:
+            self._skipped = False
             self._measurement.reset()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if not self.off and self._measurement.probe is None and self.next_step_is_due(trainer):
-            self._start(lambda: self._measurement.monitor(pl_module), batch)
+        if self.off or self._measurement.probe is not None:
+            return
+        if self._overdue or self.may_become_due(trainer, pl_module):
+            given = None if draws_its_batches(pl_module.training_step) else batch
+            self._start(lambda: self._measurement.monitor(pl_module), given)
+        else:
+            self._skipped = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop()
@@ -177,7 +186,7 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if due else None
+            values = self._measurement.from_forwards() if self._is_read(due=due) else None
         elif due or last:
             # Also at the end, so that the last record describes the model that is saved.
             values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
@@ -243,6 +252,19 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     # Inside
 
+    def _is_read(self, *, due: bool) -> bool:
+        """Whether a reading of the optimizer step that is over is due and covers all of it.
+
+        One that is due and was not expected to be, since more steps were made in a batch than ever before, is taken
+        from the next batch.
+        """
+        due = due or self._overdue
+        skipped, self._skipped = self._skipped, False
+        self._overdue = due and skipped
+        if not (due or skipped):
+            self._measurement.reset()
+        return due and not skipped
+
     def _start(
         self,
         monitor: Callable[[], EntropyMonitor],
@@ -256,6 +278,8 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def _mask_of(self, batch: Any) -> Tensor | None:
         if self._mask is not None:
+            if batch is None:
+                raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
             return self._mask(batch)
         own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return own if isinstance(own, Tensor) and own.ndim == 2 else None
@@ -294,7 +318,11 @@ class MatrixEntropyCallback(MeasuringCallback):
                 self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
             return self._loaders[dataloader_idx]
 
-        self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
+        step = pl_module.test_step if trainer.testing else pl_module.validation_step
+        if draws_its_batches(step):
+            self._start(monitor, None)
+        else:
+            self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
 
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):
@@ -305,7 +333,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
             values = self._measurement.guarded(monitor.compute)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
-            pl_module.log_dict(named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
 
 

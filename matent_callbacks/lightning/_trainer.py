@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,21 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-__all__ = ["Callback", "log_to_loggers", "logging_step", "publish"]
+__all__ = ["Callback", "draws_its_batches", "log", "log_to_loggers", "logging_step", "publish"]
+
+
+def draws_its_batches(step: Any) -> bool:
+    """Whether a step takes the loader's iterator, ``training_step(self, dataloader_iter)``.
+
+    Hooks are then given the batch before, or none, and its index.
+    """
+    return "dataloader_iter" in inspect.signature(step).parameters
+
+
+def log(pl_module: Any, values: dict[str, float], **arguments: Any) -> None:
+    """Log by the module's own ``log``."""
+    # Without a size Lightning looks for that of the batch, and raises where the step draws its batches itself.
+    pl_module.log_dict(values, batch_size=1, **arguments)
 
 
 def logging_step(trainer: Any) -> int:
