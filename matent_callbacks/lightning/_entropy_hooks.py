@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.guard import Guard, unguarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
@@ -99,7 +100,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         background: bool = False,
         pictures: bool = True,
     ) -> None:
-        super().__init__()
+        self.guard = Guard(type(self).__name__, on_error)
         self.every_n_steps = every_n_steps
         self.during_eval = during_eval
         self.prog_bar = prog_bar
@@ -112,14 +113,13 @@ class MatrixEntropyCallback(MeasuringCallback):
             reference=reference,
             max_tokens=max_tokens,
             on_error=on_error,
+            guard=self.guard,
             module=module,
             dtype=dtype,
             solver=solver,
             background=background,
         )
-        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
-        self._pictures = LayerPictures(self._measurement.metrics) if pictures else None
-        self._records: list[dict[str, float]] = []
+        self._with_pictures = pictures
         self._settings = {
             "every_n_steps": every_n_steps,
             "layers": layers,
@@ -127,6 +127,14 @@ class MatrixEntropyCallback(MeasuringCallback):
             "module": module,
             "probe": probe is not None,
         }
+        self.start_over()
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._measurement = self._measurement.renewed(self.guard)
+        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
+        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
+        self._records: list[dict[str, float]] = []
         self._open: EntropyMonitor | None = None
         self._skipped = False
         self._overdue = False
@@ -143,6 +151,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._measurement.load_state_dict(state_dict)
         self._records = list(state_dict["records"])
 
+    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.off:
@@ -181,8 +190,15 @@ class MatrixEntropyCallback(MeasuringCallback):
             self._skipped = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._stop()
+        with self.guard("the end of reading a batch"):
+            self._stop()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # A module that skips the rest of an epoch does so after a batch began, and that batch never ends.
+        with self.guard("the end of reading a batch"):
+            self._stop()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         if self._measurement.probe is None:
@@ -272,9 +288,11 @@ class MatrixEntropyCallback(MeasuringCallback):
         samples: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
-        with self._measurement.guard():
+        with self.guard("batches that no mask could be made of") as making:
+            mask = self._mask_of(batch)
+        if not making.failed:
             self._open = monitor()
-            self._open.start(attention_mask=self._mask_of(batch), sample_mask=samples())
+            self._open.start(attention_mask=mask, sample_mask=samples())
 
     def _mask_of(self, batch: Any) -> Tensor | None:
         if self._mask is not None:
@@ -285,22 +303,24 @@ class MatrixEntropyCallback(MeasuringCallback):
         return own if isinstance(own, Tensor) and own.ndim == 2 else None
 
     def _stop(self) -> None:
-        if self._open is not None:
-            self._open.stop()
-            self._open = None
+        monitor, self._open = self._open, None
+        if monitor is not None:
+            monitor.stop()
 
     def _log_late(self, trainer: Any) -> None:
         late, self._late = self._late, None
         if late is None:
             return
+        # Waited for on all ranks; what can fail on one comes after it.
         step, values = late[0], late[1]()
-        publish(trainer, values, step=step)
-        self.was_logged(trainer, values, step=step)
+        with self.guard("the log of a background reading"):
+            publish(trainer, values, self.guard, step=step)
+            self.was_logged(trainer, values, step=step)
 
     def _show_pictures(self, trainer: Any, *, last: bool = False) -> None:
-        if self._pictures is None or not takes_pictures(trainer):
-            return
-        with self._measurement.guard():
+        with self.guard("pictures"):
+            if self._pictures is None or not takes_pictures(trainer):
+                return
             pictures = self._pictures.draw(self._records, self._measurement.layer_names, last=last)
             show(trainer, pictures, step=logging_step(trainer))
 
@@ -331,9 +351,10 @@ class MatrixEntropyCallback(MeasuringCallback):
         for index in range(num_loaders):
             suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
             monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
-            values = self._measurement.guarded(monitor.compute)
+            values = self._measurement.values(monitor)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
-            log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            with self.guard("the readings of an evaluation"):
+                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
 
 

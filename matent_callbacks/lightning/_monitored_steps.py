@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
 from matent_callbacks.lightning._trainer import Callback, log, log_to_loggers, logging_step, publish
 
 
-class MeasuringCallback(Callback):
+class MeasuringCallback(GuardedHooks, Callback):
     """Knows which optimizer steps are due, and logs what was read at them."""
 
     every_n_steps: int
     prog_bar: bool
 
-    def __init__(self) -> None:
+    def start_over(self) -> None:
         self.off = False
         self._last_step = 0
         self._most_steps = 0
@@ -27,6 +28,7 @@ class MeasuringCallback(Callback):
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
         """Called when readings are in the loggers, at ``step`` of their x axis."""
 
+    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.off = trainer.barebones
         if self.off:
@@ -50,8 +52,9 @@ class MeasuringCallback(Callback):
         # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
         # between would be lost, or stand at a later step. So the loggers get theirs at once.
         if values:
-            log(pl_module, values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
-            log_to_loggers(trainer, values)
+            with self.guard("`trainer.callback_metrics`"):
+                log(pl_module, values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+            log_to_loggers(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -60,7 +63,7 @@ class MeasuringCallback(Callback):
             return
         values = self.step_values(trainer, pl_module, due=False, last=True)
         if values:
-            publish(trainer, values)
+            publish(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
     def may_become_due(self, trainer: Any, pl_module: Any) -> bool:

@@ -174,3 +174,22 @@ def test_a_run_that_passes_max_steps_ends_with_the_reading_of_its_probe(tmp_path
     trainer, read = fit(module, tmp_path, [MatrixEntropyCallback(100, probe=probe)], max_steps=5)
     assert trainer.global_step == 6
     assert sorted(read) == [2]
+
+
+def test_a_module_that_skips_the_rest_of_an_epoch_is_left_without_hooks(tmp_path):
+    class Skips(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append([])
+            return self.run(batch)
+
+        def on_train_end(self) -> None:
+            self.hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules())
+
+    module, alone = Skips(), Skips()
+    _, read = fit(module, tmp_path / "watched", [MatrixEntropyCallback(2, during_eval=False)])
+    fit(alone, tmp_path / "alone", [])
+    assert module.hooks == alone.hooks
+    assert read == {i: pytest.approx(entropy_of(module.seen[i]), rel=1e-5) for i in [1]}
