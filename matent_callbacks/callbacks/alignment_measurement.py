@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,13 +76,19 @@ class AlignmentMeasurement:
             raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
         if stages is not None and towers is not None:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
-        self.probe = probe
+        self._given_probe = self.probe = probe
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
         self._towers = towers
         self._k = k
         self._alpha = alpha
+
+    def renewed(self) -> AlignmentMeasurement:
+        """The same arguments without the probe that was found."""
+        new = copy.copy(self)
+        new.probe = self._given_probe
+        return new
 
     def measure(
         self,

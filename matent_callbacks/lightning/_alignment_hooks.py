@@ -85,6 +85,10 @@ class AlignmentCallback(MeasuringCallback):
         )
         self.start_over()
 
+    def start_over(self) -> None:
+        super().start_over()
+        self._alignment = self._alignment.renewed()
+
     @property
     def state_key(self) -> str:
         return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics))

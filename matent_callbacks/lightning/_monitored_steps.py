@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
-from matent_callbacks.lightning._trainer import Callback, log, log_to_loggers, logging_step, publish
+from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.lightning._trainer import GuardedCallback, log, log_to_loggers, logging_step, publish
 
 
-class MeasuringCallback(GuardedHooks, Callback):
+class MeasuringCallback(GuardedCallback):
     """Knows which optimizer steps are due, and logs what was read at them."""
 
     every_n_steps: int

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.stopping import logged_values, say_stop, warn_never_logged
-from matent_callbacks.lightning._trainer import Callback, publish
+from matent_callbacks.lightning._trainer import GuardedCallback, publish
 from matent_callbacks.plateau import PlateauDetector
 
 
-class PlateauStopping(GuardedHooks, Callback):
+class PlateauStopping(GuardedCallback):
     """Stops training when a logged value has demonstrably stopped changing in its direction.
 
     Each time the value is logged is one observation, whatever logs it: the training loss, a validation metric, a

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -18,7 +18,15 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-__all__ = ["Callback", "draws_its_batches", "log", "log_to_loggers", "logging_step", "publish"]
+__all__ = ["GuardedCallback", "draws_its_batches", "log", "log_to_loggers", "logging_step", "publish"]
+
+
+class GuardedCallback(GuardedHooks, Callback):
+    """Lightning's ``Callback``, whose hooks never end a run, and whose copies leave the run behind."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A Trainer gives its callbacks methods of the LightningModule.
+        return {name: value for name, value in super().__getstate__().items() if name not in ("log", "log_dict")}
 
 
 def draws_its_batches(step: Any) -> bool:

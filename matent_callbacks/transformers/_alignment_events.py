@@ -103,6 +103,7 @@ class AlignmentCallback(MeasuringCallback):
 
     def start_over(self) -> None:
         super().start_over()
+        self._alignment = self._alignment.renewed()
         self._summarized = False
 
     @property

@@ -183,7 +183,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     ) -> None:
         has_reading = bool(self._pending)
         super().on_log(args, state, control, logs=logs, **kwargs)
-        if has_reading:
+        if has_reading and not self._pending:
             self._show_pictures()
 
     def on_train_end(

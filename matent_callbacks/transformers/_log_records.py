@@ -31,6 +31,7 @@ class MeasuringCallback(AttachedCallback):
 
     def start_over(self) -> None:
         self._pending: dict[str, float] = {}
+        self._pending_step = 0
         self._in_evaluation = False
         self._joined_late = False
 
@@ -76,6 +77,7 @@ class MeasuringCallback(AttachedCallback):
         # The Trainer's record of this step is where they go: one record a step, with the loss. Asked for first: the
         # ranks gather the loss for it together, also where the reading fails on one of them.
         control.should_log = True
+        self._pending_step = state.global_step
         self._pending.update(self.step_values(state))
 
     def on_log(
@@ -90,6 +92,8 @@ class MeasuringCallback(AttachedCallback):
             return
         if self._joined_late:
             self._finish_late_evaluation(logs)
+        elif state.global_step != self._pending_step:
+            return  # the record of an earlier step, that another callback has read in the background
         pending, self._pending = self._pending, {}
         logs.update(pending)
         # log_history has its own copy of the record already.

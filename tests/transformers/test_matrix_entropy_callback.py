@@ -225,6 +225,26 @@ def test_in_the_background_the_values_stand_under_their_steps_and_training_is_th
         assert [r["step"] for r in state["log_history"] if KEY in r] == [2, 4]
 
 
+def test_a_reading_in_the_background_does_not_take_that_of_another_callback_under_its_step(make_trainer):
+    def run(callbacks: list[Any]) -> dict[str, dict[int, float]]:
+        trainer = make_trainer(callbacks, max_steps=5)
+        trainer.train()
+        keys = {key for record in trainer.state.log_history for key in record if "/" in key}
+        return {key: {r["step"]: r[key] for r in trainer.state.log_history if key in r} for key in keys}
+
+    def late() -> MatrixEntropyCallback:
+        return MatrixEntropyCallback(2, metrics="rankme", background=True)
+
+    expected = run([MatrixEntropyCallback(1)]) | run([late()])
+    assert {key: sorted(values) for key, values in expected.items()} == {
+        KEY: [1, 2, 3, 4, 5],
+        "effective_rank/last": [1, 2, 3, 4, 5],
+        "rankme/last": [2, 4],
+    }
+    assert run([MatrixEntropyCallback(1), late()]) == expected
+    assert run([late(), MatrixEntropyCallback(1)]) == expected
+
+
 @pytest.mark.parametrize("pictures", [True, False])
 def test_two_pictures_hold_all_layers(pictures, make_trainer, own_wandb, tmp_path: Path, monkeypatch):
     import wandb
