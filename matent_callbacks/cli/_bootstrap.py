@@ -40,6 +40,11 @@ class Means:
         self.total += values[there] @ counts[there]
         self.weight += counts[there].sum(0)
 
+    def merge(self, other: Means) -> None:
+        """Add the sequences of another."""
+        self.total += other.total
+        self.weight += other.weight
+
     @property
     def count(self) -> int:
         """Sequences with a value."""

@@ -70,7 +70,8 @@ def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
         )
         for source, own in moments.items():
             accumulators[layer].tokens[source].add_moments(own)
-    readings = PendingReadings(accumulators, names).result()
+    # All ranks' moments are here already.
+    readings = PendingReadings(accumulators, names, local=True).result()
     # One name may stand for several numbers.
     given = [name for name in names if name != "spectrum"]
     return {

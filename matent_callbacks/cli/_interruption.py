@@ -18,8 +18,9 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._held = False
-        self._pending = False
+        self.pending = False
+        """Whether a signal came that is put off."""
+        self._held = 0
 
     def __enter__(self) -> Interruption:
         main = threading.current_thread() is threading.main_thread()
@@ -32,19 +33,19 @@ class Interruption:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Put off what comes inside."""
-        self._held = True
+        """Put off what comes inside; may be nested."""
+        self._held += 1
         try:
             yield
         finally:
-            self._held = False
-        if self._pending:
+            self._held -= 1
+        if self.pending and not self._held:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._pending:
+        if self.pending:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._pending = True
+        self.pending = True
         if not self._held:
             raise KeyboardInterrupt
