@@ -1,4 +1,4 @@
-"""A confidence interval of a mean over sequences, in one pass: the Poisson bootstrap.
+"""Confidence intervals of a mean over sequences in one pass, by the Poisson bootstrap.
 
 Each sequence counts in each replicate a number of times drawn from Poisson(1) (Chamandy et al., "Estimating uncertainty
 for massive data streams", 2012). The draws of a sequence depend on the seed and its place in the text alone, so a

@@ -1,4 +1,4 @@
-"""From what a model's passes found to its entry in the results, and the table of all entries."""
+"""Turns the statistics of a model into its entry in the results, and prints the table of all entries."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def notes(state: State) -> list[str]:
-    """One sentence for each kind of trouble that the text gave."""
+    """One sentence for each kind of document that was left out."""
     return [
         f"{count:,} {TROUBLE[kind]} and are left out (first: {state.places[kind]})."
         for kind, count in sorted(state.skipped.items())

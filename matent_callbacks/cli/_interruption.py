@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM come between two batches, when what is measured can be saved."""
+"""Delays Ctrl-C and SIGTERM to the end of a batch, so that the progress can be saved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Inside ``with``, both signals raise KeyboardInterrupt, but in :meth:`hold` not before its end.
+    """Inside ``with``, both signals raise KeyboardInterrupt; inside :meth:`hold`, only at its end.
 
     A second one ends the process at once.
     """
 
     def __init__(self) -> None:
         self.pending = False
-        """Whether a signal came that is put off."""
+        """Whether a signal has been delayed."""
         self._held = 0
 
     def __enter__(self) -> Interruption:
@@ -33,7 +33,7 @@ class Interruption:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Put off what comes inside; may be nested."""
+        """Delay signals until the end of the block; may be nested."""
         self._held += 1
         try:
             yield

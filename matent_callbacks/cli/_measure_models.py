@@ -1,4 +1,4 @@
-"""What `matent measure` does, model by model."""
+"""Runs ``matent measure``: loads each model, streams the text through it, writes and prints the results."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class _Run:
             _say(message)
 
     def measure(self, name: str, interruption: Interruption) -> int:
-        """All passes of one model; where that cannot be, one sentence on stderr and the exit code."""
+        """Measure one model. If that fails, print one sentence on stderr; returns the exit code."""
         try:
             self._measure(name, interruption)
         except OtherRankError:
@@ -158,7 +158,7 @@ class _Run:
             self._save()
 
     def _state(self, states: dict[str, State], which: str) -> State:
-        """Where a pass stands. What was found until then is the first rank's."""
+        """The progress of a pass. The statistics so far are kept on the first rank."""
         own = states.setdefault(which, State())
         place = self._ranks.from_first(own.place())
         if not self._ranks.is_first:

@@ -1,4 +1,4 @@
-"""Models as ``AutoModel`` gives them, with their tokenizer; no code and no pickle of theirs runs unless allowed."""
+"""Loads models with ``AutoModel`` and their tokenizer, without running their code or pickles unless allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model over one text: windows of documents, batches of like length, one entropy per sequence and layer."""
+"""Streams a text through a model: windows of documents, batches of similar length, one entropy a sequence and layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Hold = Callable[[], AbstractContextManager[None]]
 
 @dataclass
 class State:
-    """All that a pass over the text has found, and where it stands: enough to go on from there."""
+    """The statistics and the position of a pass over the text: all that is needed to resume it."""
 
     document: int = 0
     """The first one of the window at hand."""
@@ -128,7 +128,7 @@ def stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[int]:
-    """Run ``model`` over what ``state`` has not seen of ``text`` and put what is found there.
+    """Run ``model`` over the rest of ``text`` and add the statistics to ``state``.
 
     Between two items of this iterator, which come after each batch and say how many bytes of text are done, the state
     is one to go on from. ``hold`` is entered while it is not.
@@ -168,7 +168,7 @@ def stream(
 
 
 def left(maximum: int | None, count: int) -> int | None:
-    """How many may still come."""
+    """How many more are allowed; ``None`` without a bound."""
     return None if maximum is None else max(maximum - count, 0)
 
 
