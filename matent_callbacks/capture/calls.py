@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Around = Callable[..., Any]
 """Called as ``around(module, forward, *args, **kwargs)`` in place of ``forward(*args, **kwargs)``, which it calls."""
@@ -28,14 +29,15 @@ def around_calls(module: nn.Module, around: Around, *, replicas: bool = True) ->
         # One for good where possible: to a graph of torch.compile that has it inside, another would be another model.
         stand_in = _stand_ins[module] = _StandIn(module)
     stand_in.add(around)
-    undo_hook = module.register_forward_pre_hook(stand_in.note_replica).remove if replicas else None
+    note = functools.partial(_note_replica, module)
+    handle = module.register_forward_pre_hook(note) if replicas else None
+    return functools.partial(_undo, stand_in, around, handle)
 
-    def undo() -> None:
-        stand_in.remove(around)
-        if undo_hook is not None:
-            undo_hook()
 
-    return undo
+def _undo(stand_in: _StandIn, around: Around, handle: RemovableHandle | None) -> None:
+    stand_in.remove(around)
+    if handle is not None:
+        handle.remove()
 
 
 class _StandIn:
@@ -73,11 +75,6 @@ class _StandIn:
             attributes["forward"] = self._before
         self._before = self.__wrapped__ = None
 
-    def note_replica(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before a call: a replica has a copy of the ``__dict__``, and so this very object in it."""
-        if module is not self._module:
-            _called_replica[threading.get_ident()] = module
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.__wrapped__
         assert forward is not None
@@ -114,16 +111,23 @@ class _StandIn:
 _stand_ins: weakref.WeakKeyDictionary[nn.Module, _StandIn] = weakref.WeakKeyDictionary()
 
 # By thread. `nn.DataParallel` runs replicas of a model in threads.
-_called_replica: dict[int, nn.Module] = {}
+_called_replica: dict[int, tuple[nn.Module, nn.Module]] = {}
+"""What is about to be called: a watched module, and its replica."""
 _running: dict[int, list[tuple[nn.Module, nn.Module]]] = {}
 """The watched modules whose ``forward`` runs, outermost first, each with itself or its replica."""
 
 
+def _note_replica(original: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a call: a replica has a copy of the ``__dict__``, and so the stand-in of the original in it."""
+    if module is not original:
+        _called_replica[threading.get_ident()] = original, module
+
+
 def _actual(module: nn.Module, running: list[tuple[nn.Module, nn.Module]]) -> nn.Module:
     """The replica of ``module`` that this thread runs, or ``module`` itself."""
-    noted = _called_replica.pop(threading.get_ident(), None)
-    if noted is not None:
-        return noted
+    original, called = _called_replica.pop(threading.get_ident(), (module, None))
+    if original is module and called is not None:
+        return called
     if not running or running[-1][0] is running[-1][1]:
         return module
     outer, replica = running[-1]
