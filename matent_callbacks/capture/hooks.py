@@ -163,7 +163,7 @@ class Capture:
 
     def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begins = self._forward is None
-        forward = self._forwards.setdefault(threading.get_ident(), _Forward(Masks(self._outer_mask)))
+        forward = self._forwards.setdefault(threading.get_ident(), _Forward(Masks(self._model, self._outer_mask)))
         forward.modules.append(watched)
         forward.is_met = True
         with self._guard("all"):
@@ -264,7 +264,7 @@ class Capture:
         self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]]
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states with their batch first, and which of them count."""
-        forward = self._forward or _Forward(Masks(self._outer_mask))
+        forward = self._forward or _Forward(Masks(self._model, self._outer_mask))
         if hidden_states.is_nested:
             padded, mask = _padded(hidden_states)
             return padded, self._of_counted_samples(mask)

@@ -32,8 +32,8 @@ class ReadPoint:
     key: str
     module: nn.Module
     where: Literal["input", "output"]
-    masked_by: frozenset[nn.Module] | None = None
-    """The modules whose mask is one of these tokens; ``None``: all in the chain and inside."""
+    masked_by: frozenset[nn.Module] = frozenset()
+    """The modules around it, and inside, that are handed a mask of these very tokens."""
     sequence_first: bool = False
     """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
 
@@ -106,7 +106,7 @@ def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str 
         tuple(
             replace(
                 point,
-                masked_by=_masked_by(above[point.module], above[places[point.key]], main),
+                masked_by=_masked_by(model, above[point.module], above[places[point.key]], main),
                 sequence_first=sequence_first(above[point.module]),
             )
             for point in points.values()
@@ -137,12 +137,12 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _masked_by(
-    path: tuple[nn.Module, ...], place: tuple[nn.Module, ...], main: Stack | None
-) -> frozenset[nn.Module] | None:
+    model: nn.Module, path: tuple[nn.Module, ...], place: tuple[nn.Module, ...], main: Stack | None
+) -> frozenset[nn.Module]:
     """What is handed to a model of several towers is the mask of its language model, or of its encoder."""
     nearest = max((index for index, module in enumerate(path) if is_hugging_face(module)), default=None)
     if nearest is None or (main is not None and main.owner in path[nearest:]):
-        return None
+        return frozenset((model, *path, *place))
     return frozenset((*path[nearest:], *place[nearest:]))
 
 

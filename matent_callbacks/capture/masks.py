@@ -17,9 +17,11 @@ _PADDING_OF_KEYS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding
 class Masks:
     """The masks that were handed to the modules around and inside a layer during one forward, the outermost first."""
 
-    def __init__(self, outer: Tensor | None = None) -> None:
-        """``outer`` ``(B, T)`` goes before all that the model is handed."""
-        self._masks: list[_Mask] = [] if outer is None else [_Mask(outer, "attention_mask", None)]
+    def __init__(self, model: nn.Module, outer: Tensor | None) -> None:
+        """``outer`` ``(B, T)``, of any layer, goes before all that ``model`` is handed."""
+        self._masks: list[_Mask] = []
+        if outer is not None:
+            self._masks.append(_Mask(outer, "attention_mask", model, of_any_layer=True))
 
     def look(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take the masks among the arguments that ``module`` is called with."""
@@ -27,15 +29,15 @@ class Masks:
             known = next((mask for mask in self._masks if mask.tensor is tensor), None)
             if known is None:
                 self._masks.append(_Mask(tensor, name, module))
-            elif known.modules is not None:
+            else:
                 known.modules.add(module)
 
-    def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module] | None) -> tuple[Tensor, Tensor | None]:
+    def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Hidden states with their batch first, and which of them are tokens: ``(B, T)`` bool, or None if none fits.
 
         Args:
             hidden_states: ``(B, T, d)``, ``(T, B, d)`` or ``(B T, d)``.
-            modules: Only masks that one of these was handed are for this layer; ``None``: all are.
+            modules: Only masks that one of these was handed are for this layer.
         """
         flat = [mask for mask in self._masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
         rows = hidden_states.shape[:-1]
@@ -54,13 +56,12 @@ class Masks:
                     return hidden_states, tokens.expand(rows)
         return hidden_states, None
 
-    def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module] | None) -> int | None:
+    def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> int | None:
         """The length of a mask that marks padding, where these hidden states are tokens that none fits."""
         for mask in self._masks:
-            is_meant = modules is None or (mask.modules is not None and mask.is_for(modules))
             # One vector a sample is no token.
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
-            if is_meant and not one_a_sample and mask.has_padding():
+            if not (one_a_sample or mask.modules.isdisjoint(modules)) and mask.has_padding():
                 return mask.tensor.shape[-1]
         return None
 
@@ -68,10 +69,10 @@ class Masks:
 class _Mask:
     """One mask, and which modules were handed it."""
 
-    def __init__(self, tensor: Tensor, name: str, module: nn.Module | None) -> None:
+    def __init__(self, tensor: Tensor, name: str, module: nn.Module, *, of_any_layer: bool = False) -> None:
         self.tensor = tensor
-        self.modules = None if module is None else {module}
-        """None: it is meant for all."""
+        self.modules = {module}
+        self._of_any_layer = of_any_layer
         self._name = name
         self._tokens: Tensor | None = None
         self._has_padding: bool | None = None
@@ -85,8 +86,8 @@ class _Mask:
     def is_of_pairs(self) -> bool:
         return self.tensor.ndim > 2
 
-    def is_for(self, modules: Collection[nn.Module] | None) -> bool:
-        return modules is None or self.modules is None or not self.modules.isdisjoint(modules)
+    def is_for(self, modules: Collection[nn.Module]) -> bool:
+        return self._of_any_layer or not self.modules.isdisjoint(modules)
 
     def tokens(self) -> Tensor | None:
         """Of a mask of pairs, the tokens ``(B, T)``, or None where it does not tell which they are."""

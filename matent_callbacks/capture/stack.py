@@ -78,7 +78,7 @@ def find_stack(model: nn.Module) -> Stack:
         )
     hugging_face = next(iter(candidates.values()), None)
     transformer = _language_model(hugging_face) if hugging_face else model
-    found = _outermost_list(transformer)
+    found = _outermost_list(transformer, depth=getattr(getattr(transformer, "config", None), "num_hidden_layers", None))
     if found is None:
         raise ValueError(
             f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
@@ -115,8 +115,16 @@ def _language_model(model: Any) -> nn.Module:
     return model.get_decoder()  # type: ignore[no-any-return]
 
 
-def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The longest list of like blocks on the outermost level that has one; experts and heads lie further in."""
+def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, nn.Module] | None:
+    """The list of like blocks on the outermost level that has one; experts and heads lie further in.
+
+    Of several, the one as long as ``depth``, not of convolutions only, and the longest.
+    """
+
+    def preference(found: tuple[nn.Module, nn.Module]) -> tuple[bool, bool, int]:
+        length = len(list(found[1].children()))
+        return length == depth, any(isinstance(m, nn.Linear) for m in found[1].modules()), length
+
     level = [model]
     while level:
         lists = [
@@ -126,7 +134,7 @@ def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
             if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child)
         ]
         if lists:
-            return max(lists, key=lambda found: len(list(found[1].children())))
+            return max(lists, key=preference)
         level = [child for parent in level for child in parent.children()]
     return None
 
