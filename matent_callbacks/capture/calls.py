@@ -26,12 +26,17 @@ def around_calls(module: nn.Module, around: Around, *, replicas: bool = True) ->
     """
     stand_in = _stand_ins.get(module)
     if stand_in is None or stand_in.is_wrapped:
-        # One for good where possible: to a graph of torch.compile that has it inside, another would be another model.
         stand_in = _stand_ins[module] = _StandIn(module)
+    if stand_in.is_in_graph:
+        return _do_nothing
     stand_in.add(around)
     note = functools.partial(_note_replica, module)
     handle = module.register_forward_pre_hook(note) if replicas else None
     return functools.partial(_undo, stand_in, around, handle)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _undo(stand_in: _StandIn, around: Around, handle: RemovableHandle | None) -> None:
@@ -46,6 +51,8 @@ class _StandIn:
     def __init__(self, module: nn.Module) -> None:
         self._reference = weakref.ref(module)
         self._around: tuple[Around, ...] = ()
+        self.is_in_graph = False
+        """Whether a graph of torch.compile has it inside. To that a watched module is another one: not once more."""
         self._before: Any = None
         """What stood in the module's ``__dict__`` as ``forward`` before."""
         self.__wrapped__: Callable[..., Any] | None = None
@@ -79,6 +86,7 @@ class _StandIn:
         forward = self.__wrapped__
         assert forward is not None
         if torch.compiler.is_compiling():
+            self.is_in_graph = True
             return forward(*args, **kwargs)
         module = self._module
         running = _running.setdefault(threading.get_ident(), [])
@@ -119,7 +127,7 @@ _running: dict[int, list[tuple[nn.Module, nn.Module]]] = {}
 
 def _note_replica(original: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Before a call: a replica has a copy of the ``__dict__``, and so the stand-in of the original in it."""
-    if module is not original:
+    if module is not original and not torch.compiler.is_compiling():
         _called_replica[threading.get_ident()] = original, module
 
 

@@ -69,4 +69,8 @@ def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _is_compiled(module: nn.Module) -> bool:
     # Not by `hasattr`, which a module without it answers by an exception: a model has hundreds of modules.
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        return True
+    # `model.forward = torch.compile(model.forward)`, and perhaps what stands around it while calls are watched.
+    own = vars(module).get("forward")
+    return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in (own, getattr(own, "__wrapped__", None)))

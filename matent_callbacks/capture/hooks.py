@@ -162,6 +162,8 @@ class Capture:
     # it, has the same hooks, and is another module.
 
     def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         begins = self._forward is None
         forward = self._forwards.setdefault(threading.get_ident(), _Forward(Masks(self._model, self._outer_mask)))
         forward.modules.append(watched)
@@ -182,7 +184,7 @@ class Capture:
                 forward.packing = find_packing(arguments, mask if is_flat else None)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = self._forward
+        forward = None if torch.compiler.is_compiling() else self._forward
         if forward is None:
             return
         forward.modules.pop()
@@ -223,6 +225,8 @@ class Capture:
     def _look_inside(
         self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if torch.compiler.is_compiling():
+            return
         with self._guard("all"):
             self.seen.ran.add(watched)
             if self._forward is not None:
@@ -234,6 +238,8 @@ class Capture:
     def _read(
         self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> None:
+        if torch.compiler.is_compiling():
+            return
         with self._guard(point.key), torch.no_grad():
             self.seen.called.add(point.key)
             if not self._is_read(module):
