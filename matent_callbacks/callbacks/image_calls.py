@@ -28,9 +28,11 @@ def to_mlflow(client: Any, run_id: str, pictures: Pictures, step: int) -> None:
 
 def to_comet(experiment: Any, pictures: Pictures, step: int) -> None:
     """To a Comet experiment, online or offline."""
+    from PIL import Image
+
     for name, pixels in pictures.items():
-        # Without the range of the colours, Comet would stretch them to it.
-        experiment.log_image(pixels, name=name, image_minmax=(0, 255), step=step)
+        # Of an array Comet stretches the colours to the whole range, and takes its bytes for a file name at first.
+        experiment.log_image(Image.fromarray(pixels), name=name, step=step)
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int) -> None:
