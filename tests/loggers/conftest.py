@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
+from tests.conftest import collate, text_examples
 from tests.loggers.libraries import Library
 
 
@@ -65,3 +68,38 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
 
     monkeypatch.setattr(LayerPictures, "draw", remember)
     return everything
+
+
+@pytest.fixture
+def fit(make_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Eight steps of a small Llama; what its weights are then."""
+
+    def train(package: str, loggers: list[Any], callbacks: list[Any]) -> dict[str, torch.Tensor]:
+        pl = importlib.import_module(package)
+
+        class Module(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = make_llama()
+
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                return self.model(**batch).loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        module = Module()
+        trainer = pl.Trainer(
+            max_steps=8,
+            logger=loggers,
+            callbacks=callbacks,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(text_examples(32), batch_size=4, collate_fn=collate))
+        return module.state_dict()
+
+    return train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib
 import io
@@ -13,13 +14,15 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.wandb_history import read_history
+
+PICTURES = ["layers/effective_rank_heatmap", "layers/effective_rank_profile"]
 
 
 class Stored(NamedTuple):
@@ -38,7 +41,8 @@ class Library:
     """One of them."""
 
     package: str
-    report_to: str
+    # Of the Hugging Face Trainer.
+    settings: ClassVar[dict[str, Any]]
     # Before the keys that the Hugging Face Trainer logs in training.
     prefix = "train/"
     logger: str | None = None
@@ -64,7 +68,8 @@ class Library:
 
 
 class Wandb(Library):
-    package, report_to, logger = "wandb", "wandb", "WandbLogger"
+    package, logger = "wandb", "WandbLogger"
+    settings: ClassVar = {"report_to": ["wandb"]}
 
     def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import wandb
@@ -97,10 +102,8 @@ class Wandb(Library):
 
 
 class TensorBoard(Library):
-    package, report_to, logger = "tensorboard", "tensorboard", "TensorBoardLogger"
-
-    def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(self.folder))
+    package, logger = "tensorboard", "TensorBoardLogger"
+    settings: ClassVar = {"report_to": ["tensorboard"]}
 
     def arguments(self) -> dict[str, Any]:
         return {"save_dir": self.folder}
@@ -108,7 +111,8 @@ class TensorBoard(Library):
     def stored(self) -> Stored:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        (file,) = self.folder.rglob("events*")
+        # The Hugging Face Trainer's are in its own folder, beside this one.
+        (file,) = self.folder.parent.rglob("events*")
         events = EventAccumulator(str(file), {"images": 0, "scalars": 0})
         events.Reload()
         tags = events.Tags()
@@ -129,7 +133,8 @@ def _empty_database() -> bytes:
 
 
 class MLflow(Library):
-    package, report_to, prefix, logger = "mlflow", "mlflow", "", "MLFlowLogger"
+    package, prefix, logger = "mlflow", "", "MLFlowLogger"
+    settings: ClassVar = {"report_to": ["mlflow"]}
 
     @property
     def uri(self) -> str:
@@ -159,17 +164,17 @@ class MLflow(Library):
         assert run.info.status == "FINISHED"
         history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
         pictures: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-        for artifact in client.list_artifacts(run.info.run_id, "images"):
-            # Name and step are in the path, and there is a small copy of each to be looked through.
-            name, step = re.fullmatch(r"images/(.+?)[+%]step[+%](\d+)[+%].+", artifact.path).groups()
-            if not artifact.path.endswith(".webp"):
-                (file,) = self.folder.rglob(Path(artifact.path).name)
-                pictures[re.sub("[~#]", "/", name)][int(step)] = pixels(file)
-        return Stored({key: {m.step: m.value for m in values} for key, values in history.items()}, pictures)
+        for path in (self.folder / "artifacts" / run.info.run_id / "artifacts" / "images").glob("*.png"):
+            # Name and step are in that of the file; how they are set apart in it has changed.
+            name, step = re.fullmatch(r"(.+?)[+%]step[+%](\d+)[+%].+", path.name).groups()
+            pictures[re.sub("[~#]", "/", name)][int(step)] = pixels(path)
+        in_order = {name: dict(sorted(steps.items())) for name, steps in pictures.items()}
+        return Stored({key: {m.step: m.value for m in values} for key, values in history.items()}, in_order)
 
 
 class Comet(Library):
-    package, report_to, logger = "comet_ml", "comet_ml", "CometLogger"
+    package, logger = "comet_ml", "CometLogger"
+    settings: ClassVar = {"report_to": ["comet_ml"]}
 
     def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COMET_START_ONLINE", "0")
@@ -178,8 +183,8 @@ class Comet(Library):
         monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(self.folder))
 
     def arguments(self) -> dict[str, Any]:
-        # By the environment: Lightning turns an experiment off altogether that is made with `online=False`.
-        return {"offline_directory": str(self.folder)}
+        # Offline by the environment: Lightning turns an experiment off altogether that is made with `online=False`.
+        return {"save_dir": str(self.folder)}
 
     def finish(self) -> None:
         import comet_ml
@@ -205,7 +210,9 @@ class Comet(Library):
 
 
 class Trackio(Library):
-    package, report_to = "trackio", "trackio"
+    package = "trackio"
+    # Older versions of transformers would have it on the web.
+    settings: ClassVar = {"report_to": ["trackio"], "trackio_space_id": None}
 
     def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # Where it writes is settled when it is imported.
@@ -230,3 +237,10 @@ class Trackio(Library):
 
 
 ALL: tuple[type[Library], ...] = (Wandb, TensorBoard, MLflow, Comet, Trackio)
+
+
+def in_csv(folder: Path, key: str) -> dict[int, float]:
+    """What Lightning's `CSVLogger` has stored of a key."""
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row.get(key)}

@@ -15,11 +15,8 @@ from transformers import TrainerCallback
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.lightning._loggers import summarize_by_maximum, takes_pictures
 from matent_callbacks.transformers import MatrixEntropyCallback
-from tests.loggers.libraries import TensorBoard, Wandb
-from tests.loggers.test_huggingface import PICTURES
-from tests.loggers.test_lightning import PACKAGES, fit, in_csv
-
-__all__ = ["fit"]
+from tests.loggers.libraries import PICTURES, TensorBoard, Wandb, in_csv
+from tests.loggers.test_lightning import PACKAGES
 
 
 def unreachable(*args: Any, **kwargs: Any) -> Any:
@@ -51,9 +48,7 @@ def test_a_reporter_without_its_image_call_keeps_nothing_from_the_next(prepare, 
     wandb.finish()
     (text,) = told(caught)
     assert "WandbCallback did not take the pictures: no route to host" in text
-    assert {name: list(steps) for name, steps in tensorboard.stored().pictures.items()} == dict.fromkeys(
-        PICTURES, [4, 6]
-    )
+    assert [list(tensorboard.stored().pictures[name]) for name in PICTURES] == [[4, 6]] * 2
     for library in (wandb, tensorboard):
         assert list(library.stored().numbers["train/effective_rank/last"]) == [2, 4, 6]
 
@@ -64,18 +59,16 @@ def test_a_reporter_without_its_image_call_keeps_nothing_from_the_next(prepare, 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_logger_without_its_image_call_keeps_nothing_from_the_next(package, prepare, fit, wandb_without_images):
-    libraries = prepare(Wandb), prepare(TensorBoard)
-    loggers = [library.make_logger(package) for library in libraries]
+    wandb, tensorboard = prepare(Wandb), prepare(TensorBoard)
+    loggers = [wandb.make_logger(package), tensorboard.make_logger(package)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights = fit(package, loggers, [LightningCallback(2, layers="all")])
-    libraries[0].finish()
+    wandb.finish()
     (text,) = told(caught)
     assert "WandbLogger did not take the pictures: no route to host" in text
-    assert {name: list(steps) for name, steps in libraries[1].stored().pictures.items()} == dict.fromkeys(
-        PICTURES, [3, 5, 7]
-    )
-    for library in libraries:
+    assert [list(tensorboard.stored().pictures[name]) for name in PICTURES] == [[3, 5, 7]] * 2
+    for library in (wandb, tensorboard):
         assert list(library.stored().numbers["effective_rank/last"]) == [1, 3, 5, 7]
     assert_same(weights, fit(package, [], []))
 
@@ -144,4 +137,4 @@ def test_a_reporter_of_ones_own_gets_the_numbers_and_nothing_is_drawn_for_it(mak
 def test_none_of_the_libraries_is_imported_with_the_package():
     code = "import sys, matent_callbacks.callbacks.image_calls, matent_callbacks.monitor; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"wandb", "tensorboard", "mlflow", "comet_ml", "trackio", "PIL", "numpy.rec"}.intersection(loaded)
+    assert not {"wandb", "tensorboard", "mlflow", "comet_ml", "trackio", "PIL"}.intersection(loaded)
