@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matent_callbacks.callbacks.alignment_measurement import measure_alignment
+    from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.metrics import (
         EffectiveRank,
         ImageTextAlignment,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollapseDetector",
     "EffectiveRank",
     "EntropyMonitor",
     "ImageTextAlignment",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CollapseDetector": "collapse",
     "EntropyMonitor": "monitor",
     "PlateauDetector": "plateau",
     "measure_alignment": "callbacks.alignment_measurement",

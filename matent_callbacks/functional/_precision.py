@@ -1,4 +1,4 @@
-"""Keeping statistics in full precision whatever the training around them uses."""
+"""Full float32 precision for statistics, whatever autocast and TF32 settings the training uses."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class PendingReadings:
 
     In a distributed run the moments of each layer travel to one rank, which decomposes it, and then the numbers to
     all. Every rank makes the same collective calls, here and in :meth:`result`, whatever its layers have seen. With an
-    ``executor`` the decompositions are its work meanwhile, on the CPU.
+    ``executor`` the decompositions are its work meanwhile, on the CPU. ``local``: of this rank's statistics alone.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class PendingReadings:
         failed: Collection[str] = (),
         executor: Executor | None = None,
         solver: Solver = "exact",
+        local: bool = False,
     ) -> None:
         self._device = next(iter(accumulators.values())).device
-        self._distributed = is_distributed()
+        self._distributed = is_distributed() and not local
         gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
         self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
         self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}

@@ -1,4 +1,4 @@
-"""How numbers and places of a model are written."""
+"""Formats numbers, and names layers, metrics and data sets in sentences."""
 
 from __future__ import annotations
 

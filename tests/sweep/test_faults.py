@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import matent_callbacks.capture.hooks
-import matent_callbacks.monitor
+import matent_callbacks.monitor.entropy_monitor
 from matent_callbacks import EntropyMonitor
 from tests.sweep.runs import FRAMEWORKS, MONITORED, STEPS, Record, Way, assert_right, assert_same, make_callback, train
 
@@ -93,7 +93,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
         (matent_callbacks.capture.hooks, "first_tensor"),
         (matent_callbacks.capture.hooks, "_in_backward"),
         (matent_callbacks.capture.hooks, "compiled_entrance"),
-        (matent_callbacks.monitor, "PendingReadings"),
+        (matent_callbacks.monitor.entropy_monitor, "PendingReadings"),
         (EntropyMonitor, "_record"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
