@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class _Dtype(str, Enum):
+class _Dtype(StrEnum):
     float32 = "float32"
     float64 = "float64"
     bfloat16 = "bfloat16"

@@ -17,6 +17,7 @@ from matent_callbacks.functional.alignment import (
     modality_gap,
     mutual_knn,
 )
+from tests.functional.reduced import reduced_matmul
 
 PAIRED = [matrix_mutual_information, linear_cka, mutual_knn, modality_gap]
 
@@ -350,14 +351,9 @@ def test_float64_is_kept(measure):
 
 def test_reduced_matmul_precision_is_set_aside_and_put_back():
     x, y = (t.float() for t in related(300, 64, 64))
-    before = torch.backends.mkldnn.matmul.fp32_precision
     expected = [measure(x, y) for measure in PAIRED]
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
+    with reduced_matmul():
         assert all(torch.equal(measure(x, y), value) for measure, value in zip(PAIRED, expected, strict=True))
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_ratios_of_the_paper():
