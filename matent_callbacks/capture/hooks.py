@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
 from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
@@ -26,8 +27,9 @@ class Capture:
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
     where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
-    (generation) and, with ``training_only``, unless it is in training mode with gradients. Recomputation by gradient
-    checkpointing never counts. Compiled modules are read beside their graph.
+    (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
+    unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
+    counts. Compiled modules are read beside their graph.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
@@ -37,6 +39,7 @@ class Capture:
         self._guard = guard
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
+        self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._beside = False
@@ -49,6 +52,7 @@ class Capture:
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -58,6 +62,7 @@ class Capture:
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
         with self._guard("all"):
+            self._adapters = AdapterState(self._model) if same_adapters else None
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
                 self._undo.extend(handle.remove for handle in self._hooks())
@@ -69,6 +74,7 @@ class Capture:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._adapters = None
         self._outer_mask = self._sample_mask = None
         self._forget_forward()
 
@@ -100,7 +106,7 @@ class Capture:
         return point.module.register_forward_hook(functools.partial(self._read_output, point.key))
 
     def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._beside or (self._training_only and not (module.training and torch.is_grad_enabled())):
+        if self._beside or not self._is_wanted(module):
             return
         self._beside = True
         try:
@@ -111,10 +117,15 @@ class Capture:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 0:
-            self._counts = self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
+            self._counts = self._beside or self._is_wanted(module)
         self._depth += 1
         with self._guard("all"):
             self._look_at(_named_arguments(module, args, kwargs))
+
+    def _is_wanted(self, module: nn.Module) -> bool:
+        if self._adapters is not None and not self._adapters.unchanged():
+            return False
+        return not self._training_only or (module.training and torch.is_grad_enabled())
 
     def _look_at(self, arguments: dict[str, Any]) -> None:
         # A module in the chain may be called without its parents, so each level may be the first to see a cache.
