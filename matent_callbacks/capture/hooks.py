@@ -18,6 +18,9 @@ from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.packing import Packing, find_packing
 
+# Of attention, and of Mamba and its like.
+_CACHES = ("past_key_values", "cache_params")
+
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
 
@@ -129,7 +132,7 @@ class Capture:
 
     def _look_at(self, arguments: dict[str, Any]) -> None:
         # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-        if arguments.get("past_key_values") is not None:
+        if any(arguments.get(cache) is not None for cache in _CACHES):
             self._counts = False
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

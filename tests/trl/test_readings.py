@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
+from matent_callbacks import EntropyMonitor
 from matent_callbacks.transformers import MatrixEntropyCallback
+from tests.conftest import slow_pooled_entropy
 from tests.trl import trainers
 from tests.trl.by_hand import (
     METRICS,
@@ -120,3 +123,13 @@ def test_online_trainers_do_not_read_generation(make, adapter, tmp_path: Path):
     metrics = trainer.evaluate()
     sequences = [ids for loss in losses for ids in loss.sequences]
     assert evaluation_as_logged(metrics) == pytest.approx(readings(trainer.model, sequences), rel=1e-5)
+
+
+def test_generation_with_the_state_of_mamba_is_not_read():
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    ids = torch.arange(2, 14).view(2, 6)
+    monitor = EntropyMonitor(model)
+    with monitor, torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[-1]
+        model.generate(ids + 12, max_new_tokens=3)
+    assert monitor.compute()["matrix_entropy/last"] == pytest.approx(slow_pooled_entropy(hidden), rel=1e-5)
