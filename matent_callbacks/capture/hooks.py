@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
 from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import Packing, find_packing
+
+# Of attention, and of Mamba and its like.
+_CACHES = ("past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
@@ -61,8 +65,9 @@ class Capture:
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
     where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
-    (generation) and, with ``training_only``, unless it is in training mode with gradients. Recomputation by gradient
-    checkpointing never counts. Compiled modules are read beside their graph.
+    (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
+    unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
+    counts. Compiled modules are read beside their graph.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
@@ -73,6 +78,7 @@ class Capture:
         self._guard = guard
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
+        self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._beside = False
@@ -83,6 +89,7 @@ class Capture:
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -92,6 +99,7 @@ class Capture:
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
         with self._guard("all"):
+            self._adapters = AdapterState(self._model) if same_adapters else None
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
                 self._undo.extend(self._hooks())
@@ -103,6 +111,7 @@ class Capture:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._adapters = None
         self._outer_mask = self._sample_mask = None
         self._has_counted = False
         self._forwards.clear()
@@ -149,7 +158,7 @@ class Capture:
         return point.module.register_forward_hook(functools.partial(self._read, point), with_kwargs=True).remove
 
     def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._beside or (self._training_only and not (module.training and torch.is_grad_enabled())):
+        if self._beside or not self._is_wanted(module):
             return
         self._beside = True
         try:
@@ -175,7 +184,7 @@ class Capture:
             self.seen.ran.add(watched)
             arguments = _named_arguments(module, args, kwargs)
             # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-            if any(arguments.get(name) is not None for name in ("past_key_values", "cache_params")):
+            if any(arguments.get(name) is not None for name in _CACHES):
                 forward.counts = False
             forward.masks.look(watched, arguments)
             if forward.packing is None and forward.counts:
@@ -260,7 +269,12 @@ class Capture:
         return forward.counts and not _in_backward(since=forward.graph_task)
 
     def _is_watched(self, module: nn.Module) -> bool:
-        return self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
+        return self._beside or self._is_wanted(module)
+
+    def _is_wanted(self, module: nn.Module) -> bool:
+        if self._adapters is not None and not self._adapters.unchanged():
+            return False
+        return not self._training_only or (module.training and torch.is_grad_enabled())
 
     @property
     def _forward(self) -> _Forward | None:
