@@ -99,12 +99,13 @@ class Capture:
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
         with self._guard("all"):
-            self._adapters = AdapterState(self._model) if same_adapters else None
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
                 self._undo.extend(self._hooks())
             else:
                 self._undo.append(meet(entrance, self._read_beside))
+            # Behind the hooks, which put other `forward`s in the place of those that tell of adapters.
+            self._adapters = AdapterState(self._model) if same_adapters else None
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""
