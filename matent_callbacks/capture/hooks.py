@@ -52,6 +52,8 @@ class _Forward:
     packing: Packing | None = None
     modules: list[nn.Module] = field(default_factory=list)
     """Of the chain, those that run, the outermost first."""
+    is_past_embeddings: bool = False
+    """Whether the first block was called: where blocks share weights, it is called again, and not on embeddings."""
     is_met: bool = False
     """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
 
@@ -169,6 +171,7 @@ class Capture:
         forward.modules.append(watched)
         forward.is_met = True
         with self._guard("all"):
+            forward.is_past_embeddings &= watched is not self._layers.owner
             if begins:
                 forward.graph_task = torch._C._current_graph_task_id()
                 forward.counts = self._is_watched(module) and not (_in_backward() and self._has_counted)
@@ -233,7 +236,11 @@ class Capture:
                 self._forward.masks.look(watched, _named_arguments(module, args, kwargs))
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        forward = self._forward
+        if forward is None or not forward.is_past_embeddings:
+            self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        if forward is not None:
+            forward.is_past_embeddings = True
 
     def _read(
         self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
