@@ -7,7 +7,6 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
+from matent_callbacks.capture.forward import Forward, Seen
 from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.packing import Packing, find_packing
+from matent_callbacks.capture.packing import find_packing
 
 # Of attention, and of Mamba and its like.
 _CACHES = ("past_key_values", "cache_params")
@@ -29,35 +29,6 @@ Guard = Callable[[str], AbstractContextManager[None]]
 
 # The threads of nn.DataParallel read into the same statistics.
 _reading = threading.RLock()
-
-
-@dataclass
-class Seen:
-    """What ran while a model was watched, to explain what was not read."""
-
-    ran: set[nn.Module] = field(default_factory=set)
-    """Of the modules in the chain and inside."""
-    called: set[str] = field(default_factory=set)
-    """Layers."""
-    counted: bool = False
-    """Whether any forward counted."""
-    unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layers whose padding was counted, since no mask fitted: the lengths of mask and hidden states."""
-
-
-@dataclass
-class _Forward:
-    """What belongs to one forward. Each thread is in one of its own."""
-
-    masks: Masks
-    graph_task: int = -1
-    """The backward pass that it is part of, such as that of a loss which embeds once more for its gradients; or -1."""
-    counts: bool = False
-    packing: Packing | None = None
-    modules: list[nn.Module] = field(default_factory=list)
-    """Of the chain, those that run, the outermost first."""
-    is_met: bool = False
-    """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
 
 
 class Capture:
@@ -83,7 +54,7 @@ class Capture:
         self._sample_mask: Tensor | None = None
         self._beside = False
         self._has_counted = False
-        self._forwards: dict[int, _Forward] = {}
+        self._forwards: dict[int, Forward] = {}
 
     def open(
         self,
@@ -175,13 +146,16 @@ class Capture:
         if torch.compiler.is_compiling():
             return
         begins = self._forward is None
-        forward = self._forwards.setdefault(threading.get_ident(), _Forward(Masks(self._model, self._outer_mask)))
+        forward = self._forwards.setdefault(threading.get_ident(), self._new_forward())
         forward.modules.append(watched)
         forward.is_met = True
         with self._guard("all"):
+            forward.is_past_embeddings &= watched is not self._layers.owner
             if begins:
                 forward.graph_task = torch._C._current_graph_task_id()
-                forward.counts = self._is_watched(module) and not (_in_backward() and self._has_counted)
+                forward.counts = (self._beside or self._is_wanted(module)) and not (
+                    _in_backward() and self._has_counted
+                )
             self.seen.ran.add(watched)
             arguments = _named_arguments(module, args, kwargs)
             # A module in the chain may be called without its parents, so each level may be the first to see a cache.
@@ -243,7 +217,11 @@ class Capture:
                 self._forward.masks.look(watched, _named_arguments(module, args, kwargs))
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        forward = self._forward
+        if forward is None or not forward.is_past_embeddings:
+            self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        if forward is not None:
+            forward.is_past_embeddings = True
 
     def _read(
         self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
@@ -259,63 +237,29 @@ class Capture:
             hidden_states = first_tensor(value)
             mask = None
             if hidden_states is not None:
-                hidden_states, mask = self._tokens(point, hidden_states, lambda: _named_arguments(module, args, kwargs))
+                forward = self._forward or self._new_forward()
+                arguments = functools.partial(_named_arguments, module, args, kwargs)
+                hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
             with _reading:
                 self._reader(point.key, hidden_states, mask)
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
         if forward is None:
-            return not _in_backward() and self._is_watched(module)
+            return not _in_backward() and (self._beside or not self._training_only or module.training)
         return forward.counts and not _in_backward(since=forward.graph_task)
-
-    def _is_watched(self, module: nn.Module) -> bool:
-        return self._beside or self._is_wanted(module)
 
     def _is_wanted(self, module: nn.Module) -> bool:
         if self._adapters is not None and not self._adapters.unchanged():
             return False
         return not self._training_only or (module.training and torch.is_grad_enabled())
 
+    def _new_forward(self) -> Forward:
+        return Forward(Masks(self._model, self._outer_mask), self._sample_mask)
+
     @property
-    def _forward(self) -> _Forward | None:
+    def _forward(self) -> Forward | None:
         return self._forwards.get(threading.get_ident())
-
-    def _tokens(
-        self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states with their batch first, and which of them count."""
-        forward = self._forward or _Forward(Masks(self._model, self._outer_mask))
-        if hidden_states.is_nested:
-            padded, mask = _padded(hidden_states)
-            return padded, self._of_counted_samples(mask)
-        packing = forward.packing
-        if packing is not None and hidden_states.shape[:-1] == packing.shape:
-            valid, samples = packing.valid, self._sample_mask
-            if samples is not None and len(samples) == packing.shape[0]:
-                valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
-            return packing.unpack(hidden_states), valid
-        if point.sequence_first and hidden_states.ndim == 3:
-            hidden_states = hidden_states.transpose(0, 1)
-        hidden_states, fitting = forward.masks.fitting(hidden_states, point.masked_by)
-        if fitting is None:
-            forward.masks.look(point.module, arguments())
-            hidden_states, fitting = forward.masks.fitting(hidden_states, point.masked_by)
-        if fitting is not None:
-            counted = self._of_counted_samples(fitting)
-            return hidden_states, counted if hidden_states.ndim == 3 else counted.flatten()
-        length = forward.masks.length_of_unfit(hidden_states, point.masked_by)
-        if length is not None:
-            self.seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
-        if self._sample_mask is None or hidden_states.ndim != 3:
-            return hidden_states, None
-        return hidden_states, self._of_counted_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
-
-    def _of_counted_samples(self, mask: Tensor) -> Tensor:
-        samples = self._sample_mask
-        if samples is None or len(samples) != len(mask):
-            return mask
-        return mask & samples.to(mask.device).unsqueeze(1)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -336,13 +280,6 @@ def first_tensor(value: Any) -> Tensor | None:
         tensors = [item for item in value if isinstance(item, Tensor)]
         return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
     return None
-
-
-def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, T, d)`` and ``(B, T)`` bool of sequences of unlike lengths in one tensor, as torch's fast path has them."""
-    lengths = torch.tensor([len(sequence) for sequence in nested.unbind()], device=nested.device)
-    padded = torch.nested.to_padded_tensor(nested, 0.0)
-    return padded, torch.arange(padded.shape[1], device=nested.device) < lengths.unsqueeze(1)
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

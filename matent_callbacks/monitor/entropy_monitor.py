@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.capture.hooks import Capture, Seen
+from matent_callbacks.capture.forward import Seen
+from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.explanations import counted_padding, why_unread
