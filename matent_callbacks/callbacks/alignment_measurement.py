@@ -24,15 +24,8 @@ from matent_callbacks.capture.inference import quiet
 from matent_callbacks.capture.vision_language import Stage, StageReader, vision_language_stages
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import check_stage
-from matent_callbacks.functional.alignment import (
-    STAGES,
-    image_reduction_ratio,
-    image_text_alignment,
-    linear_cka,
-    matrix_mutual_information,
-    modality_gap,
-    mutual_knn,
-)
+from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
+from matent_callbacks.functional.pairs import linear_cka, matrix_mutual_information, modality_gap, mutual_knn
 
 Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 

@@ -1,14 +1,8 @@
 """Pure tensor functions: every formula of the package, once, without state and without a framework."""
 
-from matent_callbacks.functional.alignment import (
-    image_reduction_ratio,
-    image_text_alignment,
-    linear_cka,
-    matrix_mutual_information,
-    modality_gap,
-    mutual_knn,
-)
+from matent_callbacks.functional.alignment import image_reduction_ratio, image_text_alignment
 from matent_callbacks.functional.entropy import effective_rank, matrix_entropy, spectral_summary
+from matent_callbacks.functional.pairs import linear_cka, matrix_mutual_information, modality_gap, mutual_knn
 from matent_callbacks.functional.spectrum import spectrum
 
 __all__ = [
