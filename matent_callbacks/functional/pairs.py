@@ -109,6 +109,51 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
         return (shared / norms).clamp(min=0, max=1)
 
 
+def debiased_cka(x: Tensor, y: Tensor) -> Tensor:
+    r"""Linear CKA of paired rows that is about 0 for unrelated rows, however few they are and however wide.
+
+    :math:`\mathrm{HSIC}_1(K, L) / \sqrt{\mathrm{HSIC}_1(K, K)\, \mathrm{HSIC}_1(L, L)}` of the Gram matrices K and L,
+    with the unbiased estimator of Song et al. 2012 (JMLR 13, 1393-1434), as Nguyen et al. 2021 (arXiv 2010.15327) use
+    it: for K and L without their diagonals
+
+    .. math::
+        \mathrm{HSIC}_1 = \frac{1}{n (n - 3)} \Big( \mathrm{tr}(K L) +
+        \frac{1^\top K 1\, 1^\top L 1}{(n - 1)(n - 2)} - \frac{2}{n - 2} 1^\top K L 1 \Big).
+
+    Its mean over all pairings of given rows is 0, and that over independent draws, too. Orthogonal maps, isotropic
+    scaling and shifts of either side change nothing.
+
+    Args:
+        x: ``(n, d1)`` with n of at least 4, one row per pair. float64 is computed in float64, all else in float32.
+        y: ``(n, d2)``. Pairs with NaN or Inf on either side are left out.
+
+    Returns:
+        ``()``, between -1 and 1: 1 for the same rows up to these maps, negative where pairs agree less than chance.
+        NaN where fewer than 4 pairs are left, and for a side that is constant or whose rows are all equally far from
+        each other.
+
+    Raises:
+        TypeError: If ``x`` or ``y`` is not a floating point tensor.
+        ValueError: If a shape is wrong or there are fewer than 4 pairs.
+
+    Example:
+        >>> import torch
+        >>> from matent_callbacks.functional import debiased_cka, linear_cka
+        >>> x, y = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))  # unrelated
+        >>> linear_cka(x, y) > 0.9, abs(debiased_cka(x, y)) < 0.2
+        (tensor(True), tensor(True))
+    """
+    paired_x, paired_y = paired_rows(x, y)
+    if len(x) < 4:
+        raise ValueError(f"`x` must have at least 4 rows, got {len(x)}.")
+    if len(paired_x) < 4:
+        return paired_x.new_full((), torch.nan)
+    with full_precision(x.device):
+        a, b = unbiased_gram(paired_x), unbiased_gram(paired_y)
+        norms = a.square().sum().sqrt() * b.square().sum().sqrt()
+        return ((a * b).sum() / norms).clamp(min=-1, max=1)
+
+
 def mutual_knn(x: Tensor, y: Tensor, *, k: int = 10) -> Tensor:
     r"""Mean share of the k nearest neighbours that paired rows have in common.
 
@@ -146,7 +191,7 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int = 10) -> Tensor:
     if len(paired_x) <= k:
         return paired_x.new_full((), torch.nan)
     with full_precision(x.device):
-        shared = (_is_neighbour(paired_x, k) & _is_neighbour(paired_y, k)).sum()
+        shared = (is_neighbour(paired_x, k) & is_neighbour(paired_y, k)).sum()
     return shared.to(paired_x.dtype) / (len(paired_x) * k)
 
 
@@ -203,7 +248,29 @@ def _entropy(*sides: Tensor, alpha: float) -> Tensor:
     return entropy_of_matrix(reduce(torch.mul, (side @ side.T for side in sides)), alpha=alpha)
 
 
-def _is_neighbour(rows: Tensor, k: int) -> Tensor:
+def centred_gram(rows: Tensor) -> Tensor:
+    """``(n, n)``: inner products of the centred rows, up to scale. Those of two sides add up to their CKA."""
+    features = centred_features(rows)
+    return features @ features.T
+
+
+def unbiased_gram(rows: Tensor) -> Tensor:
+    """``(n, n)``: Gram matrix centred without its diagonal, up to scale (U-centring, Székely & Rizzo 2014).
+
+    The entrywise product of those of two sides adds up to the unbiased HSIC, and each row of it to 0.
+    """
+    n = len(rows)
+    gram = centred_gram(rows)
+    # What rounding leaves of rows that are equally far from each other is no structure.
+    rounding = 4 * n * torch.finfo(gram.dtype).eps * gram.diagonal().amax()
+    off_diagonal = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
+    gram = gram * off_diagonal
+    means = gram.sum(1) / (n - 2)
+    gram = (gram - means.unsqueeze(1) - means + means.sum() / (n - 1)) * off_diagonal
+    return torch.where(gram.square().sum().sqrt() > rounding, gram, 0.0)
+
+
+def is_neighbour(rows: Tensor, k: int) -> Tensor:
     """``(n, n)`` bool: the k most similar others of each row."""
     directions = prepared(rows, center=False, normalize=True)
     nearest = (directions @ directions.T).fill_diagonal_(-torch.inf).topk(k, dim=-1).indices

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from matent_callbacks.functional import (
+    debiased_cka,
     linear_cka,
     matrix_entropy,
     matrix_mutual_information,
@@ -16,7 +17,7 @@ from matent_callbacks.functional import (
     mutual_knn,
 )
 
-PAIRED = [matrix_mutual_information, linear_cka, mutual_knn, modality_gap]
+PAIRED = [matrix_mutual_information, linear_cka, debiased_cka, mutual_knn, modality_gap]
 
 
 def generator(seed):
