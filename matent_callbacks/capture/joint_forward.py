@@ -1,4 +1,4 @@
-"""A vision-language model's ordinary forward, image and text together: which tokens are what, and what is said of it.
+"""A vision-language model's ordinary forward, image and text together.
 
 Nothing here knows a model by name. What is relied on is ``get_image_features``, ``get_decoder`` and
 ``config.image_token_id``.
@@ -6,15 +6,106 @@ Nothing here knows a model by name. What is relied on is ``get_image_features``,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.hooks import first_tensor
+from matent_callbacks.capture.inference import cheap_arguments, to_device
+from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional.alignment import STAGES
+
+_NOT_COUNTED = -100
+
+
+class Joint(NamedTuple):
+    """What one such forward shows."""
+
+    embeddings: Tensor
+    """``(B, T, d)``: what the language model is given."""
+    hidden_states: Tensor
+    """``(B, T, d)``: what it gives, after its final norm."""
+    arguments: Mapping[str, Any]
+    """All that the language model is given."""
+    nats: Tensor | None
+    """``(B,)``: what the tokens that the labels count cost, in nats; None without labels or logits."""
+
+
+class JointForward:
+    """The ordinary forward of a model on a batch: once as it is, and as often as one likes with something changed.
+
+    Args:
+        model: A vision-language model of transformers, wrapped or not.
+        batch: What its forward takes.
+        with_labels: Also find what the tokens cost that the ``labels`` ``(B, T)`` of the batch count. From logits for
+            the part of the sequence with labels, which is less than a loss needs.
+
+    Raises:
+        ValueError: If there are no images or no text at all, or the model is not of the kind.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool = False) -> None:
+        self.model: Any = unwrap(model)
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        batch = to_device(batch, device)
+        labels = batch.get("labels") if with_labels else None
+        # The loss of the model is not wanted, and its logits are the largest tensor of all.
+        self.batch = {key: value for key, value in batch.items() if key != "labels"}
+        self.is_image, self.is_text = token_roles(self.model, self.batch)
+        self.has_image = self.is_image.any(1)
+        self._labels: Tensor | None = None
+        if isinstance(labels, Tensor) and labels.shape == self.is_image.shape and bool(_counted(labels).any()):
+            self._labels = labels
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model."""
+        return unwrap(language_model(self.model))
+
+    @property
+    def num_labels(self) -> Tensor:
+        """``(B,)``: how many tokens the labels count."""
+        if self._labels is None:
+            return torch.zeros_like(self.has_image, dtype=torch.int64)
+        return _counted(self._labels).sum(1)
+
+    @functools.cached_property
+    def plain(self) -> Joint:
+        """The forward of the batch as it is, run once."""
+        return self.run()
+
+    def run(self) -> Joint:
+        """One forward more, with whatever hooks are in place."""
+        arguments = cheap_arguments(self.model, self.batch)
+        if self._labels is not None and "logits_to_keep" in arguments:
+            arguments["logits_to_keep"] = self._labels.shape[1] - int(_counted(self._labels).any(0).nonzero()[0])
+        with eagerly(self.model), calls_of(self.decoder) as calls:
+            output = self.model(**self.batch, **arguments)
+        given, states = last_call(self.model, calls, self.is_image.shape)
+        return Joint(given["inputs_embeds"], states, given, self._nats(output))
+
+    def _nats(self, output: Any) -> Tensor | None:
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if self._labels is None or not isinstance(logits, Tensor) or logits.ndim != 3:
+            return None
+        labels = self._labels[:, self._labels.shape[1] - logits.shape[1] :].to(logits.device)
+        counted = _counted(labels)
+        nats = torch.zeros(counted.shape, dtype=statistics_dtype(logits), device=logits.device)
+        chosen = logits[:, :-1][counted].to(nats.dtype)
+        nats[counted] = F.cross_entropy(chosen, labels[:, 1:][counted], reduction="none")
+        return nats.sum(1).to(self.is_image.device)
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """``(B, T - 1)`` bool: the tokens that count, but for the first of a sequence, which nothing foretells."""
+    return labels[:, 1:] != _NOT_COUNTED
 
 
 def token_roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

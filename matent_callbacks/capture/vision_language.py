@@ -17,9 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.hooks import first_tensor
-from matent_callbacks.capture.inference import cheap_arguments, to_device
-from matent_callbacks.capture.joint_forward import calls_of, describe, language_model, last_call, not_found, token_roles
-from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.capture.joint_forward import JointForward, describe, not_found
 from matent_callbacks.functional.alignment import STAGES
 
 
@@ -68,24 +66,20 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
         ValueError: If there are no images or no text at all, image tokens and image features do not match, or the
             model has no such stages.
     """
-    inner: Any = unwrap(model)
-    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
-    # The loss is not wanted, and its logits are the largest tensor of all.
-    batch = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
-    is_image, is_text = token_roles(inner, batch)
-    counts = is_image.sum(1).tolist()
-    with eagerly(inner):
-        encoded, connected = _vision_stages(inner, batch, counts)
-        decoder = unwrap(language_model(inner))
-        with calls_of(decoder) as calls:
-            inner(**batch, **cheap_arguments(inner, batch))
-        arguments, both = last_call(inner, calls, is_image.shape)
-        has_image = is_image.any(1)
-        embeddings, is_image, is_text = arguments["inputs_embeds"][has_image], is_image[has_image], is_text[has_image]
-        deep_features = arguments.get("deepstack_visual_embeds")
+    return stages_of(JointForward(model, batch))
+
+
+def stages_of(forward: JointForward) -> tuple[dict[str, Stage], int]:
+    """:func:`vision_language_stages` of a forward that others read, too."""
+    is_image, is_text, has_image = forward.is_image, forward.is_text, forward.has_image
+    with eagerly(forward.model):
+        encoded, connected = _vision_stages(forward.model, forward.batch, is_image.sum(1).tolist())
+        joint, decoder = forward.plain, forward.decoder
+        embeddings, is_image, is_text = joint.embeddings[has_image], is_image[has_image], is_text[has_image]
+        deep_features = joint.arguments.get("deepstack_visual_embeds")
         image = _through(decoder, _rows(embeddings, is_image), deep_features)
         text = _through(decoder, _rows(embeddings, is_text))
-    together = Stage(both[has_image], is_image | is_text)
+    together = Stage(joint.hidden_states[has_image], is_image | is_text)
     stages = dict(zip(STAGES, (encoded, connected, image, text, together), strict=True))
     return stages, int((~has_image).sum())
 
