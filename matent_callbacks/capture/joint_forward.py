@@ -97,10 +97,12 @@ class JointForward:
             return None
         labels = self._labels[:, self._labels.shape[1] - logits.shape[1] :].to(logits.device)
         counted = _counted(labels)
-        nats = torch.zeros(counted.shape, dtype=statistics_dtype(logits), device=logits.device)
-        chosen = logits[:, :-1][counted].to(nats.dtype)
-        nats[counted] = F.cross_entropy(chosen, labels[:, 1:][counted], reduction="none")
-        return nats.sum(1).to(self.is_image.device)
+        # Sample by sample: in full precision, logits of a whole batch are large.
+        nats = [
+            F.cross_entropy(row[which].to(statistics_dtype(row)), targets[which], reduction="sum")
+            for row, targets, which in zip(logits[:, :-1], labels[:, 1:], counted, strict=True)
+        ]
+        return torch.stack(nats).to(self.is_image.device)
 
 
 def _counted(labels: Tensor) -> Tensor:
