@@ -1,4 +1,4 @@
-"""Bringing together what is no sum: rows of all ranks, and which of them are the same thing seen twice."""
+"""Gathers rows of all ranks on every rank, and finds what several ranks hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def all_gather_ragged(rows: Tensor) -> list[Tensor]:
-    """The rows ``(n, d)`` of each rank, on every rank. Ranks may have none, and need not know d then.
+    """Gather the rows ``(n, d)`` of each rank on every rank. A rank may have none, and need not know d then.
 
     Floating point rows come in float64 if any rank has them so, else in float32.
 
@@ -38,7 +38,7 @@ def all_gather_ragged(rows: Tensor) -> list[Tensor]:
 
 
 def held_first(names: Sequence[int], device: torch.device) -> list[bool]:
-    """For each thing that this rank holds, by its number, whether no rank before this one holds the same."""
+    """Tell for each thing that this rank holds, by its number, whether no rank before this one holds it, too."""
     everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1))
     before = {name for part in everybodys[: dist.get_rank()] for name in part.flatten().tolist()}
     return [name not in before for name in names]

@@ -47,7 +47,7 @@ SUMMARIZED_BY_MAXIMUM = (
 
 
 class _Batches(NamedTuple):
-    """What this rank has read of its probe, batch by batch, and a number that tells each batch from others."""
+    """The readings of this rank's batches, and hashes of the batches."""
 
     readings: list[Reading]
     fingerprints: list[int]
@@ -122,7 +122,7 @@ class AlignmentMeasurement(Guarded):
         return self._values(self._together(batches, model), model)
 
     def _read(self, model: nn.Module) -> _Batches:
-        """What this rank sees of its probe."""
+        """Read the batches of this rank's probe."""
         batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
         if not batches and not is_distributed():
             raise ValueError("`probe` must hold at least one batch, got none.")
@@ -135,11 +135,11 @@ class AlignmentMeasurement(Guarded):
         return read_vision_language(model, batch, self._stages, exchange=self._exchanges(model), tell=self._tell)
 
     def _together(self, batches: _Batches, model: nn.Module) -> Reading:
-        """Of the samples of all batches and all ranks."""
+        """Merge the readings of all batches and ranks."""
         names = TOWERS if self._is_dual_encoder(model) else (*STAGES, *(EXCHANGED if self._exchanges(model) else ()))
         if not is_distributed():
             return merged(batches.readings, names, model)
-        # As a rule all ranks hold the same probe: it is measured by each, and counts once.
+        # As a rule all ranks are given the same probe: each reads it, and it counts once.
         mine = held_first(batches.fingerprints, device_of(model))
         own = [reading for reading, first in zip(batches.readings, mine, strict=True) if first]
         return over_ranks(merged(own, names, model))
@@ -175,7 +175,7 @@ class AlignmentMeasurement(Guarded):
         return OF_DUAL_ENCODERS if self._is_dual_encoder(model) else OF_VISION_LANGUAGE_MODELS
 
     def _exchanges(self, model: nn.Module) -> bool:
-        """Whether a second forward is asked for."""
+        """Whether the images are to be exchanged."""
         return not self._is_dual_encoder(model) and not set(EXCHANGE_MEASURES).isdisjoint(self._measures(model))
 
     def _asked(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ class AlignmentMeasurement(Guarded):
         }
 
     def _exchange_measures(self, counts: Counts, e: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """What exchanged images change; NaN where there is nothing to tell it from."""
+        """Compare pairs with exchanged images; NaN where nothing was exchanged."""
         image, text, both, moved = e
         if counts.no_equal and not counts.exchanged:
             self._tell(
@@ -207,7 +207,7 @@ class AlignmentMeasurement(Guarded):
         return {f"alignment/{name}": value for name, value in found.items() if name in self._measures(model)}
 
     def _vector_measures(self, image: Tensor, text: Tensor, model: nn.Module) -> dict[str, Tensor]:
-        """Those of the paired vectors of image and text for which there are enough pairs."""
+        """Measure the paired vectors of image and text, as far as there are enough pairs."""
         measures = [name for name in self._measures(model) if name in VECTOR_MEASURES]
         if self._pair_measures is None and image.shape[-1] != text.shape[-1]:
             measures = [name for name in measures if name != "modality_gap"]  # of one space only
@@ -229,7 +229,7 @@ class AlignmentMeasurement(Guarded):
         return {f"alignment/{name}": value for name, value in found.items()}
 
     def _tell(self, about: str, message: str) -> None:
-        """Warn, once about each thing."""
+        """Warn, once about each subject."""
         if about not in self._told:
             self._told.add(about)
             warnings.warn(message, stacklevel=2)

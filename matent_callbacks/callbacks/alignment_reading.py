@@ -1,4 +1,4 @@
-"""What is read of the batches of a probe of image-text pairs, and how it comes together over batches and ranks."""
+"""Reads the batches of a probe of image-text pairs, and merges the readings of all batches and ranks."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ EXCHANGED = tuple(f"exchanged/{name}" for name in ("image", "text", "image_text"
 
 
 class Counts(NamedTuple):
-    """Of samples, tokens and nats: what adds up over batches and ranks."""
+    """Numbers of samples and tokens, and losses: what adds up over batches and ranks."""
 
     text_only: Tensor
     exchanged: Tensor
     no_equal: Tensor
-    """Samples with images that no other sample could take."""
+    """Samples with images whose images no other sample could take."""
     labels: Tensor
-    """Tokens that count in the losses of exchanged samples."""
+    """Tokens that the losses of exchanged samples are of."""
     nats: Tensor
-    """What these cost with their own images."""
+    """Negative log-likelihood of these with the samples' own images."""
     moved_nats: Tensor
 
 
 class Reading(NamedTuple):
-    """What is seen of some image-text samples."""
+    """What is read of some image-text samples."""
 
     entropies: dict[str, SequenceMean]
     """Of each stage or tower, and of ``EXCHANGED``."""
@@ -61,7 +61,7 @@ class Reading(NamedTuple):
 def read_vision_language(
     model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
 ) -> Reading:
-    """Read a batch in a vision-language model; with ``exchange`` once more with its images moved on."""
+    """Read a batch in a vision-language model; with ``exchange``, also with its images moved on."""
     stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, tell=tell)
     image, text = stages["image"], stages["text"]
     entropies = {name: _entropy(stages[name]) for name in STAGES}
@@ -83,12 +83,12 @@ def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | No
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Of its parameters."""
+    """The device of the model's parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) -> Reading:
-    """All batches together; where there are none, a reading of nothing with entropies of these names."""
+    """Merge the readings of all batches; without any, an empty reading with entropies of these names."""
     if not readings:
         device = device_of(model)
         dtype = statistics_dtype(next(model.parameters(), torch.empty(0)))
@@ -109,7 +109,7 @@ def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) 
 
 
 def over_ranks(reading: Reading) -> Reading:
-    """That of all ranks together. Every rank calls this, whatever it has seen."""
+    """Merge the readings of all ranks. Every rank calls this, whatever it has read."""
     means = all_reduce_sequence_means(list(reading.entropies.values()))
     counts = Counts(*all_reduce_sum(torch.stack(reading.counts)))
     image, text = (torch.cat(all_gather_ragged(rows)) for rows in (reading.image, reading.text))
@@ -127,19 +127,20 @@ def _read_stages(
     stages, text_only = _read_own(model, batch, own, STAGES)
     exchanged = None
     if exchange:
-        # A model that needs functions of its own for its stages need not have what this asks for.
+        # A model that needs functions of its own may lack what the exchange relies on.
         try:
             exchanged = exchange_images(
                 JointForward(model, batch, with_labels=True),
                 lambda: _read_own(model, batch, own, ("image_text",))[0]["image_text"],
             )
         except Exception as error:
-            tell("model", f"Without `alignment/grounding` and `alignment/image_text_shift` for this model: {error}")
+            why, _, _ = str(error).partition(". ")
+            tell("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
     return stages, text_only, exchanged
 
 
 def _read_own(model: nn.Module, batch: Any, own: Stages, names: Iterable[str]) -> tuple[dict[str, Stage], int]:
-    """Stages by the user's functions."""
+    """Read stages by the user's functions."""
     if isinstance(own, Mapping):
         found, left_out = {name: own[name](model, batch) for name in names}, 0
     else:
@@ -150,7 +151,7 @@ def _read_own(model: nn.Module, batch: Any, own: Stages, names: Iterable[str]) -
 def _exchanged_entropies(
     stages: Mapping[str, Stage], exchange: Exchange | None, entropies: Mapping[str, SequenceMean], model: nn.Module
 ) -> dict[str, SequenceMean]:
-    """Of the samples that exchanged images, in the order of ``EXCHANGED``."""
+    """Entropies of the samples that exchanged images, by the names in ``EXCHANGED``."""
     moved = None if exchange is None else exchange.image_text
     samples = None if exchange is None else exchange.exchanged
     if moved is None or samples is None or len(samples) != len(stages["image"].mask) or not bool(samples.any()):
@@ -176,7 +177,7 @@ def _counts(exchange: Exchange | None, text_only: int, device: torch.device) -> 
 
     if exchange is None:
         return Counts(number(text_only), *(number(0) for _ in Counts._fields[1:]))
-    # Losses that are not finite are of samples whose states are not, which is told elsewhere.
+    # Losses that are not finite belong to samples with NaN or Inf in their states, of which `merged` warns.
     usable = exchange.exchanged & torch.isfinite(exchange.nats) & torch.isfinite(exchange.moved_nats)
     sums = [torch.where(usable, each, 0).sum() for each in (exchange.num_labels, exchange.nats, exchange.moved_nats)]
     samples = [exchange.exchanged.sum(), (~exchange.exchanged).sum()]

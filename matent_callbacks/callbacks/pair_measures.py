@@ -1,4 +1,4 @@
-"""The measures of image-text pairs by the names that the callbacks know them by."""
+"""Computes the measures of image-text pairs by the names that they are logged under."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from matent_callbacks.functional.pairs import (
 )
 
 VECTOR_MEASURES = ("cka", "mutual_knn", "mutual_information", "modality_gap", "cka_debiased", "cka_z", "mutual_knn_z")
-"""Of one vector for the image and one for the text of each pair."""
+"""Computed from one vector for the image and one for the text of each pair."""
 EXCHANGE_MEASURES = ("grounding", "image_text_shift")
-"""Of vision-language models: how pairs compare with exchanged images."""
+"""Of vision-language models only: pairs compared with exchanged images."""
 PAIR_MEASURES = (*VECTOR_MEASURES, *EXCHANGE_MEASURES)
 OF_VISION_LANGUAGE_MODELS = ("cka_debiased", "cka_z", "mutual_knn", "mutual_knn_z", *EXCHANGE_MEASURES)
 OF_DUAL_ENCODERS = VECTOR_MEASURES
 
 
 def pairs_needed(measure: str, *, k: int) -> int:
-    """How many pairs a measure of vectors is defined for, at least."""
+    """The least number of pairs for which a measure is defined."""
     if measure.startswith("mutual_knn"):
         return k + 1
     return 4 if measure in ("cka_debiased", "cka_z") else 2
 
 
 def measure_pairs(image: Tensor, text: Tensor, measures: Sequence[str], *, k: int, alpha: float) -> dict[str, Tensor]:
-    """The chosen ones of ``VECTOR_MEASURES`` of paired rows ``(n, d1)`` and ``(n, d2)``."""
+    """Compute some of ``VECTOR_MEASURES`` for paired rows ``(n, d1)`` and ``(n, d2)``."""
     neighbours = functools.partial(mutual_knn, k=k)
     functions: dict[str, Callable[[], Tensor]] = {
         "cka": lambda: linear_cka(image, text),

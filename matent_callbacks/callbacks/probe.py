@@ -1,4 +1,4 @@
-"""Probes: the first examples of a data set, taken without moving anyone's random numbers on; one told from another."""
+"""Takes the first examples of a data set as a probe, without touching random states, and hashes probes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -
 
 
 def fingerprint(batch: Any) -> int:
-    """A number that tells a batch from others by what is in it, the same on every rank and in every run."""
+    """Hash the contents of a batch to 64 bits, the same on every rank and in every run."""
     digest = hashlib.blake2b(digest_size=8)
     _feed(digest, batch)
     return int.from_bytes(digest.digest(), "little", signed=True)

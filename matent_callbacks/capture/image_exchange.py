@@ -1,4 +1,4 @@
-"""The same samples with each other's images: what the text of a sample is worth where the image is not its own."""
+"""Runs a batch with its images moved on by one sample, to see how much the text depends on its own image."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Exchange(NamedTuple):
     """A batch with its images moved on by one sample. One row for each sample with images, in their order."""
 
     exchanged: Tensor
-    """``(S,)`` bool: the samples that got another's images. There was none with images like those of the others."""
+    """``(S,)`` bool: the samples that got another's images. Those without an equal kept their own."""
     image_text: Stage | None
     """Image and text together, as the stage of that name, with the images moved on; None where that cannot be read."""
     num_labels: Tensor
-    """``(S,)``: how many tokens the labels count; 0 without labels or logits."""
+    """``(S,)``: number of tokens that the labels count; 0 without labels or logits."""
     nats: Tensor
-    """``(S,)``: what these tokens cost with the sample's own images, in nats."""
+    """``(S,)``: negative log-likelihood of these tokens with the sample's own images."""
     moved_nats: Tensor
-    """``(S,)``: what they cost with the images moved on."""
+    """``(S,)``: the same with the images moved on."""
 
 
 def exchange_images(forward: JointForward, read: Callable[[], Stage] | None = None) -> Exchange:
@@ -37,9 +37,9 @@ def exchange_images(forward: JointForward, read: Callable[[], Stage] | None = No
     do, that is the plain rotation; where they do not, there is one rotation among each set of equals, and a sample
     without an equal keeps its own. Text-only samples stay as they are.
 
-    What is moved is what the language model is given for the images: the features behind the connector, and those
-    that DeepStack adds in deeper layers. Since these are made of each image alone, that is the forward of a batch whose
-    image inputs were moved.
+    The features that the language model is given are exchanged: those behind the connector, and those that DeepStack
+    adds in deeper layers. They depend on their own image only, so this equals the forward of a batch whose pixels were
+    exchanged, whatever way the family packs them.
 
     Args:
         forward: The forward to repeat, once.
@@ -69,7 +69,7 @@ def exchange_images(forward: JointForward, read: Callable[[], Stage] | None = No
 
 
 def _donors(is_image: Tensor, position_ids: Any) -> list[int]:
-    """Whose images each sample gets; its own where nobody's fit."""
+    """Find whose images each sample gets: its own where no other's fit."""
     equals: dict[Hashable, list[int]] = {}
     for sample, runs in enumerate(map(_runs, is_image.tolist())):
         if runs:
@@ -82,24 +82,24 @@ def _donors(is_image: Tensor, position_ids: Any) -> list[int]:
 
 
 def _runs(is_image: Sequence[bool]) -> list[tuple[int, int]]:
-    """Beginning and end of each run of image tokens."""
+    """Find begin and end of each run of image tokens."""
     edges = [i for i, (a, b) in enumerate(zip([False, *is_image], [*is_image, False], strict=True)) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _layout(sample: int, runs: list[tuple[int, int]], position_ids: Any) -> Hashable:
-    """The same for samples whose images fit into each other's places."""
+    """Return a key that is equal for samples whose images take the same places."""
     lengths = tuple(end - start for start, end in runs)
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 3:
         return lengths
-    # (axes, B, T): places in the picture, which the language model is told beside the features.
+    # (axes, B, T), M-RoPE: where in the picture a token is.
     positions = position_ids[:, sample]
     return lengths, *(str((positions[:, a:b] - positions[:, a : a + 1]).tolist()) for a, b in runs)
 
 
 @contextmanager
 def _images_of(donors: Sequence[int], decoder: nn.Module, is_image: Tensor) -> Iterator[list[bool]]:
-    """Inside, each sample meets its donor's images; yields an entry for each call in which that was so."""
+    """Exchange the images in each call of the decoder; yields a list with an entry for each such call."""
     counts = is_image.sum(1).tolist()
     ends = torch.tensor(counts).cumsum(0).tolist()
     own = [torch.arange(end - count, end) for count, end in zip(counts, ends, strict=True)]

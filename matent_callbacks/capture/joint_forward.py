@@ -1,4 +1,4 @@
-"""A vision-language model's ordinary forward, image and text together.
+"""Runs the ordinary forward of a vision-language model, image and text together, for those who read it.
 
 Nothing here knows a model by name. What is relied on is ``get_image_features``, ``get_decoder`` and
 ``config.image_token_id``.
@@ -26,7 +26,7 @@ _NOT_COUNTED = -100
 
 
 class Joint(NamedTuple):
-    """What one such forward shows."""
+    """What is read of one forward."""
 
     embeddings: Tensor
     """``(B, T, d)``: what the language model is given."""
@@ -35,17 +35,17 @@ class Joint(NamedTuple):
     arguments: Mapping[str, Any]
     """All that the language model is given."""
     nats: Tensor | None
-    """``(B,)``: what the tokens that the labels count cost, in nats; None without labels or logits."""
+    """``(B,)``: negative log-likelihood of the tokens that the labels count; None without labels or logits."""
 
 
 class JointForward:
-    """The ordinary forward of a model on a batch: once as it is, and as often as one likes with something changed.
+    """The ordinary forward of a model on a batch, run once as it is and again with something changed.
 
     Args:
         model: A vision-language model of transformers, wrapped or not.
         batch: What its forward takes.
-        with_labels: Also find what the tokens cost that the ``labels`` ``(B, T)`` of the batch count. From logits for
-            the part of the sequence with labels, which is less than a loss needs.
+        with_labels: Also compute the loss of the tokens that the ``labels`` ``(B, T)`` of the batch count, from logits
+            for the end of the sequence that begins with the first of them.
 
     Raises:
         ValueError: If there are no images or no text at all, or the model is not of the kind.
@@ -56,7 +56,7 @@ class JointForward:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         batch = to_device(batch, device)
         labels = batch.get("labels") if with_labels else None
-        # The loss of the model is not wanted, and its logits are the largest tensor of all.
+        # The loss of the model itself is not used, and would need logits for all tokens.
         self.batch = {key: value for key, value in batch.items() if key != "labels"}
         self.is_image, self.is_text = token_roles(self.model, self.batch)
         self.has_image = self.is_image.any(1)
@@ -78,11 +78,11 @@ class JointForward:
 
     @functools.cached_property
     def plain(self) -> Joint:
-        """The forward of the batch as it is, run once."""
+        """The forward of the batch as it is, run on first use."""
         return self.run()
 
     def run(self) -> Joint:
-        """One forward more, with whatever hooks are in place."""
+        """Run the forward, with whatever hooks are in place."""
         arguments = cheap_arguments(self.model, self.batch)
         if self._labels is not None and "logits_to_keep" in arguments:
             arguments["logits_to_keep"] = self._labels.shape[1] - int(_counted(self._labels).any(0).nonzero()[0])
@@ -97,7 +97,7 @@ class JointForward:
             return None
         labels = self._labels[:, self._labels.shape[1] - logits.shape[1] :].to(logits.device)
         counted = _counted(labels)
-        # Sample by sample: in full precision, logits of a whole batch are large.
+        # Sample by sample: float32 logits of a whole batch are large.
         nats = [
             F.cross_entropy(row[which].to(statistics_dtype(row)), targets[which], reduction="sum")
             for row, targets, which in zip(logits[:, :-1], labels[:, 1:], counted, strict=True)
@@ -106,7 +106,7 @@ class JointForward:
 
 
 def _counted(labels: Tensor) -> Tensor:
-    """``(B, T - 1)`` bool: the tokens that count, but for the first of a sequence, which nothing foretells."""
+    """Which tokens count, ``(B, T - 1)`` bool; the first of a sequence is predicted from nothing and does not."""
     return labels[:, 1:] != _NOT_COUNTED
 
 

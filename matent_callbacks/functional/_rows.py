@@ -1,4 +1,4 @@
-"""Paired rows, checked and prepared, for the measures of them."""
+"""Checks paired rows, and centres them, for the measures of pairs."""
 
 from __future__ import annotations
 

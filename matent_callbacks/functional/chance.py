@@ -1,4 +1,4 @@
-"""How far paired rows are from what random pairings of them give."""
+"""Compares a measure of paired rows with its values for random pairings of the same rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pairing_z_score(
     permutations: int = 200,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""How many standard deviations a measure of paired rows lies above random pairings of the same rows.
+    r"""Compute how many standard deviations a measure of paired rows lies above random pairings of the same rows.
 
     :math:`(m - \mathrm{mean}_\pi\, m_\pi) / \mathrm{std}_\pi\, m_\pi`, with m the measure of ``x`` and ``y`` and
     :math:`m_\pi` that of ``x`` and permuted rows of ``y``. About 0 with deviation 1 for unrelated rows, whatever n, the
@@ -98,11 +98,14 @@ def pairing_z_score(
     spread = values.std()
     rounding = _ROUNDINGS * torch.finfo(paired_x.dtype).eps * torch.maximum(values.abs().amax(), value.abs())
     score: Tensor = torch.where(spread > rounding, (value - values.mean()) / spread, torch.nan)
-    return score.to(paired_x.dtype)
+    return score.to(paired_x)
 
 
 def _matrix(measure: Any) -> Callable[[Tensor], Tensor] | None:
-    """The ``(n, n)`` matrix of each side whose entrywise products add up to the measure, up to scale, or None."""
+    """Return what makes an ``(n, n)`` matrix of each side, such that the products of the entries add up to the measure.
+
+    Up to scale; None for a measure that is not known.
+    """
     if measure is linear_cka:
         return centred_gram
     if measure is debiased_cka:
@@ -114,14 +117,14 @@ def _matrix(measure: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def _orders(n: int, permutations: int, generator: torch.Generator | None) -> Tensor:
-    """``(permutations, n)``, each row a permutation."""
+    """Draw ``(permutations, n)``, each row a permutation."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     return torch.rand(permutations, n, generator=generator, device=generator.device).argsort(-1)
 
 
 def _permuted_sums(a: Tensor, b: Tensor, orders: Tensor) -> Tensor:
-    """Sum of the entrywise product of ``a`` and ``b``, both ``(n, n)``, with rows and columns of ``b`` permuted."""
+    """Sum ``a * b``, both ``(n, n)``, for each permutation of the rows and columns of ``b``."""
     n = len(a)
     a, b = a.flatten(), b.flatten()
     if len(b) < 2**31:

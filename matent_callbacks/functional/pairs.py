@@ -110,7 +110,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
 
 def debiased_cka(x: Tensor, y: Tensor) -> Tensor:
-    r"""Linear CKA of paired rows that is about 0 for unrelated rows, however few they are and however wide.
+    r"""Linear CKA without its bias: about 0 for unrelated rows, whatever the numbers of rows and features.
 
     :math:`\mathrm{HSIC}_1(K, L) / \sqrt{\mathrm{HSIC}_1(K, K)\, \mathrm{HSIC}_1(L, L)}` of the Gram matrices K and L,
     with the unbiased estimator of Song et al. 2012 (JMLR 13, 1393-1434), as Nguyen et al. 2021 (arXiv 2010.15327) use
@@ -249,19 +249,19 @@ def _entropy(*sides: Tensor, alpha: float) -> Tensor:
 
 
 def centred_gram(rows: Tensor) -> Tensor:
-    """``(n, n)``: inner products of the centred rows, up to scale. Those of two sides add up to their CKA."""
+    """Gram matrix ``(n, n)`` of the centred rows, up to scale. The product of two sides' adds up to their CKA."""
     features = centred_features(rows)
     return features @ features.T
 
 
 def unbiased_gram(rows: Tensor) -> Tensor:
-    """``(n, n)``: Gram matrix centred without its diagonal, up to scale (U-centring, Székely & Rizzo 2014).
+    """U-centred Gram matrix ``(n, n)``, up to scale (Székely & Rizzo 2014): zero diagonal, rows that add up to 0.
 
-    The entrywise product of those of two sides adds up to the unbiased HSIC, and each row of it to 0.
+    The entrywise product of two sides' adds up to the unbiased HSIC.
     """
     n = len(rows)
     gram = centred_gram(rows)
-    # What rounding leaves of rows that are equally far from each other is no structure.
+    # Rows that are equally far from each other have no structure: what is left of them is rounding.
     rounding = 4 * n * torch.finfo(gram.dtype).eps * gram.diagonal().amax()
     off_diagonal = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
     gram = gram * off_diagonal
