@@ -28,11 +28,11 @@ def _takes_pictures(logger: Any) -> bool:
     return hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
 
 
-def summarize_by_maximum(trainer: Any, key: str) -> None:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last one."""
+def summarize_by_maximum(trainer: Any, *keys: str) -> None:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last one."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "define_metric"):
-            for name in (key, f"val_{key}", f"test_{key}"):
+            for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
                 logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")

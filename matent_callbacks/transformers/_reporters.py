@@ -39,12 +39,12 @@ def wandb_run(trainer: Trainer) -> Any:
     return None
 
 
-def summarize_by_maximum(trainer: Trainer, key: str) -> bool:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last; whether there is a W&B run."""
+def summarize_by_maximum(trainer: Trainer, *keys: str) -> bool:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
     run = wandb_run(trainer)
     if run is None:
         return False
-    for name in (f"train/{key}", f"eval/{key}"):
+    for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
         run.define_metric(name, step_metric="train/global_step", summary="max,last")
     return True
 
