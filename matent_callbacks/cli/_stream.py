@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.symmetric import PackedMoments
+from matent_callbacks.accumulate.moments import Moments, merge_moments
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
@@ -49,7 +49,7 @@ class State:
     """Where each kind of trouble was met first."""
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Means] = field(default_factory=dict)
-    moments: dict[str, dict[Source, PackedMoments]] = field(default_factory=dict)
+    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
 
     def skip(self, kind: str, place: str) -> None:
         """Count a document that is left out."""
@@ -165,7 +165,7 @@ def _window(
 class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
-    moments: dict[str, dict[Source, PackedMoments]]
+    moments: dict[str, dict[Source, Moments]]
 
 
 class _Reader:
@@ -180,7 +180,7 @@ class _Reader:
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[Source, PackedMoments]] = {}
+        self._moments: dict[str, dict[Source, Moments]] = {}
 
     def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
         """One forward."""
@@ -225,7 +225,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     for layer, moments in found.moments.items():
         seen = state.moments.get(layer)
         state.moments[layer] = (
-            {source: seen[source].merged(own) for source, own in moments.items()} if seen else moments
+            {source: merge_moments(seen[source], own) for source, own in moments.items()} if seen else moments
         )
     for sequence, good in zip(batch, finite, strict=True):
         if good:
