@@ -67,8 +67,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give loggers that take images (W&B, TensorBoard) two panels of all layers:
-            the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, give the loggers of W&B, TensorBoard, MLflow and Comet two panels of all
+            layers: the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near

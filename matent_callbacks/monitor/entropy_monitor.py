@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.capture.hooks import Capture
+from matent_callbacks.capture.hooks import Capture, Seen
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
+from matent_callbacks.monitor.explanations import counted_padding, why_unread
 from matent_callbacks.monitor.readings import PendingReadings, Readings
 from matent_callbacks.monitor.solvers import background
 
@@ -94,6 +95,7 @@ class EntropyMonitor:
         self._layers = resolve_layers(model, layers, module=module)
         self._capture = Capture(model, self._layers, self._record, self._guarded)
         self._failed: set[str] = set()
+        self._unmasked: set[str] = set()
         self.reset()
 
     @property
@@ -143,7 +145,8 @@ class EntropyMonitor:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
 
         ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out with a warning.
+        saw no valid token is left out, with a warning that says why. Where the model is handed a mask that marks
+        padding, and neither it nor one that a module inside is handed fits a layer, a warning says so once.
         """
         return self._begin(None)()
 
@@ -157,14 +160,14 @@ class EntropyMonitor:
         return self._begin(background())
 
     def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
-        accumulators = self._accumulators
+        accumulators, seen = self._accumulators, self._capture.seen
         self.reset()
         pending = PendingReadings(
             accumulators, self.metrics, failed=self._failed, executor=executor, solver=self._solver
         )
-        return lambda: self._named(pending.result())
+        return lambda: self._named(pending.result(), seen)
 
-    def _named(self, readings: Readings) -> dict[str, float]:
+    def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
@@ -174,7 +177,10 @@ class EntropyMonitor:
             )
         empty = [layer for layer, values in readings.values.items() if not values]
         if empty:
-            warnings.warn(f"No valid token was seen, so there is no reading of: {', '.join(empty)}.", stacklevel=3)
+            warnings.warn(why_unread(empty, seen, self._layers, self.model), stacklevel=3)
+        for told in counted_padding({key: own for key, own in seen.unmasked.items() if key not in self._unmasked}):
+            warnings.warn(told, stacklevel=3)
+        self._unmasked |= set(seen.unmasked)
         names = dict.fromkeys(name for values in readings.values.values() for name in values)
         result = {
             f"{name}/{layer}": values[name]
@@ -187,6 +193,7 @@ class EntropyMonitor:
 
     def reset(self) -> None:
         """Forget what was read since the last ``compute``."""
+        self._capture.seen = Seen()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         sources = frozenset(CATALOGUE[name] for name in self.metrics)
         self._accumulators = {

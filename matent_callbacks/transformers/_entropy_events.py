@@ -63,8 +63,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give W&B and TensorBoard two panels of all of them: the profile through the
-            layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; when the Trainer is made (or the callback
