@@ -28,6 +28,7 @@ from transformers import (
 
 from matent_callbacks import EntropyMonitor
 from tests.conftest import VOCABULARY, slow_pooled_entropy
+from tests.versions import needs
 
 SPEECH = {
     "vocab_size": VOCABULARY,
@@ -258,6 +259,7 @@ def test_the_language_model_of_an_audio_model(merged):
     assert_reads(readings, output.hidden_states, lengths_as_mask(lengths, output.hidden_states[0].shape[1]))
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_audio_tower_of_an_audio_model(attention):
     model = qwen2_audio(attention)
