@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def _encoder_states(features: Any, config: Any, batch: Mapping[str, Any]) -> Ten
 
 
 def _why_no_states() -> str:
-    release = getattr(sys.modules.get("transformers"), "__version__", "5")
+    release = metadata.version("transformers") if "transformers" in sys.modules else "5"
     if int(release.split(".")[0]) < 5:
         return (
             f"it needs transformers 5.0 or newer, and in {release} `get_image_features` gives nothing from before the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import pytest
@@ -694,7 +695,7 @@ def test_before_transformers_5_it_is_said_that_this_is_needed(models, monkeypatc
     family, model = FAMILIES["llava"], models("llava")
     batch = collate(family, make_probe(family, model))
     # As it is there.
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(metadata, "version", lambda package: "4.57.1")
     monkeypatch.setattr(model.model, "get_image_features", lambda pixel_values, **_: list(torch.zeros(4, 9, HIDDEN)))
     told = (
         r"'vision_encoder' was not found in Llava.*: it needs transformers 5\.0 or newer, and in 4\.57\.1 .*`stages=`"
