@@ -87,13 +87,11 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
-def all_reduce_mean(values: Sequence[Tensor]) -> list[Tensor]:
-    """Mean over the ranks of each value ``()``."""
-    if not values:
-        return []
-    stacked = torch.stack(list(values))
-    dist.all_reduce(stacked)
-    return list(stacked / dist.get_world_size())
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks of each value."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def _about_the_common_mean(

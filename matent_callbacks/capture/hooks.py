@@ -7,18 +7,22 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
+from matent_callbacks.capture.forward import Forward, Seen
 from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.packing import Packing, find_packing
+from matent_callbacks.capture.packing import find_packing
+
+# Of attention, and of Mamba and its like.
+_CACHES = ("past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
@@ -27,42 +31,14 @@ Guard = Callable[[str], AbstractContextManager[None]]
 _reading = threading.RLock()
 
 
-@dataclass
-class Seen:
-    """What ran while a model was watched, to explain what was not read."""
-
-    ran: set[nn.Module] = field(default_factory=set)
-    """Of the modules in the chain and inside."""
-    called: set[str] = field(default_factory=set)
-    """Layers."""
-    counted: bool = False
-    """Whether any forward counted."""
-    unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layers whose padding was counted, since no mask fitted: the lengths of mask and hidden states."""
-
-
-@dataclass
-class _Forward:
-    """What belongs to one forward. Each thread is in one of its own."""
-
-    masks: Masks
-    graph_task: int = -1
-    """The backward pass that it is part of, such as that of a loss which embeds once more for its gradients; or -1."""
-    counts: bool = False
-    packing: Packing | None = None
-    modules: list[nn.Module] = field(default_factory=list)
-    """Of the chain, those that run, the outermost first."""
-    is_met: bool = False
-    """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
-
-
 class Capture:
     """Calls ``reader(key, hidden_states, attention_mask)`` for each read point of each forward that counts.
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
     where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
-    (generation) and, with ``training_only``, unless it is in training mode with gradients. Recomputation by gradient
-    checkpointing never counts. Compiled modules are read beside their graph.
+    (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
+    unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
+    counts. Compiled modules are read beside their graph.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
@@ -73,16 +49,18 @@ class Capture:
         self._guard = guard
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
+        self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._beside = False
         self._has_counted = False
-        self._forwards: dict[int, _Forward] = {}
+        self._forwards: dict[int, Forward] = {}
 
     def open(
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -97,12 +75,15 @@ class Capture:
                 self._undo.extend(self._hooks())
             else:
                 self._undo.append(meet(entrance, self._read_beside))
+            # Behind the hooks, which put other `forward`s in the place of those that tell of adapters.
+            self._adapters = AdapterState(self._model) if same_adapters else None
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._adapters = None
         self._outer_mask = self._sample_mask = None
         self._has_counted = False
         self._forwards.clear()
@@ -149,7 +130,7 @@ class Capture:
         return point.module.register_forward_hook(functools.partial(self._read, point), with_kwargs=True).remove
 
     def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._beside or (self._training_only and not (module.training and torch.is_grad_enabled())):
+        if self._beside or not self._is_wanted(module):
             return
         self._beside = True
         try:
@@ -165,17 +146,20 @@ class Capture:
         if torch.compiler.is_compiling():
             return
         begins = self._forward is None
-        forward = self._forwards.setdefault(threading.get_ident(), _Forward(Masks(self._model, self._outer_mask)))
+        forward = self._forwards.setdefault(threading.get_ident(), self._new_forward())
         forward.modules.append(watched)
         forward.is_met = True
         with self._guard("all"):
+            forward.is_past_embeddings &= watched is not self._layers.owner
             if begins:
                 forward.graph_task = torch._C._current_graph_task_id()
-                forward.counts = self._is_watched(module) and not (_in_backward() and self._has_counted)
+                forward.counts = (self._beside or self._is_wanted(module)) and not (
+                    _in_backward() and self._has_counted
+                )
             self.seen.ran.add(watched)
             arguments = _named_arguments(module, args, kwargs)
             # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-            if any(arguments.get(name) is not None for name in ("past_key_values", "cache_params")):
+            if any(arguments.get(name) is not None for name in _CACHES):
                 forward.counts = False
             forward.masks.look(watched, arguments)
             if forward.packing is None and forward.counts:
@@ -233,7 +217,11 @@ class Capture:
                 self._forward.masks.look(watched, _named_arguments(module, args, kwargs))
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        forward = self._forward
+        if forward is None or not forward.is_past_embeddings:
+            self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        if forward is not None:
+            forward.is_past_embeddings = True
 
     def _read(
         self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
@@ -249,58 +237,29 @@ class Capture:
             hidden_states = first_tensor(value)
             mask = None
             if hidden_states is not None:
-                hidden_states, mask = self._tokens(point, hidden_states, lambda: _named_arguments(module, args, kwargs))
+                forward = self._forward or self._new_forward()
+                arguments = functools.partial(_named_arguments, module, args, kwargs)
+                hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
             with _reading:
                 self._reader(point.key, hidden_states, mask)
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
         if forward is None:
-            return not _in_backward() and self._is_watched(module)
+            return not _in_backward() and (self._beside or not self._training_only or module.training)
         return forward.counts and not _in_backward(since=forward.graph_task)
 
-    def _is_watched(self, module: nn.Module) -> bool:
-        return self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
+    def _is_wanted(self, module: nn.Module) -> bool:
+        if self._adapters is not None and not self._adapters.unchanged():
+            return False
+        return not self._training_only or (module.training and torch.is_grad_enabled())
+
+    def _new_forward(self) -> Forward:
+        return Forward(Masks(self._model, self._outer_mask), self._sample_mask)
 
     @property
-    def _forward(self) -> _Forward | None:
+    def _forward(self) -> Forward | None:
         return self._forwards.get(threading.get_ident())
-
-    def _tokens(
-        self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states with their batch first, and which of them count."""
-        forward = self._forward or _Forward(Masks(self._model, self._outer_mask))
-        if hidden_states.is_nested:
-            padded, mask = _padded(hidden_states)
-            return padded, self._of_counted_samples(mask)
-        packing = forward.packing
-        if packing is not None and hidden_states.shape[:-1] == packing.shape:
-            valid, samples = packing.valid, self._sample_mask
-            if samples is not None and len(samples) == packing.shape[0]:
-                valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
-            return packing.unpack(hidden_states), valid
-        if point.sequence_first and hidden_states.ndim == 3:
-            hidden_states = hidden_states.transpose(0, 1)
-        hidden_states, fitting = forward.masks.fitting(hidden_states, point.masked_by)
-        if fitting is None:
-            forward.masks.look(point.module, arguments())
-            hidden_states, fitting = forward.masks.fitting(hidden_states, point.masked_by)
-        if fitting is not None:
-            counted = self._of_counted_samples(fitting)
-            return hidden_states, counted if hidden_states.ndim == 3 else counted.flatten()
-        length = forward.masks.length_of_unfit(hidden_states, point.masked_by)
-        if length is not None:
-            self.seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
-        if self._sample_mask is None or hidden_states.ndim != 3:
-            return hidden_states, None
-        return hidden_states, self._of_counted_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
-
-    def _of_counted_samples(self, mask: Tensor) -> Tensor:
-        samples = self._sample_mask
-        if samples is None or len(samples) != len(mask):
-            return mask
-        return mask & samples.to(mask.device).unsqueeze(1)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -321,13 +280,6 @@ def first_tensor(value: Any) -> Tensor | None:
         tensors = [item for item in value if isinstance(item, Tensor)]
         return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
     return None
-
-
-def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, T, d)`` and ``(B, T)`` bool of sequences of unlike lengths in one tensor, as torch's fast path has them."""
-    lengths = torch.tensor([len(sequence) for sequence in nested.unbind()], device=nested.device)
-    padded = torch.nested.to_padded_tensor(nested, 0.0)
-    return padded, torch.arange(padded.shape[1], device=nested.device) < lengths.unsqueeze(1)
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

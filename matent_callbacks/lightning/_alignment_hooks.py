@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement, Stages
+from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
+from matent_callbacks.callbacks.alignment_reading import Stages
 from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loggers import summarize_by_maximum
@@ -88,7 +89,7 @@ class AlignmentCallback(MeasuringCallback):
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
-        summarize_by_maximum(trainer, "alignment/image_text")
+        summarize_by_maximum(trainer, *SUMMARIZED_BY_MAXIMUM)
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._find_probe(trainer)
         self._alignment.measure_or_raise(_model(pl_module), around=trainer.precision_plugin.forward_context)

@@ -33,19 +33,21 @@ def show(trainer: Any, pictures: Pictures, *, step: int) -> None:
         to_each(_takers(trainer), pictures, step)
 
 
-def summarize_by_maximum(trainer: Any, key: str) -> None:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last one."""
+def summarize_by_maximum(trainer: Any, *keys: str) -> None:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last one."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         try:
             experiment = _experiment(logger)
             if hasattr(experiment, "define_metric"):
-                for name in (key, f"val_{key}", f"test_{key}"):
+                for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
                     experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")
         except Exception as error:
             kind = type(logger).__name__
-            warnings.warn(f"{kind} does not show the greatest {key}: {error}. Training goes on.", stacklevel=2)
+            warnings.warn(
+                f"{kind} does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2
+            )
 
 
 def _to_log_image(logger: Any, pictures: Pictures, step: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.capture.hooks import Capture, Seen
+from matent_callbacks.capture.forward import Seen
+from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.explanations import counted_padding, why_unread
@@ -114,6 +115,7 @@ class EntropyMonitor:
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -121,11 +123,18 @@ class EntropyMonitor:
 
         Args:
             training_only: Leave out forwards that are not in training mode with gradients.
+            same_adapters: Leave out forwards with other PEFT adapters on than now, or with none: those of a reference
+                model that is the policy with its adapter switched off.
             attention_mask: ``(B, T)``, for models that are not handed one; it goes before the model's own.
             sample_mask: ``(B,)``, false for samples that do not count, such as those that a distributed sampler
                 repeats to give every rank as many.
         """
-        self._capture.open(training_only=training_only, attention_mask=attention_mask, sample_mask=sample_mask)
+        self._capture.open(
+            training_only=training_only,
+            same_adapters=same_adapters,
+            attention_mask=attention_mask,
+            sample_mask=sample_mask,
+        )
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""

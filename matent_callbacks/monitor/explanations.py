@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from matent_callbacks.capture.hooks import Seen
+from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
@@ -26,7 +26,7 @@ def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Mod
                 "mode with gradients."
             )
         return told
-    names = ", ".join(_names_that_would_work(silent, seen, layers, model)) or "none that is known"
+    names = ", ".join(dict.fromkeys(_names_that_would_work(silent, seen, layers, model))) or "none that is known"
     return (
         f"{told} No forward of {', '.join(silent)} ran, although {type(model).__name__} was run: a module is not "
         "called where it is skipped, where only its weights are used, or where a fused kernel does its work. Names "

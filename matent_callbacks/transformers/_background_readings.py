@@ -34,7 +34,8 @@ class LateReading:
         now = state.global_step, state.epoch, control.should_log
         state.global_step, state.epoch = self._step, self._epoch
         try:
-            trainer.log(values)
+            # Not the `log` of a kind of Trainer that adds numbers of its own: those are of another step.
+            Trainer.log(trainer, values)
         finally:
             state.global_step, state.epoch, trainer.control.should_log = now
         return True

@@ -41,6 +41,10 @@ class MatrixEntropyCallback(MeasuringCallback):
     that is saved. Either way training is bitwise what it is without the callback. In a compiled model hooks do not
     fire: there the training forward is run once more without the graph, from the same random state.
 
+    Of a trainer that runs a model several times (TRL's), only forwards with gradients are read in training: no
+    generation, no reference. In evaluation nothing has gradients: there generation and a reference that is the model
+    with other PEFT adapters on, or none, are left out.
+
     In a distributed run every rank logs the reading of the tokens of all. Samples that accelerate repeats to make the
     last evaluation batch whole count once, except where it cannot tell which they are: an iterable data set with
     ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. What fails on one rank costs its share of
@@ -227,7 +231,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         with self._measurement.guard():
             monitor = self._measurement.monitor(model)
             sample_mask = None if training_only else counted_samples(self.trainer, inputs)
-            monitor.start(training_only=training_only, sample_mask=sample_mask)
+            monitor.start(training_only=training_only, same_adapters=True, sample_mask=sample_mask)
         try:
             return step(model, inputs, *args, **kwargs)
         finally:

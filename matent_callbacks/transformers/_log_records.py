@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
+
+# The callbacks that are around a Trainer's methods.
+_AROUND = "_matent_callbacks"
 
 
 class MeasuringCallback(AttachedCallback):
@@ -21,15 +23,16 @@ class MeasuringCallback(AttachedCallback):
 
     def __init__(self, *, during_eval: bool) -> None:
         self.during_eval = during_eval
-        self._wrapped: weakref.WeakSet[Trainer] = weakref.WeakSet()
         self._pending: dict[str, float] = {}
         self._in_evaluation = False
         self._joined_late = False
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        if trainer not in self._wrapped:
-            self._wrapped.add(trainer)
+        # Known to the Trainer itself: a Trainer may be of a kind that no set can hold (TRL has dataclasses of them).
+        around_already = vars(trainer).setdefault(_AROUND, [])
+        if self not in around_already:
+            around_already.append(self)
             # There is no event at the start of an evaluation, and none when a step raises.
             for name, around in self.wrappers().items():
                 setattr(trainer, name, self._wrapped_method(trainer, getattr(trainer, name), around))

@@ -41,17 +41,17 @@ def show(trainer: Trainer, pictures: Pictures) -> None:
         to_each(_takers(trainer), pictures, trainer.state.global_step)
 
 
-def summarize_by_maximum(trainer: Trainer, key: str) -> bool:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last; whether there is a W&B run."""
+def summarize_by_maximum(trainer: Trainer, *keys: str) -> bool:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
     for callback in _reporters(trainer, WandbCallback):
         run = _wandb_run(callback)
         if run is None:
             continue
         try:
-            for name in (f"train/{key}", f"eval/{key}"):
+            for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
                 run.define_metric(name, step_metric="train/global_step", summary="max,last")
         except Exception as error:
-            warnings.warn(f"W&B does not show the greatest {key}: {error}. Training goes on.", stacklevel=2)
+            warnings.warn(f"W&B does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2)
         return True
     return False
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
     HubertConfig,
     HubertModel,
     Qwen2AudioConfig,
@@ -280,3 +285,145 @@ def test_the_audio_tower_of_an_audio_model(attention):
     seen.clear()
     readings, _ = read(monitor, lambda: model(**batch))
     assert_reads(readings, [seen[1], seen[2]], lengths_as_mask(lengths, 20), names)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return x + self.linear(x)
+
+
+class Makes(nn.Module):
+    """Hands its blocks a mask that it makes itself, perhaps of tokens that it has made one of two."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor | None], *, halves: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.make = make
+        self.halves = halves
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"][:, ::2] if self.halves else batch["x"]
+        for block in self.blocks:
+            x = block(x, attention_mask=self.make(batch["lengths"]))
+        return x
+
+
+def added(sees: Tensor) -> Tensor:
+    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+
+
+def pairs(lengths: Tensor, rule: Callable[[Tensor], Tensor], *, left: bool = False) -> Tensor:
+    """``(B, 1, T, T)``: which of the valid keys each query sees."""
+    tokens = torch.arange(8) < lengths.unsqueeze(1)
+    tokens = tokens.flip(1) if left else tokens
+    return tokens[:, None, None] & rule(torch.ones(8, 8, dtype=torch.bool))
+
+
+def window(sees: Tensor) -> Tensor:
+    return sees.tril() & sees.triu(-2)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "all": lambda n: pairs(n, lambda sees: sees),
+    "all, added": lambda n: added(pairs(n, lambda sees: sees)),
+    "all, one row": lambda n: pairs(n, lambda sees: sees)[:, :, :1],
+    "all, of valid queries": lambda n: pairs(n, lambda s: s) & pairs(n, lambda s: s).transpose(2, 3),
+    "all, four heads": lambda n: pairs(n, lambda sees: sees).expand(-1, 4, -1, -1),
+    "all, no heads": lambda n: pairs(n, lambda sees: sees)[:, 0],
+    "before": lambda n: pairs(n, torch.tril),
+    "before, added": lambda n: added(pairs(n, torch.tril)),
+    "before, left": lambda n: pairs(n, torch.tril, left=True),
+    "flat": lambda n: torch.arange(8) < n.unsqueeze(1),
+    "flat, numbers": lambda n: (torch.arange(8) < n.unsqueeze(1)).double(),
+    "flat, added": lambda n: added(torch.arange(8) < n.unsqueeze(1)),
+}
+TELL_NOTHING: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "window": lambda n: pairs(n, window),
+    "rows of padding that see all": lambda n: (
+        pairs(n, torch.tril, left=True) | ~pairs(n, lambda s: s, left=True).transpose(2, 3)
+    ),
+}
+BATCH = {"x": torch.randn(3, 8, 16, dtype=torch.float64), "lengths": torch.tensor([8, 5, 3])}
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_what_a_mask_tells(rule):
+    torch.manual_seed(0)
+    model = Makes(RULES[rule])
+    monitor = EntropyMonitor(model, dtype=torch.float64)
+    readings, output = read(monitor, lambda: model(BATCH))
+    tokens = torch.arange(8) < BATCH["lengths"].unsqueeze(1)
+    assert_reads(readings, [output], tokens.flip(1) if "left" in rule else tokens, ["last"])
+    # No padding at all.
+    batch = {**BATCH, "lengths": torch.tensor([8, 8, 8])}
+    readings, output = read(monitor, lambda: model(batch))
+    assert_reads(readings, [output], None, ["last"])
+
+
+@pytest.mark.parametrize("rule", ["window", "all", "flat"])
+def test_what_a_mask_does_not_tell_is_warned_of_once(rule):
+    torch.manual_seed(0)
+    model = Makes({**RULES, **TELL_NOTHING}[rule], halves=rule != "window")
+    monitor = EntropyMonitor(model, "all", dtype=torch.float64)
+    length = 8 if rule == "window" else 4
+    with pytest.warns(UserWarning, match=f"in layer_00, layer_01, last: .* length 8, .* have {length}, ") as told:
+        readings, output = read(monitor, lambda: model(BATCH))
+    assert len(told) == 1
+    assert_reads(readings, [output], None, ["last"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(monitor, lambda: model(BATCH))
+        # Nor of a mask without padding.
+        whole = {**BATCH, "lengths": torch.tensor([8, 8, 8])}
+        read(EntropyMonitor(model, "all"), lambda: model(whole))
+
+
+def test_a_mask_that_tells_nothing_is_not_taken():
+    """Left padding that sees everything, lest a row be empty: the diagonal is no padding mask then."""
+    torch.manual_seed(0)
+    model = Makes(TELL_NOTHING["rows of padding that see all"])
+    readings, output = read(EntropyMonitor(model, dtype=torch.float64), lambda: model(BATCH))
+    assert_reads(readings, [output], None, ["last"])
+
+
+@needs("transformers", "5.0")
+def test_the_mask_of_one_tower_is_not_that_of_another(recwarn):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "eos_token_id": 1},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+    )
+    model = CLIPModel(config).eval()
+    for length in (12, 17):  # 16 patches and a class token
+        mask = lengths_as_mask([length, 4, 7], length).long()
+        inputs = {"input_ids": torch.randint(2, VOCABULARY, mask.shape), "attention_mask": mask}
+        inputs["pixel_values"] = torch.randn(3, 3, 32, 32)
+        monitor = EntropyMonitor(model, "all", module="vision_model", dtype=torch.float64)
+        with torch.no_grad():
+            own = model.vision_model(inputs["pixel_values"], output_hidden_states=True)
+        readings, _ = read(monitor, lambda: model(**inputs))  # noqa: B023
+        assert_reads(readings, (*own.hidden_states[:-1], own.last_hidden_state), None)
+        monitor = EntropyMonitor(model, "all", module="text_model", dtype=torch.float64)
+        with torch.no_grad():
+            own = model.text_model(inputs["input_ids"], mask, output_hidden_states=True)
+        readings, _ = read(monitor, lambda: model(**inputs))  # noqa: B023
+        assert_reads(readings, (*own.hidden_states[:-1], own.last_hidden_state), mask)
+    assert not [w for w in recwarn if "Padding" in str(w.message)]
+
+
+def test_what_is_no_token_has_no_padding(recwarn):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    mask = lengths_as_mask([9, 4, 7, 5], 9).long()
+    monitor = EntropyMonitor(model, "pooler", metrics="rankme", dtype=torch.float64)
+    readings, output = read(monitor, lambda: model(torch.randint(2, VOCABULARY, mask.shape), mask))
+    values = torch.linalg.svdvals(output.pooler_output.double())
+    shares = values / values.sum()
+    assert readings["rankme/pooler"] == pytest.approx(float(torch.special.entr(shares).sum().exp()), rel=1e-6)
+    assert not [w for w in recwarn if "Padding" in str(w.message)]

@@ -103,7 +103,8 @@ def test_wandb_sums_the_alignment_up_by_its_greatest_value_and_its_last(tmp_path
 
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     trainer, _ = fit(tmp_path, make_llava(), llava_examples(32), [AlignmentCallback(1)], logger=logger)
-    summary = wandb.run.summary["alignment/image_text"]
-    assert summary["last"] == pytest.approx(trainer.callback_metrics["alignment/image_text"].item())
-    assert summary["max"] >= summary["last"]
+    for key in ("alignment/image_text", "alignment/grounding", "alignment/cka_z", "alignment/mutual_knn_z"):
+        summary = wandb.run.summary[key]
+        assert summary["last"] == pytest.approx(trainer.callback_metrics[key].item())
+        assert summary["max"] >= summary["last"]
     wandb.finish()
