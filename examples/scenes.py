@@ -18,10 +18,32 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-THINGS = (
-    "dog cat pig fish penguin turtle octopus butterfly rose cactus mushroom sunflower "
-    "tomato banana lemon watermelon bus tractor rocket balloon umbrella guitar key crown"
-).split()
+THINGS = [
+    "dog",
+    "cat",
+    "pig",
+    "fish",
+    "penguin",
+    "turtle",
+    "octopus",
+    "butterfly",
+    "rose",
+    "cactus",
+    "mushroom",
+    "sunflower",
+    "tomato",
+    "banana",
+    "lemon",
+    "watermelon",
+    "bus",
+    "tractor",
+    "rocket",
+    "balloon",
+    "umbrella",
+    "guitar",
+    "key",
+    "crown",
+]
 PLACES = (
     *("top left", "top center", "top right"),
     *("middle left", "center", "middle right"),
@@ -61,9 +83,7 @@ class Scenes(Dataset[Pair]):
         places = sorted(draw.sample(range(len(PLACES)), len(things)))
         picture = np.full((SIZE, SIZE, 3), 255, dtype=np.uint8)
         for thing, place in zip(things, places, strict=True):
-            y, x = (
-                min(max(cell * CELL + draw.randint(-JITTER, JITTER), 0), SIZE - CELL) for cell in divmod(place, 3)
-            )
+            y, x = (min(max(cell * CELL + draw.randint(-JITTER, JITTER), 0), SIZE - CELL) for cell in divmod(place, 3))
             canvas = picture[y : y + CELL, x : x + CELL]
             np.minimum(canvas, glyphs()[thing], out=canvas)  # the glyphs are on white
         caption = ", ".join(f"{thing} {PLACES[place]}" for thing, place in zip(things, places, strict=True))

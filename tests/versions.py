@@ -15,3 +15,10 @@ def older(package: str, release: str) -> bool:
 
 def needs(package: str, release: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(older(package, release), reason=f"needs {package} {release}")
+
+
+BOTH_PACKAGES = pytest.mark.parametrize(
+    # Where both are installed, before 2.6 a Trainer of the second takes no callback of the first.
+    "package",
+    ["lightning.pytorch", pytest.param("pytorch_lightning", marks=needs("lightning", "2.6"))],
+)

@@ -105,14 +105,18 @@ def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether a module is a model of transformers."""
     # Told by what is used of it, so that transformers need not be imported.
-    return all(hasattr(model, name) for name in ("config", "base_model", "get_encoder", "get_decoder"))
+    return all(hasattr(model, name) for name in ("config", "base_model", "get_input_embeddings", "get_decoder"))
 
 
 def _language_model(model: Any) -> nn.Module:
     """What ``AutoModel`` would be: the module whose first output is the last hidden state of the language model."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()  # type: ignore[no-any-return]
-    return model.get_decoder()  # type: ignore[no-any-return]
+    decoder: nn.Module = model.get_decoder()
+    if decoder is model:
+        # Before 5.0 transformers looks for it by the names `model` and `decoder` only.
+        return getattr(model, "text_model", model) if model.base_model is model else _language_model(model.base_model)
+    return decoder
 
 
 def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, nn.Module] | None:

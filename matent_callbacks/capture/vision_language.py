@@ -7,7 +7,9 @@ encoder and those behind the connector; ``get_decoder``; and ``config.image_toke
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -90,10 +92,11 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
     while model.base_model is not model and hasattr(model.base_model, "get_image_features"):
         model = model.base_model
     taken = inspect.signature(model.get_image_features).parameters
-    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, return_dict=True)
+    as_output = {"return_dict": True} if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else {}
+    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, **as_output)
     states, pooled = _encoder_states(features, model.config, batch), getattr(features, "pooler_output", None)
     if states is None:
-        raise not_found(model, "vision_encoder", "`get_image_features` gives no hidden states (rows, patches, d)")
+        raise not_found(model, "vision_encoder", _why_no_states())
     if not isinstance(pooled, Tensor) and not (isinstance(pooled, Sequence) and len(pooled)):
         raise not_found(model, "connector", f"`get_image_features` gives {describe(pooled)} as `pooler_output`")
     # An image each, or all images of a sample; in a tensor (tokens, d), where no border is left, a token.
@@ -134,6 +137,16 @@ def _encoder_states(features: Any, config: Any, batch: Mapping[str, Any]) -> Ten
         return None
     states = states.unsqueeze(0) if states.ndim == 2 else states
     return states[:, 1:] if strategy == "default" else states
+
+
+def _why_no_states() -> str:
+    release = metadata.version("transformers") if "transformers" in sys.modules else "5"
+    if int(release.split(".")[0]) < 5:
+        return (
+            f"it needs transformers 5.0 or newer, and in {release} `get_image_features` gives nothing from before the "
+            "connector"
+        )
+    return "`get_image_features` gives no hidden states (rows, patches, d)"
 
 
 def _ends_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> list[int]:

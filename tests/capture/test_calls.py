@@ -19,6 +19,8 @@ BATCHES = [collate(text_examples(5, start=start)) for start in (0, 5)]
 
 def definition(model: Any, *batches: dict[str, Tensor]) -> dict[str, float]:
     """Of all tokens of the batches, by the model's own hidden states."""
+    # A copy: before 5.0 transformers leaves a `forward` behind in the layers of a model that is asked for these.
+    model = copy.deepcopy(model)
     with torch.no_grad():
         states = [model(**b, output_hidden_states=True).hidden_states for b in batches]
     masks = [b["attention_mask"].bool() for b in batches]

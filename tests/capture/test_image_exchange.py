@@ -14,6 +14,7 @@ from matent_callbacks.capture.inference import quiet
 from matent_callbacks.capture.joint_forward import JointForward
 from matent_callbacks.capture.vision_language import Stage, stages_of, vision_language_stages
 from tests.capture.families import FAMILIES, IMAGE, PAD, Probe, Sample, collate, make_probe
+from tests.versions import needs
 
 # One image and two, of different sizes, a sample without, and one whose size no other has.
 BATCH = (
@@ -52,6 +53,7 @@ def explicit(model: Any, batch: dict[str, Any], rows: Sequence[int]) -> tuple[fl
     return output.loss.item(), output.hidden_states[-1]
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_is_the_forward_of_a_batch_whose_images_were_moved(name, side, models):
@@ -91,6 +93,7 @@ def test_all_alike_are_moved_around_once(models):
     assert (found.moved_nats.sum() / found.num_labels.sum()).item() == pytest.approx(loss, abs=2e-6)
 
 
+@needs("transformers", "5.0")
 def test_as_many_tokens_in_another_shape_are_no_equal(models):
     family, model = FAMILIES["qwen2 vl"], models("qwen2 vl")
     wide, high, text = [(4, 24)], [(24, 4)], [3, 4]
@@ -106,6 +109,7 @@ def test_as_many_tokens_in_another_shape_are_no_equal(models):
     assert (nats / tokens).item() == pytest.approx(loss, abs=2e-6)
 
 
+@needs("transformers", "5.0")
 def test_only_one_forward_more_and_no_more_logits_than_labels(models):
     family, model = FAMILIES["smolvlm"], models("smolvlm")
     batch = with_labels(collate(family, make_probe(family, model, BATCH)))
@@ -155,6 +159,7 @@ def test_a_model_without_a_head_has_no_losses(models):
     assert found.exchanged.all()
 
 
+@needs("transformers", "5.0")
 def test_reading_of_ones_own(models):
     family, model = FAMILIES["qwen3 vl"], models("qwen3 vl")
     batch = with_labels(collate(family, make_probe(family, model, BATCH)))

@@ -33,6 +33,7 @@ from transformers import (
 
 from matent_callbacks import EntropyMonitor
 from tests.conftest import VOCABULARY, slow_pooled_entropy
+from tests.versions import needs
 
 SPEECH = {
     "vocab_size": VOCABULARY,
@@ -263,6 +264,7 @@ def test_the_language_model_of_an_audio_model(merged):
     assert_reads(readings, output.hidden_states, lengths_as_mask(lengths, output.hidden_states[0].shape[1]))
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_audio_tower_of_an_audio_model(attention):
     model = qwen2_audio(attention)
@@ -388,6 +390,7 @@ def test_a_mask_that_tells_nothing_is_not_taken():
     assert_reads(readings, [output], None, ["last"])
 
 
+@needs("transformers", "5.0")
 def test_the_mask_of_one_tower_is_not_that_of_another(recwarn):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from matent_callbacks.capture.vision_language import vision_language_stages
 from matent_callbacks.functional import matrix_entropy
 from matent_callbacks.functional.alignment import STAGES
 from tests.capture.families import BATCH, FAMILIES, IMAGE, VISION, Family, Probe, Sample, collate, make_probe
+from tests.versions import needs
 
 
 def slow_stages(family: Family, model: Any, probe: Probe, index: int) -> dict[str, Tensor]:
@@ -54,6 +56,7 @@ def assert_readings_agree(family: Family, model: Any, probe: Probe, batch: dict[
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_five_readings_are_those_of_each_sample_alone(name, side, models):
@@ -62,6 +65,7 @@ def test_the_five_readings_are_those_of_each_sample_alone(name, side, models):
     assert_readings_agree(family, model, probe, collate(family, probe, side))
 
 
+@needs("transformers", "5.0")
 def test_wrapped_by_peft(models):
     peft = pytest.importorskip("peft")
     family = FAMILIES["smolvlm"]
@@ -83,6 +87,7 @@ def compile_decoder(model: Any) -> Any:
     return model
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize(
     "compile_it",
     [
@@ -103,6 +108,7 @@ def test_compiled_models_are_read_without_their_graph(compile_it, models):
     assert_readings_agree(family, plain, probe, batch, read=compiled)
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("name", ["llava", "qwen2 vl"])
 def test_without_a_head_and_without_a_mask(name, models):
     family, model = FAMILIES[name], models(name)
@@ -111,6 +117,7 @@ def test_without_a_head_and_without_a_mask(name, models):
     assert_readings_agree(family, model, probe, batch, read=model.model)
 
 
+@needs("transformers", "5.0")
 def test_labels_change_nothing(models):
     family, model = FAMILIES["llava"], models("llava")
     probe = make_probe(family, model)
@@ -118,6 +125,7 @@ def test_labels_change_nothing(models):
     assert_readings_agree(family, model, probe, {**batch, "labels": batch["input_ids"]})
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("name", ["llava", "llava next", "qwen3 vl"])
 def test_no_hook_no_cache_and_no_graph_stays(name, models):
     family, model = FAMILIES[name], models(name)
@@ -140,6 +148,7 @@ def test_no_hook_no_cache_and_no_graph_stays(name, models):
     assert not any(stage.hidden_states.requires_grad for stage in stages.values())
 
 
+@needs("transformers", "5.0")
 def test_the_hook_is_gone_after_an_exception(models):
     family, model = FAMILIES["qwen2 vl"], models("qwen2 vl")
     batch = collate(family, make_probe(family, model))
@@ -149,6 +158,7 @@ def test_the_hook_is_gone_after_an_exception(models):
     assert dict(model.get_decoder()._forward_hooks) == before
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("name", ["llava", "paligemma", "qwen2.5 vl", "idefics3"])
 def test_pixels_that_are_not_finite_stay_in_their_sample(name, models):
     family, model = FAMILIES[name], models(name)
@@ -163,6 +173,7 @@ def test_pixels_that_are_not_finite_stay_in_their_sample(name, models):
     torch.testing.assert_close(dirty["text"], clean["text"], rtol=0, atol=1e-9)
 
 
+@needs("transformers", "5.0")
 def test_a_sample_of_images_only_has_no_text_row(models):
     family, model = FAMILIES["internvl"], models("internvl")
     probe = make_probe(family, model, [Sample([(24, 24)], [0, 0]), Sample([(24, 24)], [4, 4])])
@@ -206,11 +217,20 @@ def set_at(index: Any, value: int) -> Callable[[Tensor], Tensor]:
         ),
         (changed(attention_mask=set_at((0, 3), 0)), "`attention_mask` must be 1 at every image token, got 0 at 1"),
         (changed(input_ids=lambda ids: torch.full_like(ids, IMAGE)), "`attention_mask` must be 1 at every image token"),
-        (changed(input_ids=set_at((0, 3), 5)), "`input_ids` must hold as many image tokens .* 36, got 35"),
-        (changed(pixel_values=lambda p: p[1:]), "`input_ids` must hold as many image tokens .* 27, got 36"),
-        (
+        pytest.param(
+            changed(input_ids=set_at((0, 3), 5)),
+            "`input_ids` must hold as many image tokens .* 36, got 35",
+            marks=needs("transformers", "5.0"),
+        ),
+        pytest.param(
+            changed(pixel_values=lambda p: p[1:]),
+            "`input_ids` must hold as many image tokens .* 27, got 36",
+            marks=needs("transformers", "5.0"),
+        ),
+        pytest.param(
             lambda batch: changed(input_ids=set_at((3, 0), IMAGE))(changed(input_ids=set_at((0, 3), 5))(batch)),
             "`input_ids` must hold the tokens of whole images in each sample, got 8 in sample 0 .* 9, 9, 9, 9",
+            marks=needs("transformers", "5.0"),
         ),
         (lambda batch: {**batch, "pixel_values_videos": torch.zeros(1)}, "`pixel_values_videos` must not be"),
     ],
@@ -229,6 +249,7 @@ def test_images_without_any_text(models):
         vision_language_stages(model, batch)
 
 
+@needs("transformers", "5.0")
 def test_tiles_that_cannot_be_told_from_padding(models):
     family, model = FAMILIES["llava next"], models("llava next")
     batch = collate(family, make_probe(family, model))
@@ -249,6 +270,7 @@ def test_models_that_are_not_of_the_kind(make_llama, models):
             vision_language_stages(model, batch)
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize(("stage", "name"), [("connector", "pooler_output"), ("vision_encoder", "hidden_states")])
 def test_image_features_without_what_is_read(stage, name, models, monkeypatch):
     family, model = FAMILIES["llava"], models("llava")
@@ -262,4 +284,17 @@ def test_image_features_without_what_is_read(stage, name, models, monkeypatch):
 
     monkeypatch.setattr(model.model, "get_image_features", without_it)
     with pytest.raises(ValueError, match=f"Stage '{stage}' was not found in Llava"), quiet(model):
+        vision_language_stages(model, batch)
+
+
+def test_before_transformers_5_it_is_said_that_this_is_needed(models, monkeypatch):
+    family, model = FAMILIES["llava"], models("llava")
+    batch = collate(family, make_probe(family, model))
+    # As it is there.
+    monkeypatch.setattr(metadata, "version", lambda package: "4.57.1")
+    monkeypatch.setattr(model.model, "get_image_features", lambda pixel_values, **_: list(torch.zeros(4, 9, 24)))
+    told = (
+        r"'vision_encoder' was not found in Llava.*: it needs transformers 5\.0 or newer, and in 4\.57\.1 .*`stages=`"
+    )
+    with pytest.raises(ValueError, match=told), quiet(model):
         vision_language_stages(model, batch)

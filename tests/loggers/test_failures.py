@@ -16,7 +16,7 @@ from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallbac
 from matent_callbacks.lightning._loggers import summarize_by_maximum, takes_pictures
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.loggers.libraries import PICTURES, TensorBoard, Wandb, in_csv
-from tests.loggers.test_lightning import PACKAGES
+from tests.versions import BOTH_PACKAGES
 
 
 def unreachable(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def test_a_reporter_without_its_image_call_keeps_nothing_from_the_next(prepare, 
     assert_same(trainer.model.state_dict(), plain.model.state_dict())
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@BOTH_PACKAGES
 def test_a_logger_without_its_image_call_keeps_nothing_from_the_next(package, prepare, fit, wandb_without_images):
     wandb, tensorboard = prepare(Wandb), prepare(TensorBoard)
     loggers = [wandb.make_logger(package), tensorboard.make_logger(package)]
@@ -93,7 +93,7 @@ def own_logger(package: str = "lightning.pytorch", **attributes: Any) -> Any:
     return Own()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@BOTH_PACKAGES
 def test_loggers_of_ones_own_get_the_numbers(package, prepare, fit, tmp_path):
     tensorboard = prepare(TensorBoard)
     broken, own = own_logger(package, log_metrics=unreachable), own_logger(package)

@@ -7,6 +7,7 @@ import pytest
 
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.loggers.libraries import ALL, PICTURES
+from tests.versions import older
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -30,7 +31,8 @@ def test_numbers_and_pictures_are_stored_under_their_steps(kind, prepare, make_t
         assert sorted(logged) == [2, 4, 6, 8, 10, 12]
         assert stored.numbers[library.prefix + key] == {step: pytest.approx(v) for step, v in logged.items()}
     evaluated = "eval/matrix_entropy/last" if library.prefix else "eval_matrix_entropy/last"
-    assert sorted(stored.numbers[evaluated]) == [5, 10, 12]
+    at_the_end = [] if older("transformers", "5.0") else [12]
+    assert sorted(stored.numbers[evaluated]) == [5, 10, *at_the_end]
 
     assert sorted(stored.pictures) == PICTURES
     for name in PICTURES:

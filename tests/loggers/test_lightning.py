@@ -9,11 +9,10 @@ import pytest
 
 from matent_callbacks.lightning import MatrixEntropyCallback
 from tests.loggers.libraries import ALL, PICTURES, in_csv
+from tests.versions import BOTH_PACKAGES
 
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
-
-@pytest.mark.parametrize("package", PACKAGES)
+@BOTH_PACKAGES
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind.logger])
 def test_numbers_and_pictures_are_stored_under_their_steps(kind, package, prepare, fit, drawn, tmp_path):
     library = prepare(kind)
