@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo demo-multimodal test lint types docs bench bench-rankme clean
+.PHONY: demo demo-multimodal test check lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -13,6 +13,10 @@ demo-multimodal: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Before each commit: under two minutes.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
