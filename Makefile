@@ -8,7 +8,7 @@ NEWEST := .venv-newest
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
 
-.PHONY: demo demo-multimodal test test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
+.PHONY: demo demo-multimodal test check test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -31,6 +31,10 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(NEWEST)/bin/python -m pytest
+
+# Before each commit: under two minutes.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

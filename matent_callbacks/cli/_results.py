@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matent_callbacks.accumulate.symmetric import PackedMoments
+from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
 from matent_callbacks.cli._stream import State
 
@@ -132,9 +132,7 @@ def _encode(state: State) -> dict[str, Any]:
     }
     moments = {
         layer: {
-            source: {
-                name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items() if name != "about_origin"
-            }
+            source: {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
             for source, own in sources.items()
         }
         for layer, sources in state.moments.items()
@@ -149,10 +147,7 @@ def _decode(content: dict[str, Any]) -> State:
     }
     moments = {
         layer: {
-            source: PackedMoments(
-                **{name: torch.from_numpy(_values(values)) for name, values in own.items()},
-                about_origin=source == "pooled",
-            )
+            source: Moments(**{name: torch.from_numpy(_values(values)) for name, values in own.items()})
             for source, own in sources.items()
         }
         for layer, sources in content["moments"].items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.symmetric import PackedMoments
+from matent_callbacks.accumulate.moments import Moments, merge_moments
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
@@ -49,7 +49,7 @@ class State:
     """Where each kind of trouble was met first."""
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Means] = field(default_factory=dict)
-    moments: dict[str, dict[Source, PackedMoments]] = field(default_factory=dict)
+    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
 
     def skip(self, kind: str, place: str, count: int = 1) -> None:
         """Count documents that are left out, the first of them at ``place``."""
@@ -78,12 +78,13 @@ class State:
         for layer, moments in other.moments.items():
             self.add_moments(layer, moments)
 
-    def add_moments(self, layer: str, moments: dict[Source, PackedMoments]) -> None:
+    def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
         """Add those of other tokens."""
         seen = self.moments.get(layer)
         if seen:
             moments = {
-                source: seen[source].merged(own.to(seen[source].scatter.device)) for source, own in moments.items()
+                source: merge_moments(seen[source], own.to(seen[source].scatter.device))
+                for source, own in moments.items()
             }
         self.moments[layer] = moments
 
@@ -213,7 +214,7 @@ def _window(
 class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
-    moments: dict[str, dict[Source, PackedMoments]]
+    moments: dict[str, dict[Source, Moments]]
 
 
 class _Reader:
@@ -228,7 +229,7 @@ class _Reader:
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[Source, PackedMoments]] = {}
+        self._moments: dict[str, dict[Source, Moments]] = {}
 
     def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
         """One forward."""

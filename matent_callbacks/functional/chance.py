@@ -38,9 +38,9 @@ def pairing_z_score(
 ) -> Tensor:
     r"""Compute how many standard deviations a measure of paired rows lies above random pairings of the same rows.
 
-    :math:`(m - \mathrm{mean}_\pi\, m_\pi) / \mathrm{std}_\pi\, m_\pi`, with m the measure of ``x`` and ``y`` and
-    :math:`m_\pi` that of ``x`` and permuted rows of ``y``. About 0 with deviation 1 for unrelated rows, whatever n, the
-    widths and the measure, and larger the more pairs there are: compare at equal n.
+    :math:`(m - \mathrm{mean}(m_p)) / \mathrm{std}(m_p)`, with m the measure of ``x`` and ``y`` and :math:`m_p` those
+    of ``x`` and permuted rows of ``y``. About 0 with deviation 1 for unrelated rows, whatever n, the widths and the
+    measure. For related rows it grows with n: compare at equal n.
 
     For :func:`linear_cka`, :func:`debiased_cka` and :func:`mutual_knn` (or a :func:`functools.partial` of it with its
     ``k``) the Gram matrices and neighbours are computed once and only permuted. Any other function is called for each

@@ -114,11 +114,9 @@ def debiased_cka(x: Tensor, y: Tensor) -> Tensor:
 
     :math:`\mathrm{HSIC}_1(K, L) / \sqrt{\mathrm{HSIC}_1(K, K)\, \mathrm{HSIC}_1(L, L)}` of the Gram matrices K and L,
     with the unbiased estimator of Song et al. 2012 (JMLR 13, 1393-1434), as Nguyen et al. 2021 (arXiv 2010.15327) use
-    it: for K and L without their diagonals
-
-    .. math::
-        \mathrm{HSIC}_1 = \frac{1}{n (n - 3)} \Big( \mathrm{tr}(K L) +
-        \frac{1^\top K 1\, 1^\top L 1}{(n - 1)(n - 2)} - \frac{2}{n - 2} 1^\top K L 1 \Big).
+    it. :math:`\mathrm{HSIC}_1(K, L) = \sum_{ij} A_{ij} B_{ij} / (n (n - 3))`, with A and B the Gram matrices U-centred
+    (Székely & Rizzo 2014): for each, :math:`A_{ij} = K_{ij} - K_{i.} / (n - 2) - K_{.j} / (n - 2) + K_{..} / ((n - 1)
+    (n - 2))` with the sums of K without its diagonal, and 0 on the diagonal.
 
     Its mean over all pairings of given rows is 0, and that over independent draws, too. Orthogonal maps, isotropic
     scaling and shifts of either side change nothing.

@@ -30,6 +30,10 @@ class EntropyMonitor:
     counted, nor is what gradient checkpointing computes again. In a distributed run ``compute`` puts the tokens of
     all ranks together; every rank has to call it.
 
+    Tokens are left out where the model's attention mask says so, or, if its length is not that of the hidden states,
+    the mask that a module around them is handed: of the frames in a speech encoder, or the ``src_key_padding_mask`` of
+    torch's own layers. Where none fits, all tokens count and a warning says so.
+
     Args:
         model: The model as it is trained: plain, or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
