@@ -6,7 +6,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate import ParallelismConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -33,7 +32,7 @@ class OnCpu(Trainer):
     """Accelerate knows tensor parallelism on accelerators only: on CPU it refuses, and would put DDP around."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        with mock.patch.object(ParallelismConfig, "_validate_accelerator"):
+        with mock.patch("accelerate.ParallelismConfig._validate_accelerator"):
             super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = lambda model, **_: model
 
