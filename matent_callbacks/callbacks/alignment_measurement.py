@@ -24,7 +24,6 @@ from matent_callbacks.callbacks.alignment_reading import (
     read_dual_encoder,
     read_vision_language,
 )
-from matent_callbacks.callbacks.measurement import Guarded
 from matent_callbacks.callbacks.pair_measures import (
     EXCHANGE_MEASURES,
     OF_DUAL_ENCODERS,
@@ -53,15 +52,13 @@ class _Batches(NamedTuple):
     fingerprints: list[int]
 
 
-class AlignmentMeasurement(Guarded):
+class AlignmentMeasurement:
     """The arguments of an alignment callback, and one measurement of a model on a probe."""
 
     def __init__(
         self,
-        every_n_steps: int,
         *,
         probe: Any,
-        num_pairs: int,
         basis: Literal["effective_rank", "entropy"],
         metrics: str | Iterable[str],
         pair_measures: Iterable[str] | None,
@@ -69,9 +66,7 @@ class AlignmentMeasurement(Guarded):
         towers: tuple[str, str] | None,
         k: int,
         alpha: float,
-        on_error: Literal["warn", "raise"],
     ) -> None:
-        super().__init__(every_n_steps, on_error)
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name, given, allowed in (
             ("basis", (basis,), ("effective_rank", "entropy")),
@@ -81,14 +76,11 @@ class AlignmentMeasurement(Guarded):
             for value in given:
                 if value not in allowed:
                     raise ValueError(f"`{name}` must be of {', '.join(allowed)}, got {value!r}.")
-        if num_pairs < 2:
-            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
         if isinstance(stages, Mapping) and set(stages) != set(STAGES):
             raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
         if stages is not None and towers is not None:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         self.probe = probe
-        self.num_pairs = num_pairs
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
@@ -98,22 +90,26 @@ class AlignmentMeasurement(Guarded):
         self._told: set[str] = set()
 
     def measure(
-        self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        model: nn.Module,
+        *,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        find_probe: Callable[[], Any] | None = None,
     ) -> dict[str, float]:
-        """All values on the probe; ``around`` the forwards. An error is said once and gives none."""
-        return self.guarded(lambda: self.measure_or_raise(model, around=around))
+        """All values on the probe; ``around`` the forwards, ``find_probe`` for where none was given.
 
-    def measure_or_raise(
-        self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> dict[str, float]:
-        """All values on the probe."""
+        Raises:
+            Exception: On every rank, if it cannot be read on one.
+        """
         error: Exception | None = None
         batches = _Batches([], [])
-        with quiet(model), around():
-            try:
+        try:
+            if self.probe is None and find_probe is not None:
+                self.probe = find_probe()
+            with quiet(model), around():
                 batches = self._read(model)
-            except Exception as raised:
-                error = raised
+        except Exception as raised:
+            error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
         if is_distributed() and agreed_failures([error is not None], device_of(model))[0]:
             raise error or RuntimeError("Another rank failed to read the probe.")
@@ -277,9 +273,7 @@ def measure_alignment(
         >>> # measure_alignment(clip_model, {"input_ids": ids, "pixel_values": pixels})["alignment/cka"]
     """
     return AlignmentMeasurement(
-        1,
         probe=probe,
-        num_pairs=2,
         basis=basis,
         metrics=metrics,
         pair_measures=pair_measures,
@@ -287,8 +281,7 @@ def measure_alignment(
         towers=towers,
         k=k,
         alpha=alpha,
-        on_error="raise",
-    ).measure_or_raise(model)
+    ).measure(model)
 
 
 def _to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

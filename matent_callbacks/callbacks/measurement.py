@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
+from matent_callbacks.callbacks.guard import Guard, OnError
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 
 _DATA_SET_RANK = "sequence_effective_rank"
 
 
-class Guarded:
-    """When to measure, and what becomes of an error in it."""
-
-    def __init__(self, every_n_steps: int, on_error: Literal["warn", "raise"]) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
-        self.every_n_steps = every_n_steps
-        self._on_error = on_error
-        self._warned = False
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """What goes wrong inside is told once and, with ``on_error="warn"``, goes no further."""
-        try:
-            yield
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            if not self._warned:
-                warnings.warn(f"Monitoring failed: {type(error).__name__}: {error} Training goes on.", stacklevel=4)
-            self._warned = True
-
-    def guarded(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The values, or, where it went wrong, none."""
-        values: dict[str, float] = {}
-        with self.guard():
-            values.update(measure())
-        return values
+def check_every_n_steps(every_n_steps: int) -> None:
+    """Raise ValueError for what is no whole number above 0."""
+    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
 
 
-class Measurement(Guarded):
+class Measurement:
     """The arguments of a callback, the monitors that carry them out, and the reference values of a run."""
 
     def __init__(
@@ -61,17 +37,19 @@ class Measurement(Guarded):
         probe: Any,
         reference: Literal["start"] | nn.Module | None,
         max_tokens: int | None,
-        on_error: Literal["warn", "raise"],
+        on_error: OnError,
+        guard: Guard,
         module: str | None,
         dtype: torch.dtype,
         solver: Solver,
         background: bool,
     ) -> None:
-        super().__init__(every_n_steps, on_error)
+        check_every_n_steps(every_n_steps)
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
             raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
         if reference is not None and probe is None:
             raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
+        self.every_n_steps = every_n_steps
         self.layers = layers
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
@@ -79,8 +57,16 @@ class Measurement(Guarded):
         self.background = background
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
+        self._guard = guard
+        self._on_error = on_error
         self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype, "solver": solver}
         self._monitors: dict[bool, EntropyMonitor] = {}
+
+    def renewed(self, guard: Guard) -> Measurement:
+        """The same arguments without monitors and reference values."""
+        new = copy.copy(self)
+        new._guard, new._monitors, new._reference_ranks = guard, {}, None
+        return new
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
         """The monitor of the model's own forwards."""
@@ -104,7 +90,7 @@ class Measurement(Guarded):
     ) -> Callable[[], dict[str, float]]:
         """The chosen metrics on the probe, and the difference from the reference; ``around`` each set of forwards."""
         values: Callable[[], dict[str, float]] = dict
-        with self.guard():
+        with self._guard("the reading of the probe"):
             monitor = self._monitor(model, probing=True)
             self._read_probe(monitor, around)
             values = self._values(monitor)
@@ -112,7 +98,13 @@ class Measurement(Guarded):
 
     def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
-        if self._reference is None or self._reference_ranks is not None:
+        if self._reference is None:
+            return
+        loaded = self._reference_ranks is not None
+        if is_distributed():
+            # A rank that could not load what the others have goes without: it would measure alone.
+            loaded = agreed_failures([loaded], next(model.parameters()).device)[0]
+        if loaded:
             return
         reference = model if self._reference == "start" else self._reference
         assert isinstance(reference, nn.Module)
@@ -122,7 +114,7 @@ class Measurement(Guarded):
             self._read_probe(monitor, around)
             return monitor.compute()
 
-        self._reference_ranks = self.guarded(measure)
+        self._reference_ranks = self._guard.values("the reference", measure)
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
@@ -130,22 +122,31 @@ class Measurement(Guarded):
             model, self.layers, metrics=metrics or self.metrics, on_error=self._on_error, **self._settings
         )
 
+    def values(self, monitor: EntropyMonitor) -> dict[str, float]:
+        """What a monitor has read since the last call."""
+        return self._guard.values("the numbers of a reading", monitor.compute)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         return {"reference_ranks": self._reference_ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self._reference_ranks = state["reference_ranks"]
+        """Take over what :meth:`state_dict` gave.
+
+        If it is anything else there is no reference: one measured now would not be that of the run's beginning.
+        """
+        self._reference_ranks = {}
+        ranks = state["reference_ranks"]
+        self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
 
     def _values(self, monitor: EntropyMonitor) -> Callable[[], dict[str, float]]:
         if not self.background:
-            values = self.guarded(monitor.compute)
+            values = self.values(monitor)
             return lambda: values
         finish: Callable[[], dict[str, float]] = dict
-        with self.guard():
+        with self._guard("the beginning of a reading in the background"):
             finish = monitor.compute_later()
-        return lambda: self.guarded(finish)
+        return lambda: self._guard.values("the numbers of a reading in the background", finish)
 
     def _with_difference(self, values: dict[str, float]) -> dict[str, float]:
         difference = {
@@ -158,7 +159,7 @@ class Measurement(Guarded):
 
     def _read_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> None:
         # Where the forwards fail on one rank, the others still wait for it in `compute`.
-        with self.guard(), around():
+        with self._guard("the forwards of the probe"), around():
             monitor.read(self.probe)
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:

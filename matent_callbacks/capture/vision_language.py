@@ -91,8 +91,11 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
     # The innermost model that knows it: outer ones may not name all the arguments.
     while model.base_model is not model and hasattr(model.base_model, "get_image_features"):
         model = model.base_model
-    taken = inspect.signature(model.get_image_features).parameters
-    as_output = {"return_dict": True} if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else {}
+    parameters = inspect.signature(model.get_image_features).parameters
+    taken, as_output = set(parameters), {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        # Early releases of transformers 5 hand Pixtral's sizes on without naming them.
+        taken, as_output = taken | {"image_sizes"}, {"return_dict": True}
     features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, **as_output)
     states, pooled = _encoder_states(features, model.config, batch), getattr(features, "pooler_output", None)
     if states is None:

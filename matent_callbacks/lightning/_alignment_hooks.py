@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_reading import Stages
+from matent_callbacks.callbacks.guard import Guard, unguarded
+from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loggers import summarize_by_maximum
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._trainer import log
 
 
 class AlignmentCallback(MeasuringCallback):
@@ -63,14 +66,16 @@ class AlignmentCallback(MeasuringCallback):
         prog_bar: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__()
+        check_every_n_steps(every_n_steps)
+        if num_pairs < 2:
+            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
+        self.guard = Guard(type(self).__name__, on_error)
         self.every_n_steps = every_n_steps
         self.during_eval = during_eval
         self.prog_bar = prog_bar
+        self._num_pairs = num_pairs
         self._alignment = AlignmentMeasurement(
-            every_n_steps,
             probe=probe,
-            num_pairs=num_pairs,
             basis=basis,
             metrics=metrics,
             pair_measures=pair_measures,
@@ -78,24 +83,25 @@ class AlignmentCallback(MeasuringCallback):
             towers=towers,
             k=k,
             alpha=alpha,
-            on_error=on_error,
         )
+        self.start_over()
 
     @property
     def state_key(self) -> str:
         return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics))
 
+    @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
-        summarize_by_maximum(trainer, *SUMMARIZED_BY_MAXIMUM)
+        with self.guard("the greatest values in W&B's table of runs"):
+            summarize_by_maximum(trainer, *SUMMARIZED_BY_MAXIMUM)
         # A probe or a model that cannot be read is told now, not in the middle of the run.
-        self._find_probe(trainer)
-        self._alignment.measure_or_raise(_model(pl_module), around=trainer.precision_plugin.forward_context)
+        self._measure(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
-        return self._measured(trainer, pl_module) if due or last else None
+        return self._measure_or_warn(trainer, pl_module) if due or last else None
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val")
@@ -106,19 +112,23 @@ class AlignmentCallback(MeasuringCallback):
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         if self.off or trainer.sanity_checking or not self.during_eval:
             return
-        self._find_probe(trainer)
-        values = {f"{prefix}_{key}": value for key, value in self._measured(trainer, pl_module).items()}
-        pl_module.log_dict(values, prog_bar=self.prog_bar, add_dataloader_idx=False)
+        values = {f"{prefix}_{key}": value for key, value in self._measure_or_warn(trainer, pl_module).items()}
+        log(pl_module, values, prog_bar=self.prog_bar, add_dataloader_idx=False)
 
-    def _measured(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        return self._alignment.measure(_model(pl_module), around=trainer.precision_plugin.forward_context)
+    def _measure_or_warn(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        return self.guard.values("the readings of the probe", lambda: self._measure(trainer, pl_module))
 
-    def _find_probe(self, trainer: Any) -> None:
-        if self._alignment.probe is not None:
-            return
+    def _measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        return self._alignment.measure(
+            _model(pl_module),
+            around=lambda: trainer.precision_plugin.forward_context(),
+            find_probe=lambda: self._first_pairs(trainer),
+        )
+
+    def _first_pairs(self, trainer: Any) -> Any:
         loaders = trainer.val_dataloaders or trainer.test_dataloaders or trainer.train_dataloader
         loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        self._alignment.probe = first_batch(loader.dataset, loader.collate_fn, self._alignment.num_pairs)
+        return first_batch(loader.dataset, loader.collate_fn, self._num_pairs)
 
 
 def _model(pl_module: Any) -> Any:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.guard import Guard, unguarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.lightning._loggers import show, takes_pictures
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 from matent_callbacks.lightning._sampler_padding import counted_samples
-from matent_callbacks.lightning._trainer import logging_step, publish
+from matent_callbacks.lightning._trainer import draws_its_batches, log, logging_step, publish
 from matent_callbacks.monitor import EntropyMonitor
 
 
@@ -99,7 +100,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         background: bool = False,
         pictures: bool = True,
     ) -> None:
-        super().__init__()
+        self.guard = Guard(type(self).__name__, on_error)
         self.every_n_steps = every_n_steps
         self.during_eval = during_eval
         self.prog_bar = prog_bar
@@ -112,14 +113,13 @@ class MatrixEntropyCallback(MeasuringCallback):
             reference=reference,
             max_tokens=max_tokens,
             on_error=on_error,
+            guard=self.guard,
             module=module,
             dtype=dtype,
             solver=solver,
             background=background,
         )
-        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
-        self._pictures = LayerPictures(self._measurement.metrics) if pictures else None
-        self._records: list[dict[str, float]] = []
+        self._with_pictures = pictures
         self._settings = {
             "every_n_steps": every_n_steps,
             "layers": layers,
@@ -127,7 +127,17 @@ class MatrixEntropyCallback(MeasuringCallback):
             "module": module,
             "probe": probe is not None,
         }
+        self.start_over()
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._measurement = self._measurement.renewed(self.guard)
+        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
+        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
+        self._records: list[dict[str, float]] = []
         self._open: EntropyMonitor | None = None
+        self._skipped = False
+        self._overdue = False
         self._loaders: dict[int, EntropyMonitor] = {}
 
     @property
@@ -141,6 +151,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._measurement.load_state_dict(state_dict)
         self._records = list(state_dict["records"])
 
+    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.off:
@@ -158,6 +169,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._late = None
+        self._skipped = self._overdue = False
         if not self.off:
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
@@ -165,19 +177,32 @@ class MatrixEntropyCallback(MeasuringCallback):
         # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
         # discarded as well.
         if not self.off:
+            self._skipped = False
             self._measurement.reset()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if not self.off and self._measurement.probe is None and self.next_step_is_due(trainer):
-            self._start(lambda: self._measurement.monitor(pl_module), batch)
+        if self.off or self._measurement.probe is not None:
+            return
+        if self._overdue or self.may_become_due(trainer, pl_module):
+            given = None if draws_its_batches(pl_module.training_step) else batch
+            self._start(lambda: self._measurement.monitor(pl_module), given)
+        else:
+            self._skipped = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._stop()
+        with self.guard("the end of reading a batch"):
+            self._stop()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # A module that skips the rest of an epoch does so after a batch began, and that batch never ends.
+        with self.guard("the end of reading a batch"):
+            self._stop()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if due else None
+            values = self._measurement.from_forwards() if self._is_read(due=due) else None
         elif due or last:
             # Also at the end, so that the last record describes the model that is saved.
             values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
@@ -243,6 +268,19 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     # Inside
 
+    def _is_read(self, *, due: bool) -> bool:
+        """Whether a reading of the optimizer step that is over is due and covers all of it.
+
+        One that is due and was not expected to be, since more steps were made in a batch than ever before, is taken
+        from the next batch.
+        """
+        due = due or self._overdue
+        skipped, self._skipped = self._skipped, False
+        self._overdue = due and skipped
+        if not (due or skipped):
+            self._measurement.reset()
+        return due and not skipped
+
     def _start(
         self,
         monitor: Callable[[], EntropyMonitor],
@@ -250,33 +288,39 @@ class MatrixEntropyCallback(MeasuringCallback):
         samples: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
-        with self._measurement.guard():
+        with self.guard("batches that no mask could be made of") as making:
+            mask = self._mask_of(batch)
+        if not making.failed:
             self._open = monitor()
-            self._open.start(attention_mask=self._mask_of(batch), sample_mask=samples())
+            self._open.start(attention_mask=mask, sample_mask=samples())
 
     def _mask_of(self, batch: Any) -> Tensor | None:
         if self._mask is not None:
+            if batch is None:
+                raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
             return self._mask(batch)
         own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return own if isinstance(own, Tensor) and own.ndim == 2 else None
 
     def _stop(self) -> None:
-        if self._open is not None:
-            self._open.stop()
-            self._open = None
+        monitor, self._open = self._open, None
+        if monitor is not None:
+            monitor.stop()
 
     def _log_late(self, trainer: Any) -> None:
         late, self._late = self._late, None
         if late is None:
             return
+        # Waited for on all ranks; what can fail on one comes after it.
         step, values = late[0], late[1]()
-        publish(trainer, values, step=step)
-        self.was_logged(trainer, values, step=step)
+        with self.guard("the log of a background reading"):
+            publish(trainer, values, self.guard, step=step)
+            self.was_logged(trainer, values, step=step)
 
     def _show_pictures(self, trainer: Any, *, last: bool = False) -> None:
-        if self._pictures is None or not takes_pictures(trainer):
-            return
-        with self._measurement.guard():
+        with self.guard("pictures"):
+            if self._pictures is None or not takes_pictures(trainer):
+                return
             pictures = self._pictures.draw(self._records, self._measurement.layer_names, last=last)
             show(trainer, pictures, step=logging_step(trainer))
 
@@ -294,7 +338,11 @@ class MatrixEntropyCallback(MeasuringCallback):
                 self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
             return self._loaders[dataloader_idx]
 
-        self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
+        step = pl_module.test_step if trainer.testing else pl_module.validation_step
+        if draws_its_batches(step):
+            self._start(monitor, None)
+        else:
+            self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
 
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):
@@ -303,9 +351,10 @@ class MatrixEntropyCallback(MeasuringCallback):
         for index in range(num_loaders):
             suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
             monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
-            values = self._measurement.guarded(monitor.compute)
+            values = self._measurement.values(monitor)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
-            pl_module.log_dict(named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            with self.guard("the readings of an evaluation"):
+                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
 
 

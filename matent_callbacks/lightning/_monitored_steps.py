@@ -5,19 +5,20 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from matent_callbacks.lightning._trainer import Callback, log_to_loggers, logging_step, publish
+from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
+from matent_callbacks.lightning._trainer import Callback, log, log_to_loggers, logging_step, publish
 
 
-class MeasuringCallback(Callback):
+class MeasuringCallback(GuardedHooks, Callback):
     """Knows which optimizer steps are due, and logs what was read at them."""
 
     every_n_steps: int
     prog_bar: bool
 
-    def __init__(self) -> None:
+    def start_over(self) -> None:
         self.off = False
         self._last_step = 0
-        self._stride = 1
+        self._most_steps = 0
         self._logged_step = -1
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
@@ -27,21 +28,23 @@ class MeasuringCallback(Callback):
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
         """Called when readings are in the loggers, at ``step`` of their x axis."""
 
+    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.off = trainer.barebones
         if self.off:
             warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step, self._stride, self._logged_step = trainer.global_step, 1, -1
+        self._last_step, self._most_steps, self._logged_step = trainer.global_step, 0, -1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.off or trainer.global_step == self._last_step:
             return
         due = self._reached(trainer.global_step)
-        # Several optimizers take several steps a batch.
-        self._stride, self._last_step = trainer.global_step - self._last_step, trainer.global_step
-        values = self.step_values(trainer, pl_module, due=due, last=trainer.global_step == trainer.max_steps)
+        self._most_steps = max(self._most_steps, trainer.global_step - self._last_step)
+        self._last_step = trainer.global_step
+        last = 0 <= trainer.max_steps <= trainer.global_step
+        values = self.step_values(trainer, pl_module, due=due, last=last)
         if values is None:
             return
         # Also where the reading failed: the ranks measure together or not at all.
@@ -49,8 +52,9 @@ class MeasuringCallback(Callback):
         # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
         # between would be lost, or stand at a later step. So the loggers get theirs at once.
         if values:
-            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
-            log_to_loggers(trainer, values)
+            with self.guard("`trainer.callback_metrics`"):
+                log(pl_module, values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+            log_to_loggers(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -59,12 +63,18 @@ class MeasuringCallback(Callback):
             return
         values = self.step_values(trainer, pl_module, due=False, last=True)
         if values:
-            publish(trainer, values)
+            publish(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
-    def next_step_is_due(self, trainer: Any) -> bool:
-        """Whether the optimizer step that is about to be made completes an interval."""
-        return self._reached(trainer.global_step + self._stride)
+    def may_become_due(self, trainer: Any, pl_module: Any) -> bool:
+        """Whether the batch that begins may complete an interval.
+
+        In automatic optimization it does so if it makes its optimizer step. In manual optimization a batch makes as
+        many steps as it likes (one for each of several optimizers, several for a critic), so those are counted on of
+        the batch that made most; before the first step any number.
+        """
+        most = 1 if pl_module.automatic_optimization else self._most_steps
+        return most == 0 or self._reached(trainer.global_step + most)
 
     def _reached(self, step: int) -> bool:
         return step // self.every_n_steps > self._last_step // self.every_n_steps

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 from torch import Tensor
 
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.stopping import logged_values, say_stop, warn_never_logged
 from matent_callbacks.lightning._trainer import Callback, publish
 from matent_callbacks.plateau import PlateauDetector
 
 
-class PlateauStopping(Callback):
+class PlateauStopping(GuardedHooks, Callback):
     """Stops training when a logged value has demonstrably stopped changing in its direction.
 
     Each time the value is logged is one observation, whatever logs it: the training loss, a validation metric, a
@@ -33,6 +35,7 @@ class PlateauStopping(Callback):
         warmup_steps: Values at steps below this are not observed.
         smoothing: Standard deviation of the noise to expect, in units of ``min_delta``.
         verbose: Print one line at the stop: why, at which step and at which value.
+        on_error: ``"warn"``: what goes wrong in a run is said once and training goes on; ``"raise"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -52,13 +55,24 @@ class PlateauStopping(Callback):
         warmup_steps: int = 0,
         smoothing: float = 0.45,
         verbose: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
+        self.guard = Guard(type(self).__name__, on_error)
         self.monitor = monitor
-        self.detector = PlateauDetector(
-            min_delta=min_delta, patience=patience, mode=mode, warmup_steps=warmup_steps, smoothing=smoothing
+        self._new_detector = functools.partial(
+            PlateauDetector,
+            min_delta=min_delta,
+            patience=patience,
+            mode=mode,
+            warmup_steps=warmup_steps,
+            smoothing=smoothing,
         )
         self.verbose = verbose
         self._settings = {"monitor": monitor, "min_delta": min_delta, "patience": patience, "mode": mode}
+        self.start_over()
+
+    def start_over(self) -> None:
+        self.detector = self._new_detector()
         self._last: Tensor | None = None
 
     @property
@@ -90,14 +104,16 @@ class PlateauStopping(Callback):
         if value is None or self._is_old(value):
             return
         self._last = value
-        stop = self.detector.update(trainer.global_step, float(value))
-        publish(trainer, logged_values(self.monitor, self.detector))
-        # Ranks that log different values must not stop at different steps.
+        stop = False
+        with self.guard("the observation of a value"):
+            stop = self.detector.update(trainer.global_step, float(value))
+        # Ranks that log different values, or fail to observe one, must not stop at different steps.
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop and not trainer.should_stop:
-            trainer.should_stop = True
-            if self.verbose and trainer.is_global_zero:
-                say_stop(self.monitor, self.detector)
+        stops_now = stop and not trainer.should_stop
+        trainer.should_stop |= stop
+        publish(trainer, logged_values(self.monitor, self.detector), self.guard)
+        if stops_now and self.verbose and trainer.is_global_zero:
+            say_stop(self.monitor, self.detector)
 
     def _is_old(self, value: Tensor) -> bool:
         """Whether this was observed before: ``callback_metrics`` keeps a value until it is logged again.

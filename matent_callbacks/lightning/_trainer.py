@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from matent_callbacks.callbacks.guard import Guard
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -16,7 +18,21 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-__all__ = ["Callback", "log_to_loggers", "logging_step", "publish"]
+__all__ = ["Callback", "draws_its_batches", "log", "log_to_loggers", "logging_step", "publish"]
+
+
+def draws_its_batches(step: Any) -> bool:
+    """Whether a step takes the loader's iterator, ``training_step(self, dataloader_iter)``.
+
+    Hooks are then given the batch before, or none, and its index.
+    """
+    return "dataloader_iter" in inspect.signature(step).parameters
+
+
+def log(pl_module: Any, values: dict[str, float], **arguments: Any) -> None:
+    """Log by the module's own ``log``."""
+    # Without a size Lightning looks for that of the batch, and raises where the step draws its batches itself.
+    pl_module.log_dict(values, batch_size=1, **arguments)
 
 
 def logging_step(trainer: Any) -> int:
@@ -25,19 +41,18 @@ def logging_step(trainer: Any) -> int:
     return step
 
 
-def log_to_loggers(trainer: Any, values: dict[str, float], *, step: int | None = None) -> None:
+def log_to_loggers(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:
     """Write to every logger at a step, by default that of now, whether or not it is one of ``log_every_n_steps``."""
     for logger in trainer.loggers:
         # Lightning itself may not write at this step, and so would not end here.
-        try:
+        kind = type(logger).__name__
+        with guard(kind, f"{kind} did not take the readings: {{error}}. Training goes on."):
             logger.log_metrics(values, step=logging_step(trainer) if step is None else step)
             logger.save()
-        except Exception as error:
-            kind = type(logger).__name__
-            warnings.warn(f"{kind} did not take the readings: {error}. Training goes on.", stacklevel=2)
 
 
-def publish(trainer: Any, values: dict[str, float], *, step: int | None = None) -> None:
+def publish(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:
     """Log from where ``self.log`` cannot be called: to the loggers and to ``callback_metrics``."""
-    log_to_loggers(trainer, values, step=step)
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    log_to_loggers(trainer, values, guard, step=step)
+    with guard("`trainer.callback_metrics`"):
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})

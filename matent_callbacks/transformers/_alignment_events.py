@@ -9,6 +9,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_reading import Stages
+from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
@@ -82,12 +84,14 @@ class AlignmentCallback(MeasuringCallback):
         alpha: float = 1.0,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__(during_eval=during_eval)
-        self._summarized = False
+        check_every_n_steps(every_n_steps)
+        if num_pairs < 2:
+            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self._num_pairs = num_pairs
         self._alignment = AlignmentMeasurement(
-            every_n_steps,
             probe=probe,
-            num_pairs=num_pairs,
             basis=basis,
             metrics=metrics,
             pair_measures=pair_measures,
@@ -95,21 +99,21 @@ class AlignmentCallback(MeasuringCallback):
             towers=towers,
             k=k,
             alpha=alpha,
-            on_error=on_error,
         )
+        super().__init__(during_eval=during_eval)
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._summarized = False
 
     @property
     def state_key(self) -> str:
         """Tells this callback's state from that of others in the checkpoint."""
-        return f"{type(self).__name__}(every_n_steps={self._alignment.every_n_steps})"
+        return f"{type(self).__name__}(every_n_steps={self.every_n_steps})"
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+    def check(self) -> None:
         # A probe or a model that cannot be read is told now, not in the middle of the run.
-        self._find_probe()
-        self._alignment.measure_or_raise(self.trainer.model)
+        self._measure()
 
     def on_log(
         self,
@@ -123,19 +127,21 @@ class AlignmentCallback(MeasuringCallback):
         if not self._summarized and logs is not None:
             self._summarized = summarize_by_maximum(self.trainer, *SUMMARIZED_BY_MAXIMUM)
 
-    def step_values(self, state: TrainerState) -> dict[str, float] | None:
-        due = state.global_step % self._alignment.every_n_steps == 0 or state.global_step == state.max_steps
-        return self._alignment.measure(self.trainer.model) if due else None
+    def is_due(self, state: TrainerState) -> bool:
+        return bool(state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps)
+
+    def step_values(self, state: TrainerState) -> dict[str, float]:
+        return self.evaluation_values()
 
     def evaluation_values(self) -> dict[str, float]:
-        self._find_probe()
-        return self._alignment.measure(self.trainer.model)
+        return self.guard.values("the readings of the probe", self._measure)
 
-    def _find_probe(self) -> None:
-        if self._alignment.probe is not None:
-            return
+    def _measure(self) -> dict[str, float]:
+        return self._alignment.measure(self.trainer.model, find_probe=self._first_pairs)
+
+    def _first_pairs(self) -> Any:
         trainer = self.trainer
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        self._alignment.probe = first_batch(dataset, trainer.data_collator, self._alignment.num_pairs)
+        return first_batch(dataset, trainer.data_collator, self._num_pairs)

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
+
 # Of all callbacks of this package, inside the Trainer's own record of callback states.
 _STATES = "matent_callbacks"
 
 
-class AttachedCallback(TrainerCallback):
+class AttachedCallback(GuardedHooks, TrainerCallback):
     """A callback that knows its Trainer, comes before the reporters, and keeps its state in checkpoints."""
 
     order: ClassVar[int]
@@ -41,24 +43,42 @@ class AttachedCallback(TrainerCallback):
         """Whether this is the callback's Trainer; no longer so once the callback was removed from it."""
         return self.trainer is trainer and self in trainer.callback_handler.callbacks
 
+    @unguarded
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.find_trainer()
 
+    @unguarded
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A search over hyperparameters trains several times.
+        self.start_over()
         self.find_trainer()
-        # Where the Trainer resumes, its state comes out of the checkpoint, and ours in it.
-        saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
-        if saved is not None:
-            self.load_state_dict(saved)
+        self.check()
+        with self.guard("its state of the checkpoint"):
+            # Where the Trainer resumes, its state comes out of the checkpoint, and ours in it.
+            saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
+            if saved is not None:
+                self.load_state_dict(saved)
+        with self.guard("what is done when training begins"):
+            self.begin(state)
+
+    def check(self) -> None:
+        """Called before training, with the Trainer known; what is wrong with the configuration is raised here."""
+
+    def begin(self, state: TrainerState) -> None:
+        """Called after it, when the state of the checkpoint has been loaded, if there was one."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "trainer": None}
 
     def keep_state(self, state: TrainerState) -> None:
         """Put the callback's state where the next checkpoint takes it from."""
         # Not as an `ExportableState`: from that the Trainer makes a new callback, and a probe is no JSON.
-        if state.stateful_callbacks is None:
-            state.stateful_callbacks = {}
-        state.stateful_callbacks.setdefault(_STATES, {})[self.state_key] = self.state_dict()
+        with self.guard("its state in the checkpoint"):
+            if state.stateful_callbacks is None:
+                state.stateful_callbacks = {}
+            state.stateful_callbacks.setdefault(_STATES, {})[self.state_key] = self.state_dict()
 
     @property
     def state_key(self) -> str:

@@ -19,10 +19,6 @@ class LateReading:
         """Keep what will give the numbers of the step that the Trainer is at."""
         self._step, self._epoch, self._finish = state.global_step, state.epoch, finish
 
-    def forget(self) -> None:
-        """It was of a run that is no more."""
-        self._finish = None
-
     def log(self, trainer: Trainer) -> bool:
         """Wait for the numbers and log them under their step; whether there were any."""
         finish, self._finish = self._finish, None

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.transformers._background_readings import LateReading
-from matent_callbacks.transformers._log_records import MeasuringCallback
+from matent_callbacks.transformers._log_records import Halves, MeasuringCallback
 from matent_callbacks.transformers._padding_samples import counted_samples
 from matent_callbacks.transformers._reporters import show, takes_pictures
 
@@ -97,7 +97,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         background: bool = False,
         pictures: bool = True,
     ) -> None:
-        super().__init__(during_eval=during_eval)
+        self.guard = Guard(type(self).__name__, on_error)
         self._measurement = Measurement(
             every_n_steps,
             layers,
@@ -106,13 +106,20 @@ class MatrixEntropyCallback(MeasuringCallback):
             reference=reference,
             max_tokens=max_tokens,
             on_error=on_error,
+            guard=self.guard,
             module=module,
             dtype=dtype,
             solver=solver,
             background=background,
         )
+        self._with_pictures = pictures
+        super().__init__(during_eval=during_eval)
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._measurement = self._measurement.renewed(self.guard)
         self._late = LateReading()
-        self._pictures = LayerPictures(self._measurement.metrics) if pictures else None
+        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
         self._probed_step = -1
 
     def attach(self, trainer: Trainer) -> None:
@@ -135,7 +142,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         """Take over what :meth:`state_dict` gave."""
         self._measurement.load_state_dict(state)
 
-    def wrappers(self) -> dict[str, Callable[..., Any]]:
+    def wrappers(self) -> dict[str, Callable[..., Halves]]:
         # Around the steps, hooks exist only while a monitored forward runs and are gone whatever happens in it.
         return {
             **super().wrappers(),
@@ -144,14 +151,12 @@ class MatrixEntropyCallback(MeasuringCallback):
             "_save_checkpoint": self._before_saving,
         }
 
-    def step_values(self, state: TrainerState) -> dict[str, float] | None:
+    def is_due(self, state: TrainerState) -> bool:
         due = state.global_step % self._measurement.every_n_steps == 0
-        if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if due else None
-        else:
-            values = self._probe(state) if due or state.global_step == state.max_steps else None
-        if values is None:
-            return None
+        return due or (self._measurement.probe is not None and state.global_step == state.max_steps)
+
+    def step_values(self, state: TrainerState) -> dict[str, float]:
+        values = self._measurement.from_forwards() if self._measurement.probe is None else self._probe(state)
         if not self._measurement.background:
             return values()
         self._log_late()
@@ -168,14 +173,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def evaluation_values(self) -> dict[str, float]:
         return self._measurement.from_forwards()()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self._probed_step = -1
-        self._late.forget()
-        # Of a step or an evaluation that was broken off, if training begins once more.
-        self._measurement.reset()
+    def begin(self, state: TrainerState) -> None:
         self._measurement.begin(self.trainer.model)
         self.keep_state(state)
 
@@ -199,61 +197,55 @@ class MatrixEntropyCallback(MeasuringCallback):
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         unseen = best_was_loaded or self._probed_step != state.global_step
         if self._measurement.probe is not None and unseen:
-            self.trainer.log(self._probe(state)())
+            values = self._probe(state)()
+            with self.guard("the record of the last reading"):
+                if values:
+                    self.trainer.log(values)
         self._show_pictures(last=True)
 
     def _around_training_step(
-        self, training_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, training_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Halves:
         measurement = self._measurement
         if measurement.probe is not None or (self.trainer.state.global_step + 1) % measurement.every_n_steps:
-            return training_step(model, *args, **kwargs)
-        return self._reading(training_step, model, *args, training_only=True, **kwargs)
+            yield
+        else:
+            yield from self._reading(model, training_only=True)
 
     def _around_prediction_step(
-        self, prediction_step: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not self._in_evaluation:
-            return prediction_step(model, *args, **kwargs)
-        return self._reading(prediction_step, model, *args, **kwargs)
+        self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Halves:
+        if self._in_evaluation:
+            yield from self._reading(model, sample_mask=counted_samples(self.trainer, inputs))
+        else:
+            yield
 
-    def _reading(
-        self,
-        step: Callable[..., Any],
-        model: nn.Module,
-        inputs: Any,
-        *args: Any,
-        training_only: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The step with the monitor on, on the model as it is called: prepared, wrapped, perhaps compiled."""
-        monitor: EntropyMonitor | None = None
-        with self._measurement.guard():
-            monitor = self._measurement.monitor(model)
-            sample_mask = None if training_only else counted_samples(self.trainer, inputs)
-            monitor.start(training_only=training_only, same_adapters=True, sample_mask=sample_mask)
+    def _reading(self, model: nn.Module, **how: Any) -> Halves:
+        """The monitor is on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
+        monitor = self._measurement.monitor(model)
         try:
-            return step(model, inputs, *args, **kwargs)
+            monitor.start(same_adapters=True, **how)
+            yield
         finally:
-            if monitor is not None:
-                monitor.stop()
+            monitor.stop()
 
     def _probe(self, state: TrainerState) -> Callable[[], dict[str, float]]:
         self._probed_step = state.global_step
         return self._measurement.from_probe(self.trainer.model)
 
-    def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
         # So that the readings until then are in the checkpoint's log.
         self._log_late()
-        return save_checkpoint(*args, **kwargs)
+        yield
 
     def _log_late(self) -> None:
-        if self._late.log(self.trainer):
-            self._show_pictures()
+        with self.guard("the record of a background reading"):
+            if self._late.log(self.trainer):
+                self._show_pictures()
 
     def _show_pictures(self, *, last: bool = False) -> None:
-        if self._pictures is None or not takes_pictures(self.trainer):
-            return
-        with self._measurement.guard():
+        with self.guard("pictures"):
+            if self._pictures is None or not takes_pictures(self.trainer):
+                return
             records = self.trainer.state.log_history
             show(self.trainer, self._pictures.draw(records, self._measurement.layer_names, last=last))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
+
+Halves = Generator[None, Any, None]
+"""What is done before and after a method of the Trainer: it yields in between, and is sent what the method returned."""
 
 # The callbacks that are around a Trainer's methods.
 _AROUND = "_matent_callbacks"
@@ -23,6 +27,9 @@ class MeasuringCallback(AttachedCallback):
 
     def __init__(self, *, during_eval: bool) -> None:
         self.during_eval = during_eval
+        self.start_over()
+
+    def start_over(self) -> None:
         self._pending: dict[str, float] = {}
         self._in_evaluation = False
         self._joined_late = False
@@ -35,16 +42,20 @@ class MeasuringCallback(AttachedCallback):
             around_already.append(self)
             # There is no event at the start of an evaluation, and none when a step raises.
             for name, around in self.wrappers().items():
-                setattr(trainer, name, self._wrapped_method(trainer, getattr(trainer, name), around))
+                setattr(trainer, name, self._wrapped_method(trainer, name, around))
 
     # What there is to measure
 
-    def wrappers(self) -> dict[str, Callable[..., Any]]:
+    def wrappers(self) -> dict[str, Callable[..., Halves]]:
         """The Trainer's methods to run around, each with what is called with it and its arguments."""
         return {"evaluation_loop": self._around_evaluation_loop}
 
-    def step_values(self, state: TrainerState) -> dict[str, float] | None:
-        """The readings that belong to the step that is over; None where it is not monitored."""
+    def is_due(self, state: TrainerState) -> bool:
+        """Whether the step that is over is monitored."""
+        raise NotImplementedError
+
+    def step_values(self, state: TrainerState) -> dict[str, float]:
+        """The readings that belong to it."""
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
@@ -59,20 +70,13 @@ class MeasuringCallback(AttachedCallback):
 
     # Events
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self._pending = {}
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        values = self.step_values(state)
-        if values is None:
+        if not self.is_due(state):
             return
-        self._pending.update(values)
-        # The Trainer's record of this step is where they go: one record a step, with the loss. Also where the reading
-        # failed: the ranks gather the loss for it together.
+        # The Trainer's record of this step is where they go: one record a step, with the loss. Asked for first: the
+        # ranks gather the loss for it together, also where the reading fails on one of them.
         control.should_log = True
+        self._pending.update(self.step_values(state))
 
     def on_log(
         self,
@@ -86,11 +90,12 @@ class MeasuringCallback(AttachedCallback):
             return
         if self._joined_late:
             self._finish_late_evaluation(logs)
+        pending, self._pending = self._pending, {}
+        logs.update(pending)
         # log_history has its own copy of the record already.
-        state.log_history[-1].update(self._pending)
-        logs.update(self._pending)
-        self._pending = {}
+        state.log_history[-1].update(pending)
 
+    @unguarded
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -100,7 +105,8 @@ class MeasuringCallback(AttachedCallback):
         under_way = running_evaluation(self.trainer)
         if self.during_eval and under_way is not None:
             self._in_evaluation = self._joined_late = True
-            self.join_evaluation(*under_way)
+            with self.guard("the first batch of the evaluation"):
+                self.join_evaluation(*under_way)
 
     def on_predict(
         self,
@@ -117,19 +123,20 @@ class MeasuringCallback(AttachedCallback):
 
     # Inside
 
-    def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
         if not self.during_eval:
-            return evaluation_loop(*args, **kwargs)
-        bound = inspect.signature(evaluation_loop).bind(*args, **kwargs)
-        bound.apply_defaults()
-        self.begin_evaluation()
+            yield
+            return
+        with self.guard("a new beginning of the reading"):
+            self.begin_evaluation()
         self._in_evaluation = True
         try:
-            output = evaluation_loop(*args, **kwargs)
+            output = yield
         finally:
             self._in_evaluation = False
+        bound = inspect.signature(evaluation_loop).bind(*args, **kwargs)
+        bound.apply_defaults()
         output.metrics.update(self._prefixed(bound.arguments["metric_key_prefix"]))
-        return output
 
     def _finish_late_evaluation(self, logs: dict[str, Any]) -> None:
         self._in_evaluation = self._joined_late = False
@@ -139,14 +146,18 @@ class MeasuringCallback(AttachedCallback):
     def _prefixed(self, prefix: str) -> dict[str, float]:
         return {f"{prefix}_{key}": value for key, value in self.evaluation_values().items()}
 
-    def _wrapped_method(
-        self, trainer: Trainer, method: Callable[..., Any], around: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _wrapped_method(self, trainer: Trainer, name: str, around: Callable[..., Halves]) -> Callable[..., Any]:
+        method = getattr(trainer, name)
+
         # With the signature of what it is around: several callbacks may be around one method.
         @functools.wraps(method)
         def monitored(*args: Any, **kwargs: Any) -> Any:
             if not self.is_attached_to(trainer):
                 return method(*args, **kwargs)
-            return around(method, *args, **kwargs)
+            return self.guard.run_between(
+                f"what is done around `{name}`",
+                around(method, *args, **kwargs),
+                functools.partial(method, *args, **kwargs),
+            )
 
         return monitored

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.stopping import logged_values, say_stop, warn_never_logged
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.transformers._attach import AttachedCallback
@@ -32,6 +34,7 @@ class PlateauStopping(AttachedCallback):
         warmup_steps: Values at steps below this are not observed.
         smoothing: Standard deviation of the noise to expect, in units of ``min_delta``.
         verbose: Print one line at the stop: why, at which step and at which value.
+        on_error: ``"warn"``: what goes wrong in a run is said once and training goes on; ``"raise"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,14 +56,25 @@ class PlateauStopping(AttachedCallback):
         warmup_steps: int = 0,
         smoothing: float = 0.45,
         verbose: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
+        self.guard = Guard(type(self).__name__, on_error)
         self.monitor = monitor
-        self.detector = PlateauDetector(
-            min_delta=min_delta, patience=patience, mode=mode, warmup_steps=warmup_steps, smoothing=smoothing
+        self._new_detector = functools.partial(
+            PlateauDetector,
+            min_delta=min_delta,
+            patience=patience,
+            mode=mode,
+            warmup_steps=warmup_steps,
+            smoothing=smoothing,
         )
         self.verbose = verbose
         self._settings = f"{monitor}, min_delta={min_delta}, patience={patience}, mode={mode}"
         self._smoothing = smoothing
+        self.start_over()
+
+    def start_over(self) -> None:
+        self.detector = self._new_detector()
         self._observed = False
 
     @property
@@ -88,15 +102,16 @@ class PlateauStopping(AttachedCallback):
             return
         self._observed = True
         stop = self.detector.update(state.global_step, float(logs[self.monitor]))
+        stops_now = stop and not control.should_training_stop
+        # Before anything that could fail: all ranks stop at this step or none.
+        control.should_training_stop |= stop
+        self.keep_state(state)
         values = logged_values(self.monitor, self.detector)
         logs.update(values)
         # log_history has its own copy of the record already.
         state.log_history[-1].update(values)
-        self.keep_state(state)
-        if stop and not control.should_training_stop:
-            control.should_training_stop = True
-            if self.verbose and state.is_world_process_zero:
-                say_stop(self.monitor, self.detector)
+        if stops_now and self.verbose and state.is_world_process_zero:
+            say_stop(self.monitor, self.detector)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
