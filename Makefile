@@ -3,7 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo demo-multimodal test lint types docs bench bench-rankme clean
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# What CI runs of the tests with the oldest releases.
+CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
+
+.PHONY: demo demo-multimodal test check test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -13,6 +18,23 @@ demo-multimodal: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# With the lowest releases that pyproject.toml allows.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest
+
+test-oldest-core: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest $(CORE)
+
+# With the newest releases that the index has now, whenever the environment was made.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(NEWEST)/bin/python -m pytest
+
+# Before each commit: under two minutes.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,5 +64,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-rankme site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) $(NEWEST) .venv-rankme site .mypy_cache .pytest_cache .ruff_cache

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from benchmarks._markdown import conditions
 
-PARTS = ("steps", "definition", "monitors", "rankme", "communication", "growth", "solver", "measure")
+PARTS = (
+    "steps",
+    "definition",
+    "monitors",
+    "rankme",
+    "communication",
+    "growth",
+    "solver",
+    "measure",
+    "collapse",
+    "alignment",
+)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What it costs
 

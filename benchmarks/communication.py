@@ -1,9 +1,10 @@
 """What goes between the ranks, and what a rank holds meanwhile: ours / torchmetrics' default.
 
-*Torchmetrics* is a metric with the same state (a count, a mean, a d x d sum) and `dist_reduce_fx="sum"`. Real
-processes over gloo. *Numbers* is what a rank hands to the collectives, per layer; *received* is what reaches a rank in
-a ring: 2 (W - 1) / W of it for an all-reduce, W - 1 times it for an all-gather. *Monitor* is `EntropyMonitor` with all
-its layers, one reading; its limit is d(d + 1)/2 + O(d) numbers a layer.
+*Torchmetrics* is a metric with the same statistics (a count, a mean, a d x d sum) and `dist_reduce_fx="sum"`. Real
+processes over gloo. *State* is how many numbers a metric keeps between updates. *Numbers* is what a rank hands to the
+collectives, per layer; *received* is what reaches a rank in a ring: 2 (W - 1) / W of it for an all-reduce, W - 1 times
+it for an all-gather. *Peak memory* is that of a synchronisation, beyond the state. *Monitor* is `EntropyMonitor` with
+all its layers, one reading; its limit is d(d + 1)/2 + O(d) numbers a layer.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def main() -> None:
             rows.append(metric_row(width, world, results))
             monitors.append(monitor_row(width, world, results))
     rows += [formula(width, 64) for width in widths]
-    table(["d", "world size", "numbers", "numbers, ours / theirs", "received", "peak memory of a rank", "time"], rows)
-    print("World size 64 is by the formula; its memory is the state, what is sent, and what is gathered.\n")
+    header = ["d", "world size", "state, ours / theirs", "numbers", "numbers, ours / theirs", "received"]
+    table([*header, "peak memory of a rank", "time"], rows)
+    print("World size 64 is by the formula; its memory is what torchmetrics sets aside, what is sent and gathered.\n")
     header = ["d", "world size", "monitor: numbers a layer, most of any rank", "/ d(d+1)/2", "met", "its collectives"]
     table(header, monitors)
 
@@ -93,6 +95,7 @@ def metric_row(width: int, world: int, results: list[dict[str, Any]]) -> list[st
     return [
         str(width),
         str(world),
+        f"{worst['state'][0] / worst['state'][1]:.3f}",
         f"{sent} = d(d+1)/2 + {sent - width * (width + 1) // 2}",
         f"{sent / their_sent:.3f}",
         f"{received / their_received:.3f}",
@@ -115,10 +118,11 @@ def formula(width: int, world: int) -> list[str]:
     return [
         str(width),
         f"{world} (formula)",
+        f"{half / full:.3f}",
         "d(d+1)/2 + O(d)",
         f"{half / full:.3f}",
         f"{received:.4f}",
-        f"{4 / 2**20 * (half + full):.1f} MiB / {4 / 2**20 * 2 * world * full:.1f} MiB",
+        f"{4 / 2**20 * (half + half):.1f} MiB / {4 / 2**20 * 2 * world * full:.1f} MiB",
         "",
     ]
 
@@ -128,12 +132,13 @@ def on_rank(rank: int, world: int, widths: tuple[int, ...], rounds: int) -> list
 
 
 def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
-    """Of each way the numbers handed in, those received and the peak bytes; the ratio of the times; the monitor's."""
+    """Of each way the numbers handed in, those received, the peak bytes and the state; their times; the monitor's."""
     torch.manual_seed(rank)
     hidden = torch.randn(8, 128, width)
     metrics: dict[str, Metric] = {"ours": MatrixEntropy(num_features=width), "theirs": SummedMoments(width)}
     for metric in metrics.values():
         metric.update(hidden)
+    states = [sum(torch.as_tensor(own).numel() for own in metric.metric_state.values()) for metric in metrics.values()]
 
     def sync(name: str) -> None:
         metrics[name].sync()
@@ -149,7 +154,8 @@ def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
     with monitor:
         model(hidden)
     sent, _, calls = traffic(monitor.compute)
-    return {**found, "time": str(ratio(seconds["ours"], seconds["theirs"])), "monitor": sent, "calls": calls}
+    times = str(ratio(seconds["ours"], seconds["theirs"]))
+    return {**found, "state": states, "time": times, "monitor": sent, "calls": calls}
 
 
 def traffic(function: Callable[[], Any]) -> tuple[int, float, Counter[str]]:

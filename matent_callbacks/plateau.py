@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import NormalDist, median
 from typing import Any, Literal
 
@@ -112,14 +112,11 @@ class PlateauDetector:
 
     def _kendall(self, direction: int) -> int:
         """Kendall's S of the window less a line rising by min_delta per patience observations in ``direction``."""
-        score, ranked = 0, list[float]()
-        for index, (_, value, _) in enumerate(self._window):
-            # Rounded, so that float errors on a noise-free line are ties and not a trend.
-            residual = round(direction * value / self._min_delta - index / self._patience, 9)
-            low, high = bisect_left(ranked, residual), bisect_right(ranked, residual)
-            score += low - (index - high)
-            ranked.insert(low, residual)
-        return score
+        # Rounded, so that float errors on a noise-free line are ties and not a trend.
+        return kendall_score(
+            round(direction * value / self._min_delta - index / self._patience, 9)
+            for index, (_, value, _) in enumerate(self._window)
+        )
 
     def _is_plateau(self) -> bool:
         if len(self._window) != self._window.maxlen or self.since_progress == 0:  # the latter only to save time
@@ -196,3 +193,13 @@ class PlateauDetector:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`state` must be what state_dict returned, got {state!r}.") from error
         self._window = deque(window, maxlen=self._window.maxlen)
+
+
+def kendall_score(values: Iterable[float]) -> int:
+    """Kendall's S: the number of pairs that rise minus the number of pairs that fall."""
+    score, ranked = 0, list[float]()
+    for index, value in enumerate(values):
+        low, high = bisect_left(ranked, value), bisect_right(ranked, value)
+        score += low - (index - high)
+        ranked.insert(low, value)
+    return score

@@ -157,7 +157,7 @@ class _Profile:
         return float(self._solve(np.array([b]))[2][0])
 
     def _solve(self, b: Array) -> tuple[Array, Array, Array]:
-        """The best a and c for each b, and what is left: three arrays ``(len(b),)``."""
+        """The best a and c for each b, and the residual sum of squares: three arrays ``(len(b),)``."""
         powers = np.exp(-b[:, None] * self._logs)
         a, c = (powers @ self._y) / (powers**2).sum(1), np.zeros(len(b))
         if self._constant:
@@ -211,7 +211,7 @@ class _Profile:
 
 
 def _score(x: Sequence[float], y: Sequence[float]) -> int:
-    """Kendall's S: pairs of points that rise less pairs that fall."""
+    """Kendall's S: the number of pairs of points that rise minus the number that fall."""
     pairs = itertools.combinations(zip(x, y, strict=True), 2)
     products = [(x2 - x1) * (y2 - y1) for (x1, y1), (x2, y2) in pairs]
     return sum(int(product > 0) - int(product < 0) for product in products)

@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing is told to the makers of what is only imported here.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "false")
+os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +23,22 @@ from torch import Tensor
 
 VOCABULARY = 128
 
+# Places of the tests that `make check` leaves out: they train, start processes, or open a browser.
+SLOW = (
+    *("accumulate/test_reduction.py", "capture/test_vision_language.py", "cli/test_ranks.py", "cli/test_measure.py"),
+    *("distributed/", "docs/", "loggers/", "plot/", "report/", "sweep/", "trl/", "lightning/", "transformers/"),
+    *("test_collapse.py", "test_examples.py", "test_plateau.py", "test_scaling_law.py"),
+)
+
 # The models are tiny: threads would only wait for each other, and for those of the processes of distributed tests.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(root) and item.path.relative_to(root).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 def slow_entropy(z: Tensor, mask: Tensor | None = None) -> float:

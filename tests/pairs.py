@@ -37,6 +37,16 @@ def make_llava(*, seed: int = 0, dropout: float = 0.1) -> Any:
     )
 
 
+def seeing_llava() -> Any:
+    """One whose captions depend on the picture, if only by chance."""
+    model = make_llava()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def make_clip(*, seed: int = 0) -> Any:
     from transformers import CLIPConfig, CLIPModel
 

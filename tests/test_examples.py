@@ -64,21 +64,55 @@ def test_reading_the_curves(tmp_path: Path):
     assert next(tmp_path.rglob("*overfitting*.png")).read_bytes().startswith(b"\x89PNG")
 
 
+def test_scenes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from scenes import CELL, JITTER, PLACES, THINGS, Scenes, glyphs, is_held_out, word_tokenizer
+
+    assert set(glyphs()) == set(THINGS)
+    assert len({glyph.tobytes() for glyph in glyphs().values()}) == len(THINGS)
+    train, held_out = Scenes(4000, seed=0), Scenes(500, seed=0, held_out=True)
+    seen, companies = set(), {False: set(), True: set()}
+    for scenes in (train, held_out):
+        for caption, picture in scenes:
+            placed = [(part.split(" ", 1)[0], part.split(" ", 1)[1]) for part in caption.split(", ")]
+            companies[scenes.held_out].add(frozenset(thing for thing, _ in placed))
+            seen |= set(placed) if scenes is train else set()
+            for place in PLACES:
+                y, x = divmod(PLACES.index(place), 3)
+                inside = picture[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL]
+                core = inside[2 * JITTER : -2 * JITTER, 2 * JITTER : -2 * JITTER]
+                assert (core < 255).any() == (place in dict(placed).values())
+    assert len(seen) == len(THINGS) * len(PLACES)  # each thing at each place, in training
+    assert not companies[False] & companies[True]
+    assert not any(is_held_out(sorted(company)) for company in companies[False])
+    assert all(
+        (a.picture == b.picture).all() and a.caption == b.caption for a, b in zip(held_out, held_out, strict=True)
+    )
+    captions = [caption for caption, _ in held_out]
+    tokenizer = word_tokenizer()
+    ids = tokenizer([f"{caption}<end>" for caption in captions]).input_ids
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == captions
+
+
 def test_finetune_vlm(tmp_path: Path):
-    printed = run("finetune_vlm.py", "--steps", 4, "--every", 2, "--sanity", "--output", tmp_path)
-    assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
-    assert "Plateau of the alignment: none" in printed
-    rows = [line.split() for line in printed.splitlines() if line.startswith(("training, a", "held out, a"))]
-    assert len(rows) == 2
-    assert all(1 / 3 <= float(value) <= 1 for row in rows for value in row[-3:])
-    logged = [row for row in read_history(tmp_path) if "train/alignment/image_text" in row]
+    printed = run("finetune_vlm.py", "--steps", 4, "--tower-steps", 2, "--every", 2, "--output", tmp_path)
+    for name in ("alignment.png", "captions.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "Plateau of the grounding: none" in printed
+    assert " of 64 held-out scenes are described without an error" in printed
+    rows = [line.split() for line in printed.splitlines() if line.lstrip().startswith(("2 ", "4 "))]
+    logged = [row for row in read_history(tmp_path) if "train/alignment/grounding" in row]
     assert [row["train/global_step"] for row in logged] == [2, 4]
+    for row, values in zip(rows, logged, strict=True):
+        assert float(row[2]) == pytest.approx(values["train/alignment/grounding"], abs=6e-4)
+        assert float(row[3]) == pytest.approx(values["train/alignment/cka_z"], abs=0.06)
+        assert 1 / 3 <= float(row[5]) <= 1
     assert all("train/effective_rank/vision_encoder" in row for row in logged)
 
 
 def test_train_clip(tmp_path: Path):
     printed = run("train_clip.py", "--steps", 2, "--every", 1, "--output", tmp_path)
-    for name in ("cka", "mutual_knn", "mutual_information", "modality_gap"):
+    for name in ("cka_z", "mutual_knn_z", "cka_debiased", "mutual_knn", "modality_gap"):
         assert f"alignment/{name}: " in printed
     assert [r["trainer/global_step"] for r in read_history(tmp_path) if "alignment/cka" in r] == [0, 1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ from wandb.proto import wandb_internal_pb2
 from matent_callbacks.report._wandb import _messages
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows logged by the one offline run below ``folder``."""
+def read_history(folder: Path, *, seconds: float = 60) -> list[dict[str, Any]]:
+    """The rows logged by the one offline run below ``folder``, which is finished."""
     (path,) = folder.rglob("*.wandb")
-    rows = []
-    for message in _messages(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(message)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
+    deadline = time.monotonic() + seconds
+    # `wandb.finish` does not wait until all is in the file, and the end of the run is written last.
+    while not (records := _records(path)) or records[-1].WhichOneof("record_type") != "exit":
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"The end of the run was not in {path} within {seconds} s.")
+        time.sleep(0.1)
+    rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in rows]
+
+
+def _records(path: Path) -> list[Any]:
+    return [wandb_internal_pb2.Record.FromString(message) for message in _messages(path.read_bytes())]

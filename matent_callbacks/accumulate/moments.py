@@ -1,4 +1,7 @@
-"""Streaming second moments of tokens, exact under any split: the state behind every pooled quantity."""
+"""Counts, mean and scatter matrix of tokens, which merge exactly over batches and ranks.
+
+Everything pooled is computed from these moments: by the metric classes, the monitor and ``matent measure``.
+"""
 
 from __future__ import annotations
 
@@ -7,80 +10,143 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.functional._tokens import Tokens
+from matent_callbacks.accumulate.symmetric import add_second_moment
 
 Center = Literal["sequence", "global"] | None
+"""What is subtracted from the tokens: the mean of their sequence, before they are accumulated; the mean of all tokens,
+through the moments; or nothing."""
 
 
 class Moments(NamedTuple):
-    """What is kept of all tokens seen: O(d^2) numbers, however many they were."""
+    """Moments of a set of tokens: O(d^2) numbers, however many tokens there are.
+
+    Tokens that were centred by their sequence have their scatter about the origin, and no mean is kept. All others have
+    it about their mean: in float32 the difference of large sums about the origin would lose the small eigenvalues.
+    """
 
     num_tokens: Tensor
     """``()`` int64."""
     num_sequences: Tensor
-    """``()`` int64: sequences with at least one of them."""
+    """``()`` int64: sequences with at least one of these tokens."""
     num_nonfinite: Tensor
-    """``()`` int64: tokens left out because of NaN or Inf."""
+    """``()`` int64: tokens that were left out because of NaN or Inf."""
     mean: Tensor
-    """``(d,)``."""
+    """``(d,)``; ``(0,)`` where the scatter is about the origin, or there is none yet."""
     scatter: Tensor
-    """``(d, d)``: sum of outer products of the deviations from the mean."""
+    """``(ceil(d / 2), d + 1)``: the sum of outer products of the tokens, packed (see :mod:`.symmetric`); ``(0, d + 1)``
+    as long as there is none, with d = 0 as long as d is not known."""
+
+    @property
+    def num_features(self) -> int:
+        """Number of features d; 0 as long as it is not known."""
+        return self.scatter.shape[1] - 1
+
+    @property
+    def has_scatter(self) -> bool:
+        """Whether any token was accumulated."""
+        return self.scatter.shape[0] > 0
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        return self if self.scatter.device == device else Moments(*(tensor.to(device) for tensor in self))
 
 
-def empty_moments(num_features: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Moments:
-    """The moments of no tokens; ``num_features=0`` while d is not known."""
-    return Moments(
-        num_tokens=torch.zeros((), dtype=torch.int64, device=device),
-        num_sequences=torch.zeros((), dtype=torch.int64, device=device),
-        num_nonfinite=torch.zeros((), dtype=torch.int64, device=device),
-        mean=torch.zeros(num_features, dtype=dtype, device=device),
-        scatter=torch.zeros(num_features, num_features, dtype=dtype, device=device),
+def empty_moments(num_features: int = 0, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Moments:
+    """The moments of no tokens."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    scatter = torch.zeros(0, num_features + 1, dtype=dtype, device=device)
+    return Moments(zero, zero.clone(), zero.clone(), scatter.new_zeros(0), scatter)
+
+
+def with_scatter(moments: Moments, num_features: int, *, about_origin: bool) -> Moments:
+    """``moments``, with zeros for a scatter and a mean that are not there yet."""
+    if moments.has_scatter or not num_features:
+        return moments
+    return moments._replace(
+        mean=moments.mean.new_zeros(0 if about_origin else num_features),
+        scatter=moments.scatter.new_zeros((num_features + 1) // 2, num_features + 1),
     )
 
 
-def token_moments(tokens: Tokens) -> Moments:
-    """Moments of one batch of tokens, by the corrected two-pass algorithm (Chan, Golub & LeVeque 1983)."""
-    z = tokens.values.flatten(0, 1)
-    weight = tokens.valid.flatten().unsqueeze(-1).to(z.dtype)
-    count = tokens.valid.sum()
-    n = count.clamp(min=1).to(z.dtype)
-    mean = z.sum(0) / n
-    deviations = torch.addcmul(z, weight, mean, value=-1)
-    # What rounding left of a mean that dwarfs the spread.
-    residual = deviations.sum(0) / n
-    scatter = (deviations.T @ deviations).addr_(residual, residual * -n)
-    return Moments(count, tokens.valid.any(-1).sum(), tokens.nonfinite, mean + residual, scatter)
+def add_to_scatter(moments: Moments, values: Tensor, valid: Tensor, count: Tensor, *, about_origin: bool) -> Moments:
+    """Add tokens to mean and scatter; the counts stay as they are.
+
+    The batch's mean and deviations are those of the corrected two-pass algorithm (Chan, Golub & LeVeque 1983), and they
+    are merged with what was there by the pairwise update (Chan, Golub & LeVeque 1979).
+
+    Args:
+        moments: What to add to. Its scatter is overwritten: only the returned moments may be used afterwards.
+        values: ``(N, d)``; rows that do not count are zero.
+        valid: ``(N,)`` bool: the rows that count.
+        count: ``()`` int64: how many tokens are in ``moments.scatter`` already.
+        about_origin: Whether the scatter is about the origin.
+    """
+    moments = with_scatter(moments, values.shape[1], about_origin=about_origin)
+    if about_origin:
+        add_second_moment(moments.scatter, values)
+        return moments
+    weight = valid.unsqueeze(-1).to(values.dtype)
+    added = valid.sum()
+    mean = values.sum(0) / added.clamp(min=1)
+    # The last row is for what the pairwise update adds.
+    deviations = values.new_empty(values.shape[0] + 1, values.shape[1])
+    torch.addcmul(values, weight, mean, value=-1, out=deviations[:-1])
+    # Rounding leaves something of a mean that dwarfs the spread.
+    residual = deviations[:-1].sum(0) / added.clamp(min=1)
+    deviations[:-1].addcmul_(weight, residual, value=-1)
+    mean += residual
+    merged_mean, deviations[-1] = _pairwise(moments.mean, count, mean, added)
+    add_second_moment(moments.scatter, deviations)
+    return moments._replace(mean=merged_mean)
 
 
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets of tokens (Chan, Golub & LeVeque 1979, pairwise update)."""
-    count = a.num_tokens + b.num_tokens
-    n = count.clamp(min=1).to(a.mean.dtype)
-    difference = b.mean - a.mean
-    mean = a.mean + difference * (b.num_tokens / n)
-    scatter = (a.scatter + b.scatter).addr_(difference, difference * (a.num_tokens * (b.num_tokens / n)))
-    # Where one side is empty its mean of zero must not count, not even by rounding.
-    mean = torch.where(a.num_tokens == 0, b.mean, torch.where(b.num_tokens == 0, a.mean, mean))
-    return Moments(count, a.num_sequences + b.num_sequences, a.num_nonfinite + b.num_nonfinite, mean, scatter)
+def merge_moments(moments: Moments, other: Moments) -> Moments:
+    """Moments of the union of two sets of tokens, by the pairwise update of Chan, Golub & LeVeque (1979).
+
+    The scatter of ``moments`` is overwritten, so only the returned moments may be used afterwards. ``other`` stays as
+    it is.
+    """
+    num_tokens = moments.num_tokens + other.num_tokens
+    num_sequences = moments.num_sequences + other.num_sequences
+    num_nonfinite = moments.num_nonfinite + other.num_nonfinite
+    mean, scatter = moments.mean, moments.scatter
+    if other.has_scatter and not moments.has_scatter:
+        mean, scatter = other.mean.clone(), other.scatter.clone()
+    elif other.has_scatter:
+        scatter.add_(other.scatter)
+        if mean.numel():
+            mean, row = _pairwise(mean, moments.num_tokens, other.mean, other.num_tokens)
+            add_second_moment(scatter, row.unsqueeze(0))
+    return Moments(num_tokens, num_sequences, num_nonfinite, mean, scatter)
+
+
+def scatter_about(moments: Moments, mean: Tensor) -> Tensor:
+    """A copy of the scatter, about another mean; about the origin where ``moments`` has it so."""
+    scatter = moments.scatter.clone()
+    if mean.numel():
+        offset = moments.mean - mean
+        add_second_moment(scatter, (offset * moments.num_tokens.to(offset.dtype).sqrt()).unsqueeze(0))
+    return scatter
 
 
 def ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """One count over another; whole numbers alone would be divided in the default dtype, which may be less."""
+    """One count divided by another in ``dtype``: two integers would be divided in torch's default dtype."""
     return part.to(dtype) / whole.clamp(min=1).to(dtype)
 
 
-def covariance(moments: Moments, *, center: Center) -> Tensor:
-    """``(d, d)``, of any scale: about the common mean for ``"global"``, about the origin otherwise."""
-    if center == "global":
-        return moments.scatter
-    # Tokens that were centred before they came have a small mean. A large one, added in float32, would wipe out the
-    # small eigenvalues.
-    exact = center is None and moments.mean.device.type != "mps"
-    mean, scatter = (t.double() if exact else t for t in (moments.mean, moments.scatter))
-    return scatter.addr(mean, mean * moments.num_tokens)
-
-
 def attainable_rank(moments: Moments, *, center: Center) -> Tensor:
-    """``()``: the largest rank that so many tokens can have; centring costs one, per sequence where it is done so."""
+    """``()``: the largest rank that the covariance of so many tokens can have.
+
+    Centring about one mean takes one from it, centring by sequence takes one for each sequence.
+    """
     lost = {None: torch.zeros_like(moments.num_tokens), "global": torch.ones_like(moments.num_tokens)}
-    return (moments.num_tokens - lost.get(center, moments.num_sequences)).clamp(min=0, max=moments.mean.shape[0])
+    rank = moments.num_tokens - lost.get(center, moments.num_sequences)
+    return rank.clamp(min=0, max=moments.num_features)
+
+
+def _pairwise(mean: Tensor, count: Tensor, other_mean: Tensor, other_count: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the union, and the row r for which the scatter of the union is the sum of both scatters and r r^T."""
+    difference = other_mean - mean
+    # Exactly 0 or 1 where one side is empty, so that its mean of zero does not count, not even by rounding.
+    share = ratio(other_count, count + other_count, mean.dtype)
+    return mean + difference * share, difference * (count * share).sqrt()

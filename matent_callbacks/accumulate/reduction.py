@@ -1,69 +1,80 @@
-"""Bringing the statistics of all ranks together: O(d^2) numbers a rank and layer, whatever the world size."""
+"""Reduces statistics over the ranks: O(d^2) numbers from each rank and layer, whatever the world size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.moments import Moments, ratio
+from matent_callbacks.accumulate.moments import Moments, ratio, scatter_about, with_scatter
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.accumulate.symmetric import PackedMoments, unpack_symmetric
+
+
+class Width(NamedTuple):
+    """What moments look like on all ranks."""
+
+    num_features: int
+    """d; 0 if no rank knows it."""
+    about_origin: bool | None
+    """Whether the scatter is about the origin; ``None`` if no rank has one."""
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks to agree with."""
+    """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def all_reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
-    """Moments of the tokens of all ranks. Every rank calls this with as many; one without tokens learns d here."""
-    widths = agreed_widths([m.mean.shape[0] for m in moments], moments[0].mean.device, group)
-    if None in widths:
-        raise ValueError("`hidden_states` must have as many features on every rank as on the others.")
-    sequences = torch.stack([m.num_sequences for m in moments])
-    dist.all_reduce(sequences, group=group)
-    packed = [PackedMoments.of(m) for m in moments]
-    common = []
-    for shared, num_sequences in zip(_about_the_common_mean(packed, widths, group), sequences, strict=True):
-        if shared.scatter.numel():
-            dist.all_reduce(shared.scatter, group=group)
-        scatter = unpack_symmetric(shared.scatter)
-        common.append(Moments(shared.num_tokens, num_sequences, shared.num_nonfinite, shared.mean, scatter))
-    return common
+def agreed_widths(
+    moments: Sequence[Moments], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[Width | None]:
+    """The width of each on all ranks, which a rank without tokens learns here; ``None`` where ranks differ in d."""
+    if not moments:
+        return []
+    unknown = torch.iinfo(torch.int64).max
+    rows = [(m.num_features, -(m.num_features or unknown), m.has_scatter, len(m.mean)) for m in moments]
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    return [
+        Width(widest, num_means == 0 if has_scatter else None) if widest in (0, -negative_narrowest) else None
+        for widest, negative_narrowest, has_scatter, num_means in table.tolist()
+    ]
 
 
-def share_moments(moments: Sequence[PackedMoments], widths: Sequence[int | None]) -> list[PackedMoments | None]:
-    """The moments of all ranks' tokens, each on one rank only: the i-th on :func:`owner_of` i.
+def reduce_moments(
+    moments: Sequence[Moments],
+    widths: Sequence[Width | None],
+    *,
+    share_out: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> list[Moments | None]:
+    """Moments of the tokens of all ranks. Every rank has to call this, with as many moments as the others.
 
-    ``widths`` is what :func:`agreed_widths` gave; where it is ``None`` nothing is sent and no rank has anything.
+    Args:
+        moments: Of the tokens of this rank. They stay as they are.
+        widths: What :func:`agreed_widths` gave. Moments without a width are left out: ``None`` is returned for them.
+        share_out: Send the i-th moments to rank :func:`owner_of` i only, and return ``None`` for those of others;
+            otherwise every rank has all.
+        group: The ranks that take part; ``None``: all.
     """
-    shared_out: list[PackedMoments | None] = [None] * len(moments)
-    usable = [index for index, width in enumerate(widths) if width is not None]
-    reduced = _about_the_common_mean([moments[i] for i in usable], [widths[i] for i in usable], None)
-    for index, shared in zip(usable, reduced, strict=True):
-        if shared.scatter.numel():
-            dist.reduce(shared.scatter, dst=owner_of(index))
-        if owner_of(index) == dist.get_rank():
-            shared_out[index] = shared
-    return shared_out
+    reduced: list[Moments | None] = [None] * len(moments)
+    indices = [index for index, width in enumerate(widths) if width is not None]
+    usable = [_widened(moments[index], width) for index, width in enumerate(widths) if width is not None]
+    for index, common in zip(indices, _about_common_mean(usable, group), strict=True):
+        if common.has_scatter and share_out:
+            dist.reduce(common.scatter, dst=owner_of(index), group=group)
+        elif common.has_scatter:
+            dist.all_reduce(common.scatter, group=group)
+        if not share_out or owner_of(index) == dist.get_rank():
+            reduced[index] = common
+    return reduced
 
 
 def owner_of(index: int) -> int:
     """The rank that decomposes the i-th matrix."""
     return index % dist.get_world_size()
-
-
-def agreed_widths(own: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int | None]:
-    """Number of features of each on all ranks: 0 where none has seen a token, ``None`` where ranks differ."""
-    if not own:
-        return []
-    unseen = torch.iinfo(torch.int64).max
-    table = torch.tensor([list(own), [-(width or unseen) for width in own]], device=device)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
-    return [widest if widest in (0, -negative) else None for widest, negative in table.T.tolist()]
 
 
 def agreed_failures(failed: Sequence[bool], device: torch.device) -> list[bool]:
@@ -87,44 +98,32 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
-def all_reduce_mean(values: Sequence[Tensor]) -> list[Tensor]:
-    """Mean over the ranks of each value ``()``."""
-    if not values:
-        return []
-    stacked = torch.stack(list(values))
-    dist.all_reduce(stacked)
-    return list(stacked / dist.get_world_size())
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks of each value."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
 
 
-def _about_the_common_mean(
-    moments: Sequence[PackedMoments], widths: Sequence[int | None], group: dist.ProcessGroup | None
-) -> Iterator[PackedMoments]:
-    """Counts and mean of all ranks with this rank's scatter about that mean: the sum over ranks needs no further term.
+def _about_common_mean(moments: Sequence[Moments], group: dist.ProcessGroup | None) -> Iterator[Moments]:
+    """Counts and mean of all ranks, with this rank's scatter about that mean: what remains is to sum the scatters.
 
-    One layer at a time, so that no more than one scatter is there twice.
+    The scatters are copies, made one at a time, so that no more than one of them is in memory twice.
     """
     if not moments:
         return
-    ready = [_widened(m, width) for m, width in zip(moments, widths, strict=True) if width is not None]
-    counts = torch.stack([torch.stack(m[:2]) for m in ready])
+    counts = torch.stack([torch.stack(m[:3]) for m in moments])
     dist.all_reduce(counts, group=group)
-    means = torch.cat(
-        [m.mean * ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(ready, counts, strict=True)]
-    )
+    shares = [ratio(m.num_tokens, total[0], m.mean.dtype) for m, total in zip(moments, counts, strict=True)]
+    means = torch.cat([m.mean * share for m, share in zip(moments, shares, strict=True)])
     if means.numel():
         dist.all_reduce(means, group=group)
-    for m, total, mean in zip(ready, counts, torch.split(means, [len(m.mean) for m in ready]), strict=True):
-        # A copy of its own: the other ranks' are added into it, and the caller may go on with this rank's.
-        scatter = m.scatter.clone() if m.about_origin else m.scatter_about(mean)
-        yield PackedMoments(total[0], total[1], mean.clone(), scatter, about_origin=m.about_origin)
+    for m, total, mean in zip(moments, counts, torch.split(means, [len(m.mean) for m in moments]), strict=True):
+        yield Moments(total[0], total[1], total[2], mean.clone(), scatter_about(m, mean))
 
 
-def _widened(moments: PackedMoments, num_features: int) -> PackedMoments:
-    """A rank that has seen nothing takes the width that the others have."""
-    if moments.num_features == num_features:
+def _widened(moments: Moments, width: Width) -> Moments:
+    """A rank that has seen no token takes the width that the others have."""
+    if width.about_origin is None:
         return moments
-    mean, scatter = moments.mean, moments.scatter
-    return moments._replace(
-        mean=mean.new_zeros(0 if moments.about_origin else num_features),
-        scatter=scatter.new_zeros((num_features + 1) // 2, num_features + 1),
-    )
+    return with_scatter(moments, width.num_features, about_origin=width.about_origin)

@@ -1,79 +1,81 @@
-"""Symmetric matrices as one half of their numbers, and moments that are kept so."""
+"""Symmetric matrices in packed form: d(d + 1)/2 numbers instead of d^2.
+
+With h = ceil(d / 2), a symmetric ``(d, d)`` matrix is the block matrix ``[[A, B], [B.T, C]]``, where A is ``(h, h)``.
+Its packed form is ``(h, d + 1)``::
+
+    column 0         the diagonal of C
+    columns 1 to h   on and below the diagonal the lower triangle of A, above it the strict upper triangle of C
+    the others       B
+
+For an odd d, C has one row and column less than A; the places without a number are 0.
+
+The blocks are read and written as slices. An index of the triangle (``torch.tril_indices``) would itself take four
+times the memory that packing saves.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.moments import Moments, ratio
-
-# By slices: an index of the upper triangle would take four times what packing saves. With d = 2 h there are, in this
-# order, the diagonal of the lower right block; the upper left block up to its diagonal and, above that, the lower right
-# one, transposed; the upper right block: h x (1 + h + h). An odd d leaves gaps.
-
-# Below, a product is made faster whole than in parts.
-_WORTH_HALVING = 256
+# A and C are computed in strips of so many rows, or of a quarter of all rows if that is more: narrower strips would
+# leave out more of the half that is not needed, but small products are slow.
+_STRIP = 128
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """``(d, d)`` to ``(ceil(d / 2), d + 1)``."""
+    """Pack a symmetric ``(d, d)`` matrix into ``(ceil(d / 2), d + 1)``."""
     d = matrix.shape[0]
     half = (d + 1) // 2
-    packed = matrix.new_empty(half, d + 1)
-    packed[:, 1:] = matrix[:half]
-    return _folded(packed, matrix[half:, half:])
-
-
-def packed_second_moment(z: Tensor) -> Tensor:
-    """``z.T @ z`` of ``(N, d)``, packed, without a graph; a wide one at five eighths of the cost of the whole."""
-    d = z.shape[1]
-    half = (d + 1) // 2
-    left, right = z[:, :half], z[:, half:]
-    packed = z.new_empty(half, d + 1)
-    if half < _WORTH_HALVING:
-        torch.mm(left.T, z, out=packed[:, 1:])
-    else:
-        packed[:, 1 : half + 1] = _second_moment(left)
-        torch.mm(left.T, right, out=packed[:, half + 1 :])
-    return _folded(packed, _second_moment(right))
-
-
-def _second_moment(z: Tensor) -> Tensor:
-    """``z.T @ z``, of a wide ``z`` without the quarter above the diagonal."""
-    if z.shape[1] < _WORTH_HALVING:
-        return z.T @ z
-    half = z.shape[1] // 2
-    product = z.new_empty(z.shape[1], z.shape[1])
-    torch.mm(z[:, :half].T, z[:, :half], out=product[:half, :half])
-    torch.mm(z[:, half:].T, z, out=product[half:])
-    return product
-
-
-def _folded(packed: Tensor, lower_right: Tensor) -> Tensor:
-    """With that block in the place of what the upper left one has above its diagonal."""
-    half, rest = packed.shape[0], lower_right.shape[0]
-    square = packed[:, 1 : half + 1].tril_()
-    square[:rest, :rest] += lower_right.T.triu(1)
-    if rest < half:
-        packed[rest:, 0] = 0
+    rest = d - half
+    lower_right = matrix[half:, half:]
+    packed = matrix.new_zeros(half, d + 1)
     packed[:rest, 0] = lower_right.diagonal()
+    packed[:, 1:] = matrix[:half]
+    square = packed[:, 1 : half + 1].tril_()
+    square[:rest, :rest] += lower_right.triu(1)
     return packed
 
 
+def add_second_moment(packed: Tensor, z: Tensor) -> None:
+    """Add ``z.T @ z`` of ``(N, d)`` to a packed ``(ceil(d / 2), d + 1)`` in place.
+
+    Products are added where they belong, so what it allocates is small: one square of a strip at a time. A wide ``z``
+    takes 9/16 of the operations of the whole product.
+    """
+    half, d = packed.shape[0], z.shape[1]
+    rest = d - half
+    left, right = z[:, :half], z[:, half:]
+    square = packed[:, 1 : half + 1]
+    packed[:, half + 1 :].addmm_(left.T, right)
+    strip = max(_STRIP, -(-half // 4))
+    for start in range(0, half, strip):
+        rows = slice(start, start + strip)
+        own = left[:, rows]
+        square[rows, :start].addmm_(own.T, left[:, :start])
+        square[rows, rows] += (own.T @ own).tril_()
+        own = right[:, rows]
+        if not own.shape[1]:
+            continue
+        end = start + own.shape[1]
+        square[start:end, end:rest].addmm_(own.T, right[:, end:])
+        product = own.T @ own
+        packed[start:end, 0] += product.diagonal()
+        square[start:end, start:end] += product.triu_(1)
+
+
 def unpack_symmetric(packed: Tensor) -> Tensor:
-    """``(ceil(d / 2), d + 1)`` to ``(d, d)``."""
-    lower = lower_triangle(packed).tril_()
-    return lower + lower.tril(-1).T
+    """The symmetric ``(d, d)`` matrix of a packed ``(ceil(d / 2), d + 1)``."""
+    return symmetric(lower_triangle(packed))
 
 
 def lower_triangle(packed: Tensor) -> Tensor:
-    """``(d, d)`` with what was packed on and below its diagonal, all that a symmetric solver reads; above, anything."""
+    """``(d, d)`` with the numbers of a packed matrix on and below its diagonal, and arbitrary ones above.
+
+    Symmetric solvers read no more than that. The result is laid out column by column, as LAPACK wants it.
+    """
     half, d = packed.shape[0], packed.shape[1] - 1
     rest = d - half
     square = packed[:, 1 : half + 1]
-    # Column by column in memory, as LAPACK has it.
     upper = packed.new_empty(d, d)
     upper[:half, :half] = square.T
     upper[:half, half:] = packed[:, half + 1 :]
@@ -82,51 +84,7 @@ def lower_triangle(packed: Tensor) -> Tensor:
     return upper.T
 
 
-class PackedMoments(NamedTuple):
-    """Moments with half of the scatter: what a monitor keeps of a layer, and what travels between ranks."""
-
-    num_tokens: Tensor
-    """``()`` int64."""
-    num_nonfinite: Tensor
-    """``()`` int64."""
-    mean: Tensor
-    """``(d,)``; ``(0,)`` where the scatter is about the origin."""
-    scatter: Tensor
-    """``(ceil(d / 2), d + 1)``."""
-    about_origin: bool
-
-    @classmethod
-    def of(cls, moments: Moments) -> PackedMoments:
-        """Moments about the mean."""
-        scatter = pack_symmetric(moments.scatter)
-        return cls(moments.num_tokens, moments.num_nonfinite, moments.mean, scatter, about_origin=False)
-
-    @property
-    def num_features(self) -> int:
-        """Number of features d, 0 where no token was seen."""
-        return self.scatter.shape[1] - 1
-
-    def to(self, device: torch.device) -> PackedMoments:
-        """The same on a device."""
-        if self.scatter.device == device:
-            return self
-        counts = self.num_tokens.to(device), self.num_nonfinite.to(device)
-        return PackedMoments(*counts, self.mean.to(device), self.scatter.to(device), about_origin=self.about_origin)
-
-    def scatter_about(self, mean: Tensor) -> Tensor:
-        """The scatter about another mean (Chan, Golub & LeVeque 1979)."""
-        if self.about_origin:
-            return self.scatter
-        offset = self.mean - mean
-        return self.scatter + pack_symmetric(torch.outer(offset, offset * self.num_tokens))
-
-    def merged(self, other: PackedMoments) -> PackedMoments:
-        """Moments of the union of two sets of tokens."""
-        if not self.num_features:
-            return other
-        count = self.num_tokens + other.num_tokens
-        mean = self.mean + (other.mean - self.mean) * ratio(other.num_tokens, count, self.mean.dtype)
-        scatter = self.scatter_about(mean) + other.scatter_about(mean)
-        return PackedMoments(
-            count, self.num_nonfinite + other.num_nonfinite, mean, scatter, about_origin=self.about_origin
-        )
+def symmetric(lower: Tensor) -> Tensor:
+    """The symmetric matrix whose lower triangle this is; what stands above the diagonal of ``lower`` is overwritten."""
+    lower.tril_()
+    return lower + lower.tril(-1).T

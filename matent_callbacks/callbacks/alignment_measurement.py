@@ -3,49 +3,54 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.reduction import (
-    agreed_failures,
-    all_reduce_mean,
-    all_reduce_sequence_means,
-    is_distributed,
+from matent_callbacks.accumulate.gathering import held_first
+from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
+from matent_callbacks.callbacks.alignment_reading import (
+    EXCHANGED,
+    TOWERS,
+    Counts,
+    Reading,
+    Stages,
+    device_of,
+    merged,
+    over_ranks,
+    read_dual_encoder,
+    read_vision_language,
 )
-from matent_callbacks.accumulate.sequence_mean import SequenceMean, merge_sequence_means, stage_mean
-from matent_callbacks.capture.dual_encoder import dual_encoder_towers, is_dual_encoder, mean_token
+from matent_callbacks.callbacks.pair_measures import (
+    EXCHANGE_MEASURES,
+    OF_DUAL_ENCODERS,
+    OF_VISION_LANGUAGE_MODELS,
+    PAIR_MEASURES,
+    VECTOR_MEASURES,
+    measure_pairs,
+    pairs_needed,
+)
+from matent_callbacks.callbacks.probe import fingerprint
+from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.inference import quiet
-from matent_callbacks.capture.vision_language import Stage, StageReader, vision_language_stages
-from matent_callbacks.functional._precision import statistics_dtype
-from matent_callbacks.functional._tokens import check_stage
-from matent_callbacks.functional.alignment import (
-    STAGES,
-    image_reduction_ratio,
-    image_text_alignment,
-    linear_cka,
-    matrix_mutual_information,
-    modality_gap,
-    mutual_knn,
+from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
+
+SUMMARIZED_BY_MAXIMUM = (
+    "alignment/image_text",
+    *(f"alignment/{name}" for name in OF_VISION_LANGUAGE_MODELS),
 )
-
-Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
-
-PAIR_MEASURES = ("cka", "mutual_knn", "mutual_information", "modality_gap")
-_TOWERS = ("image_tower", "text_tower")
+"""The keys of which the greatest value of a run is to stand beside the last."""
 
 
-class _Read(NamedTuple):
-    """What one rank sees of its probe."""
+class _Batches(NamedTuple):
+    """The readings of this rank's batches, and hashes of the batches."""
 
-    entropies: dict[str, SequenceMean]
-    pairs: dict[str, Tensor]
-    skipped: int
+    readings: list[Reading]
+    fingerprints: list[int]
 
 
 class AlignmentMeasurement:
@@ -83,6 +88,7 @@ class AlignmentMeasurement:
         self._towers = towers
         self._k = k
         self._alpha = alpha
+        self._told: set[str] = set()
 
     def renewed(self) -> AlignmentMeasurement:
         """The same arguments without the probe that was found."""
@@ -103,104 +109,133 @@ class AlignmentMeasurement:
             Exception: On every rank, if it cannot be read on one.
         """
         error: Exception | None = None
-        read = _Read({}, {}, 0)
+        batches = _Batches([], [])
         try:
             if self.probe is None and find_probe is not None:
                 self.probe = find_probe()
             with quiet(model), around():
-                read = self._read(model)
+                batches = self._read(model)
         except Exception as raised:
             error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
-        if is_distributed() and agreed_failures([error is not None], next(model.parameters()).device)[0]:
+        if is_distributed() and agreed_failures([error is not None], device_of(model))[0]:
             raise error or RuntimeError("Another rank failed to read the probe.")
         if error is not None:
             raise error
-        return self._values(read)
+        return self._values(self._together(batches, model), model)
 
-    def _read(self, model: nn.Module) -> _Read:
-        """What this rank sees of its probe."""
+    def _read(self, model: nn.Module) -> _Batches:
+        """Read the batches of this rank's probe."""
         batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
-        if self._towers is not None or (self._stages is None and is_dual_encoder(model)):
-            return self._dual_encoder(model, batches)
-        return self._vision_language(model, batches)
+        if not batches and not is_distributed():
+            raise ValueError("`probe` must hold at least one batch, got none.")
+        readings = [self._read_batch(model, batch) for batch in batches]
+        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed() else [])
 
-    def _vision_language(self, model: nn.Module, batches: list[Any]) -> _Read:
-        entropies: dict[str, list[SequenceMean]] = {name: [] for name in STAGES}
-        pairs: list[tuple[Tensor, Tensor]] = []
-        skipped = 0
-        for batch in batches:
-            stages, without_image = self._read_stages(model, batch)
-            skipped += without_image
-            for name in STAGES:
-                entropies[name].append(_entropy(stages[name].hidden_states, stages[name].mask))
-            image, text = stages["image"], stages["text"]
-            both = text.mask.any(1)  # a sample of an image alone is no pair
-            pairs.append((mean_token(*image)[both], mean_token(*text)[both]))
-        return _Read(_totals(entropies), self._pairs(pairs, self._pair_measures or ()), skipped)
+    def _read_batch(self, model: nn.Module, batch: Any) -> Reading:
+        if self._is_dual_encoder(model):
+            return read_dual_encoder(model, batch, self._towers)
+        return read_vision_language(model, batch, self._stages, exchange=self._exchanges(model), tell=self._tell)
 
-    def _dual_encoder(self, model: nn.Module, batches: list[Any]) -> _Read:
-        entropies: dict[str, list[SequenceMean]] = {name: [] for name in _TOWERS}
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for batch in batches:
-            towers = dual_encoder_towers(model, batch, self._towers)
-            for name, tower in zip(_TOWERS, towers, strict=True):
-                entropies[name].append(_entropy(tower.hidden_states, tower.mask))
-            pairs.append((towers[0].embedding, towers[1].embedding))
-        measures = PAIR_MEASURES if self._pair_measures is None else self._pair_measures
-        if self._pair_measures is None and pairs[0][0].shape[-1] != pairs[0][1].shape[-1]:
-            measures = tuple(name for name in measures if name != "modality_gap")  # of one space only
-        return _Read(_totals(entropies), self._pairs(pairs, measures), 0)
+    def _together(self, batches: _Batches, model: nn.Module) -> Reading:
+        """Merge the readings of all batches and ranks."""
+        names = TOWERS if self._is_dual_encoder(model) else (*STAGES, *(EXCHANGED if self._exchanges(model) else ()))
+        if not is_distributed():
+            return merged(batches.readings, names, model)
+        # As a rule all ranks are given the same probe: each reads it, and it counts once.
+        mine = held_first(batches.fingerprints, device_of(model))
+        own = [reading for reading, first in zip(batches.readings, mine, strict=True) if first]
+        return over_ranks(merged(own, names, model))
 
-    def _values(self, read: _Read) -> dict[str, float]:
-        """Of the samples of all ranks; the measures of pairs are the mean over ranks of those of each rank's probe."""
-        totals, pairs = read.entropies, read.pairs
-        if is_distributed():
-            totals = dict(zip(totals, all_reduce_sequence_means(list(totals.values())), strict=True))
-            pairs = dict(zip(pairs, all_reduce_mean(list(pairs.values())), strict=True))
-        entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in totals.items()}
+    def _values(self, reading: Reading, model: nn.Module) -> dict[str, float]:
+        entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in reading.entropies.items()}
         values = {"entropy": entropy, "effective_rank": {name: value.exp() for name, value in entropy.items()}}
+        e = values[self._basis]
         found: dict[str, Tensor] = {}
-        if "image_text" in entropy:
-            e = values["entropy" if self._basis == "entropy" else "effective_rank"]
+        if "image_text" in e:
             found = {
                 "alignment/image_text": image_text_alignment(e["image"], e["text"], e["image_text"]),
                 "alignment/image_reduction_ratio": image_reduction_ratio(e["vision_encoder"], e["connector"]),
             }
-        found |= {**self._asked(values), **pairs}
-        if read.skipped:
-            found["alignment/skipped_text_only"] = torch.tensor(float(read.skipped))
+        found |= self._asked(values)
+        if self._exchanges(model):
+            found |= self._exchange_measures(reading.counts, [e[name] for name in EXCHANGED], model)
+        found |= self._vector_measures(reading.image, reading.text, model)
+        skipped = {"text_only": reading.counts.text_only, "no_equal": reading.counts.no_equal}
+        found |= {f"alignment/skipped_{name}": count for name, count in skipped.items() if count}
         return _to_numbers(found)
 
-    def _read_stages(self, model: nn.Module, batch: Any) -> tuple[Mapping[str, Stage], int]:
-        if isinstance(self._stages, Mapping):
-            stages, without_image = {name: read(model, batch) for name, read in self._stages.items()}, 0
-        else:
-            stages, without_image = (self._stages or vision_language_stages)(model, batch)
-        return {name: Stage(*check_stage(name, *stage)) for name, stage in stages.items()}, without_image
+    def _is_dual_encoder(self, model: nn.Module) -> bool:
+        return self._towers is not None or (self._stages is None and is_dual_encoder(model))
+
+    def _measures(self, model: nn.Module) -> tuple[str, ...]:
+        possible = OF_DUAL_ENCODERS if self._is_dual_encoder(model) else PAIR_MEASURES
+        for name in self._pair_measures or ():
+            if name not in possible:
+                raise ValueError(f"`pair_measures` of a dual encoder must be of {', '.join(possible)}, got {name!r}.")
+        if self._pair_measures is not None:
+            return self._pair_measures
+        return OF_DUAL_ENCODERS if self._is_dual_encoder(model) else OF_VISION_LANGUAGE_MODELS
+
+    def _exchanges(self, model: nn.Module) -> bool:
+        """Whether the images are to be exchanged."""
+        return not self._is_dual_encoder(model) and not set(EXCHANGE_MEASURES).isdisjoint(self._measures(model))
 
     def _asked(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {
             f"{metric}/{stage}": value
             for metric in self.metrics
             for stage, value in values["entropy" if metric == "matrix_entropy" else metric].items()
+            if stage not in EXCHANGED
         }
 
-    def _pairs(self, pairs: list[tuple[Tensor, Tensor]], measures: Sequence[str]) -> dict[str, Tensor]:
-        """Measures of the paired vectors of image and text."""
-        image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
-        needed = self._k + 1 if "mutual_knn" in measures else 2
-        if measures and len(image) < needed:
-            raise ValueError(
-                f"`probe` must hold at least {needed} pairs for {', '.join(measures)} (k={self._k}), got {len(image)}."
+    def _exchange_measures(self, counts: Counts, e: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Compare pairs with exchanged images; NaN where nothing was exchanged."""
+        image, text, both, moved = e
+        if counts.no_equal and not counts.exchanged:
+            self._tell(
+                "images",
+                "`alignment/grounding` and `alignment/image_text_shift` are not logged: no batch of `probe` holds two "
+                "samples whose images have the same numbers of tokens.",
             )
-        functions: dict[str, Callable[[], Tensor]] = {
-            "cka": lambda: linear_cka(image, text),
-            "mutual_knn": lambda: mutual_knn(image, text, k=self._k),
-            "mutual_information": lambda: matrix_mutual_information(image, text, alpha=self._alpha),
-            "modality_gap": lambda: modality_gap(image, text),
+        elif counts.exchanged and not counts.labels and "grounding" in self._measures(model):
+            self._tell(
+                "labels",
+                "`alignment/grounding` is not logged: `probe` must have `labels` (B, T), and the model give logits.",
+            )
+        found = {
+            "grounding": (counts.moved_nats - counts.nats) / counts.labels,
+            "image_text_shift": image_text_alignment(image, text, moved) - image_text_alignment(image, text, both),
         }
-        return {f"alignment/{name}": functions[name]() for name in measures}
+        return {f"alignment/{name}": value for name, value in found.items() if name in self._measures(model)}
+
+    def _vector_measures(self, image: Tensor, text: Tensor, model: nn.Module) -> dict[str, Tensor]:
+        """Measure the paired vectors of image and text, as far as there are enough pairs."""
+        measures = [name for name in self._measures(model) if name in VECTOR_MEASURES]
+        if self._pair_measures is None and image.shape[-1] != text.shape[-1]:
+            measures = [name for name in measures if name != "modality_gap"]  # of one space only
+        needed = {name: pairs_needed(name, k=self._k) for name in measures}
+        few = [name for name in measures if len(image) < needed[name]]
+        if few and (self._pair_measures is not None or (self._is_dual_encoder(model) and few == measures)):
+            raise ValueError(
+                f"`probe` must hold at least {max(needed.values())} pairs for {', '.join(measures)} (k={self._k}), "
+                f"got {len(image)}."
+            )
+        if few:
+            self._tell(
+                "pairs",
+                f"`probe` holds {len(image)} pairs of image and text, too few for "
+                f"{', '.join(f'alignment/{name} ({needed[name]})' for name in few)}.",
+            )
+        chosen = [name for name in measures if name not in few]
+        found = measure_pairs(image, text, chosen, k=self._k, alpha=self._alpha)
+        return {f"alignment/{name}": value for name, value in found.items()}
+
+    def _tell(self, about: str, message: str) -> None:
+        """Warn, once about each subject."""
+        if about not in self._told:
+            self._told.add(about)
+            warnings.warn(message, stacklevel=2)
 
 
 def measure_alignment(
@@ -224,11 +259,14 @@ def measure_alignment(
         probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them.
         basis: What the two ratios are of, ``"effective_rank"`` or ``"entropy"``.
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
-        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
-            encoder, none of a vision-language model.
+        pair_measures: Of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
-        k: Neighbours of ``mutual_knn``.
+        k: Neighbours of ``mutual_knn`` and ``mutual_knn_z``.
         alpha: Order of ``mutual_information``.
 
     Returns:
@@ -251,20 +289,6 @@ def measure_alignment(
         k=k,
         alpha=alpha,
     ).measure(model)
-
-
-def _totals(entropies: Mapping[str, list[SequenceMean]]) -> dict[str, SequenceMean]:
-    totals = {name: functools.reduce(merge_sequence_means, batches) for name, batches in entropies.items()}
-    for name, total in totals.items():
-        if total.num_nonfinite:
-            warnings.warn(
-                f"{int(total.num_nonfinite)} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2
-            )
-    return totals
-
-
-def _entropy(hidden_states: Tensor, mask: Tensor) -> SequenceMean:
-    return stage_mean(hidden_states, mask, dtype=statistics_dtype(hidden_states))
 
 
 def _to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

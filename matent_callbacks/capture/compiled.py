@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from matent_callbacks.capture.layers import Layers
+from matent_callbacks.capture.stack import ancestries
 
 Meeting = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
@@ -23,11 +24,12 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     """The module whose call leads into compiled code that holds a read point; None where none does."""
     if not any(map(_is_compiled, model.modules())):
         return None
+    above = ancestries(model)
     for point in layers.points:
-        entrance = next((m for m in _path(model, point.module) if _is_compiled(m)), None)
+        entrance = next((m for m in above.get(point.module, ()) if _is_compiled(m)), None)
         if entrance is None:
             continue
-        if layers.owner is None or entrance in _path(model, layers.owner):
+        if layers.owner is None or entrance in above.get(layers.owner, ()):
             return entrance
         # Single blocks are compiled: their mask is known to the module around them.
         return layers.owner
@@ -67,13 +69,8 @@ def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _is_compiled(module: nn.Module) -> bool:
     # Not by `hasattr`, which a module without it answers by an exception: a model has hundreds of modules.
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def _path(model: nn.Module, target: nn.Module) -> list[nn.Module]:
-    """The modules from ``model`` down to ``target``, both included; empty where it is not inside."""
-    for name, module in model.named_modules():
-        if module is target:
-            parts = name.split(".") if name else []
-            return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-    return []
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        return True
+    # `model.forward = torch.compile(model.forward)`, and perhaps what stands around it while calls are watched.
+    own = vars(module).get("forward")
+    return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in (own, getattr(own, "__wrapped__", None)))

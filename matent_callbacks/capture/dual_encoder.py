@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from matent_callbacks.capture.hooks import first_tensor
 from matent_callbacks.capture.inference import run
 from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.functional._precision import statistics_dtype
 
 
 class Tower(NamedTuple):
@@ -89,9 +90,9 @@ def _tower(name: str, outputs: Mapping[str, Any], mask: Any, embedding: Tensor |
 
 
 def mean_token(hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """``(S, T, d)`` to ``(S, d)``: the mean of the valid tokens of each sample."""
-    weight = mask.unsqueeze(-1).to(hidden_states.dtype)
-    return (torch.where(mask.unsqueeze(-1), hidden_states, 0.0)).sum(1) / weight.sum(1).clamp(min=1)
+    """``(S, T, d)`` to ``(S, d)``: the mean of the valid tokens of each sample, in the precision of statistics."""
+    states = hidden_states.to(statistics_dtype(hidden_states))
+    return torch.where(mask.unsqueeze(-1), states, 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _named(output: Any, name: str) -> Tensor | None:

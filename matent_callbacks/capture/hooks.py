@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from matent_callbacks.capture.adapters import AdapterState
+from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
+from matent_callbacks.capture.forward import Forward, Seen
 from matent_callbacks.capture.inference import preserved
 from matent_callbacks.capture.layers import Layers, ReadPoint
-from matent_callbacks.capture.packing import Packing, find_packing
+from matent_callbacks.capture.masks import Masks
+from matent_callbacks.capture.packing import find_packing
+
+# Of attention, and of Mamba and its like.
+_CACHES = ("past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
+
+# The threads of nn.DataParallel read into the same statistics.
+_reading = threading.RLock()
 
 
 class Capture:
@@ -26,29 +36,31 @@ class Capture:
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
     where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
-    (generation) and, with ``training_only``, unless it is in training mode with gradients. Recomputation by gradient
-    checkpointing never counts. Compiled modules are read beside their graph.
+    (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
+    unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
+    counts. Compiled modules are read beside their graph.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
+        self.seen = Seen()
         self._model = model
         self._layers = layers
         self._reader = reader
         self._guard = guard
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
+        self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._beside = False
-        self._depth = 0
-        self._counts = True
-        self._masks: list[Tensor] = []
-        self._packing: Packing | None = None
+        self._has_counted = False
+        self._forwards: dict[int, Forward] = {}
 
     def open(
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -60,47 +72,65 @@ class Capture:
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
-                self._undo.extend(handle.remove for handle in self._hooks())
+                self._undo.extend(self._hooks())
             else:
                 self._undo.append(meet(entrance, self._read_beside))
+            # Behind the hooks, which put other `forward`s in the place of those that tell of adapters.
+            self._adapters = AdapterState(self._model) if same_adapters else None
 
     def close(self) -> None:
         """Take the hooks away; nothing of the forward stays behind."""
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._adapters = None
         self._outer_mask = self._sample_mask = None
-        self._forget_forward()
+        self._has_counted = False
+        self._forwards.clear()
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks: for forwards that are known to run without a graph."""
-        handles: list[RemovableHandle] = []
+        undo: list[Callable[[], None]] = []
         try:
-            handles.extend(self._hooks())
+            undo.extend(self._hooks())
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            self._forget_forward()
+            for remove in undo:
+                remove()
+            self._forwards.clear()
 
-    def _hooks(self) -> Iterator[RemovableHandle]:
+    def _hooks(self) -> Iterator[Callable[[], None]]:
         """Registers one after the other, so that those before one that fails can be removed."""
-        chain = self._layers.chain
-        yield from (module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in chain)
-        yield from (self._read_hook(point) for point in self._layers.points)
+        chain, inside, points = self._layers.chain, self._layers.inside, self._layers.points
+        hooked = [module for module in chain if module not in self._layers.unhooked]
+        for module in hooked:
+            enter = functools.partial(self._enter, module)
+            yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
+        for module in inside:
+            if module in self._layers.unhooked:
+                yield around_calls(module, self._call_inside, replicas=False)
+            else:
+                look = functools.partial(self._look_inside, module)
+                yield module.register_forward_pre_hook(look, with_kwargs=True).remove
+        for point in points:
+            yield self._read_hook(point)
+        for module in chain:
+            yield around_calls(module, self._call, replicas=module in hooked)
         # After the read points: the output of a module in the chain must be read before its forward is over.
-        yield from (module.register_forward_hook(self._leave, always_call=True) for module in chain)
+        for module in hooked:
+            yield module.register_forward_hook(self._leave, always_call=True).remove
 
-    def _read_hook(self, point: ReadPoint) -> RemovableHandle:
+    def _read_hook(self, point: ReadPoint) -> Callable[[], None]:
+        if point.module in self._layers.unhooked:
+            return around_calls(point.module, functools.partial(self._call_point, point), replicas=False)
         if point.where == "input":
-            return point.module.register_forward_pre_hook(
-                functools.partial(self._read_input, point.key), with_kwargs=True
-            )
-        return point.module.register_forward_hook(functools.partial(self._read_output, point.key))
+            before = functools.partial(self._read_input, point)
+            return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
+        return point.module.register_forward_hook(functools.partial(self._read, point), with_kwargs=True).remove
 
     def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._beside or (self._training_only and not (module.training and torch.is_grad_enabled())):
+        if self._beside or not self._is_wanted(module):
             return
         self._beside = True
         try:
@@ -109,101 +139,164 @@ class Capture:
         finally:
             self._beside = False
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._depth == 0:
-            self._counts = self._beside or not self._training_only or (module.training and torch.is_grad_enabled())
-        self._depth += 1
-        with self._guard("all"):
-            self._look_at(_named_arguments(module, args, kwargs))
+    # A module in the chain, called by `module(...)`: hooks before and after it. Its replica, if nn.DataParallel calls
+    # it, has the same hooks, and is another module.
 
-    def _look_at(self, arguments: dict[str, Any]) -> None:
-        # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-        if arguments.get("past_key_values") is not None:
-            self._counts = False
-        mask = arguments.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if mask is not None:
-            self._masks.append(mask > 0)  # once for all layers
-        if self._packing is None and self._counts:
-            self._packing = find_packing(arguments, mask)
+    def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        begins = self._forward is None
+        forward = self._forwards.setdefault(threading.get_ident(), self._new_forward())
+        forward.modules.append(watched)
+        forward.is_met = True
+        with self._guard("all"):
+            forward.is_past_embeddings &= watched is not self._layers.owner
+            if begins:
+                forward.graph_task = torch._C._current_graph_task_id()
+                forward.counts = (self._beside or self._is_wanted(module)) and not (
+                    _in_backward() and self._has_counted
+                )
+            self.seen.ran.add(watched)
+            arguments = _named_arguments(module, args, kwargs)
+            # A module in the chain may be called without its parents, so each level may be the first to see a cache.
+            if any(arguments.get(name) is not None for name in _CACHES):
+                forward.counts = False
+            forward.masks.look(watched, arguments)
+            if forward.packing is None and forward.counts:
+                mask = arguments.get("attention_mask")
+                is_flat = isinstance(mask, Tensor) and mask.ndim == 2
+                forward.packing = find_packing(arguments, mask if is_flat else None)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._depth -= 1
-        if self._depth <= 0:
-            self._forget_forward()
+        forward = None if torch.compiler.is_compiling() else self._forward
+        if forward is None:
+            return
+        forward.modules.pop()
+        if not forward.modules:
+            del self._forwards[threading.get_ident()]
 
-    def _forget_forward(self) -> None:
-        self._depth = 0
-        self._masks.clear()
-        self._packing = None
+    # However it is called.
 
-    def _read_input(self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._read(key, module, args[0] if args else kwargs.get("hidden_states"))
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        current = self._forward
+        if current is not None and current.is_met and current.modules[-1] is module:
+            current.is_met = False
+            return forward(*args, **kwargs)
+        try:
+            self._enter(module, module, args, kwargs)
+            self._forwards[threading.get_ident()].is_met = False
+            points = [point for point in self._layers.points if point.module is module]
+            for point in points:
+                forward = functools.partial(self._call_point, point, module, forward)
+            return forward(*args, **kwargs)
+        finally:
+            self._leave(module, args, None)
 
-    def _read_output(self, key: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._read(key, module, output)
+    def _call_inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._look_inside(module, module, args, kwargs)
+        return forward(*args, **kwargs)
 
-    def _read(self, key: str, module: nn.Module, value: Any) -> None:
-        with self._guard(key), torch.no_grad():
+    def _call_point(
+        self, point: ReadPoint, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if point.where == "input":
+            self._read_input(point, module, args, kwargs)
+            return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        self._read(point, module, args, kwargs, output)
+        return output
+
+    def _look_inside(
+        self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with self._guard("all"):
+            self.seen.ran.add(watched)
+            if self._forward is not None:
+                self._forward.masks.look(watched, _named_arguments(module, args, kwargs))
+
+    def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward = self._forward
+        if forward is None or not forward.is_past_embeddings:
+            self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+        if forward is not None:
+            forward.is_past_embeddings = True
+
+    def _read(
+        self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with self._guard(point.key), torch.no_grad():
+            self.seen.called.add(point.key)
             if not self._is_read(module):
                 return
-            hidden_states, packing = first_tensor(value), self._packing
-            if hidden_states is not None and packing is not None and hidden_states.shape[:-1] == packing.shape:
-                valid, samples = packing.valid, self._sample_mask
-                if samples is not None and len(samples) == packing.shape[0]:
-                    valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
-                self._reader(key, packing.unpack(hidden_states), valid)
-            else:
-                self._reader(key, hidden_states, self._mask_for(hidden_states))
+            self.seen.counted = True
+            self._has_counted |= not _in_backward()
+            hidden_states = first_tensor(value)
+            mask = None
+            if hidden_states is not None:
+                forward = self._forward or self._new_forward()
+                arguments = functools.partial(_named_arguments, module, args, kwargs)
+                hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
+            with _reading:
+                self._reader(point.key, hidden_states, mask)
 
     def _is_read(self, module: nn.Module) -> bool:
-        if _in_backward():
+        forward = self._forward
+        if forward is None:
+            return not _in_backward() and (self._beside or not self._training_only or module.training)
+        return forward.counts and not _in_backward(since=forward.graph_task)
+
+    def _is_wanted(self, module: nn.Module) -> bool:
+        if self._adapters is not None and not self._adapters.unchanged():
             return False
-        if self._depth == 0:
-            return self._beside or not self._training_only or module.training
-        return self._counts
+        return not self._training_only or (module.training and torch.is_grad_enabled())
 
-    def _mask_for(self, hidden_states: Tensor | None) -> Tensor | None:
-        """The mask that fits; prompt tuning, for one, makes a longer one further in."""
-        if hidden_states is None:
-            return None
-        for mask in (self._outer_mask, *self._masks):
-            if mask is not None and mask.shape == hidden_states.shape[:-1]:
-                return self._of_counted_samples(mask)
-            if mask is not None and hidden_states.ndim == 2 and mask.numel() == hidden_states.shape[0]:
-                return self._of_counted_samples(mask).flatten()
-        if self._sample_mask is None or hidden_states.ndim != 3:
-            return None
-        return self._of_counted_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+    def _new_forward(self) -> Forward:
+        return Forward(Masks(self._model, self._outer_mask), self._sample_mask)
 
-    def _of_counted_samples(self, mask: Tensor) -> Tensor:
-        samples = self._sample_mask
-        if samples is None or len(samples) != len(mask):
-            return mask
-        return (mask > 0) & samples.to(mask.device).unsqueeze(1)
+    @property
+    def _forward(self) -> Forward | None:
+        return self._forwards.get(threading.get_ident())
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The hidden states in what a module takes or gives: a tensor, a tuple, or a model output."""
+    """The hidden states in what a module takes or gives: a tensor, a tuple, or a mapping such as a model output.
+
+    Of a mapping, ``last_hidden_state``, else the first that could be hidden states: ``(B, T, d)``, or else ``(N, d)``.
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
-        named = value.get("last_hidden_state")
-        return named if isinstance(named, Tensor) else first_tensor(tuple(value.values()))
+        named = {name: item for name, item in value.items() if isinstance(item, Tensor)}
+        if "last_hidden_state" in named:
+            return named["last_hidden_state"]
+        floating = [item for name, item in named.items() if item.is_floating_point() and "mask" not in str(name)]
+        found = (item for ndim in (3, 2) for item in floating if item.ndim == ndim)
+        return next(found, next(iter(named.values()), None))
     if isinstance(value, tuple | list):
-        return next((item for item in value if isinstance(item, Tensor)), None)
+        tensors = [item for item in value if isinstance(item, Tensor)]
+        return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
     return None
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    try:
-        return {**kwargs, **inspect.signature(module.forward).bind_partial(*args).arguments}
-    except TypeError:
-        return kwargs
+    """By name; those of a batch that is handed on as it is, too."""
+    named = kwargs
+    if args:
+        try:
+            named = {**kwargs, **inspect.signature(module.forward).bind_partial(*args).arguments}
+        except TypeError:
+            named = {**kwargs, "": args[0]}
+    if "attention_mask" in named:
+        return named
+    batches = [value for value in named.values() if isinstance(value, Mapping) and "attention_mask" in value]
+    return {**batches[0], **named} if batches else named
 
 
-def _in_backward() -> bool:
+def _in_backward(since: int = -1) -> bool:
+    """Whether a backward pass runs that did not when ``since`` was the graph task of this thread."""
     # What torch.utils.checkpoint itself asks to tell a recomputation from a forward.
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != since

@@ -16,7 +16,7 @@ from matent_callbacks.capture.compiled import call_eagerly
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and :func:`preserved`."""
-    with preserved(model):
+    with preserved(model), _every_module_called():
         # Module by module: `model.eval()` may be overridden to do more.
         for module in model.modules():
             module.training = False
@@ -52,6 +52,17 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | Tensor | None)
     }
+
+
+@contextmanager
+def _every_module_called() -> Iterator[None]:
+    """Without the kernels that do the work of the modules inside torch's own layers in evaluation mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

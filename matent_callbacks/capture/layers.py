@@ -6,12 +6,21 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
-from matent_callbacks.capture.stack import Stack, clean_name, find_stack, hugging_face_models, unwrap
+from matent_callbacks.capture.stack import (
+    Stack,
+    ancestries,
+    clean_name,
+    find_stack,
+    hugging_face_models,
+    is_hugging_face,
+    sequence_first,
+    unwrap,
+)
 
 LayerSpec = str | int | Sequence[str | int]
 
@@ -23,6 +32,10 @@ class ReadPoint:
     key: str
     module: nn.Module
     where: Literal["input", "output"]
+    masked_by: frozenset[nn.Module] = frozenset()
+    """The modules around it, and inside, that are handed a mask of these very tokens."""
+    sequence_first: bool = False
+    """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +44,15 @@ class Layers:
 
     points: tuple[ReadPoint, ...]
     chain: tuple[nn.Module, ...]
-    """Modules that may be given the attention mask, outermost first."""
+    """Modules whose call is a forward of the model, outermost first: the first of them to be called begins one."""
+    inside: tuple[nn.Module, ...]
+    """Modules within a forward that may be given another mask than it was."""
+    unhooked: frozenset[nn.Module]
+    """Of all these, those that must have no hooks: torch would compute something else in evaluation."""
     owner: nn.Module | None
     """The transformer that the blocks belong to, if blocks were asked for."""
+    stack: Stack | None
+    """The obvious stack of blocks, asked for or not."""
     runnable: nn.Module
     """What a probe is run through: the Hugging Face model, without wrappers and what is around it, or the model."""
 
@@ -72,16 +91,59 @@ def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str 
             raise ValueError(_unknown(spec, list(named)))
         points.update({point.key: point for point in found})
     owner = stack.owner if stack else None
+    main = stack if module is None and stack else _stack_or_none(inner)
     # An encoder-decoder is called with the encoder's mask: whoever looks into one part of it wants that part's own.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
-    chain = [*outside, root, *hugging_face_models(root).values(), *([owner] if owner else [])]
+    owners = [found.owner for found in (stack, main if outside else None) if found]
+    chain = [*outside, root, *hugging_face_models(root).values(), *owners]
+    above = ancestries(inner)
+    # The last hidden state of a model of transformers is that of its last block, as far as masks go.
+    places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
+    inside = [m for place in places.values() for m in _below(root, above[place]) if not _is_container(m)]
+    watched = [*chain, *inside, *(point.module for point in points.values())]
     transformers = list(hugging_face_models(inner).values())
     return Layers(
-        tuple(points.values()),
+        tuple(
+            replace(
+                point,
+                masked_by=_masked_by(model, above[point.module], above[places[point.key]], main),
+                sequence_first=sequence_first(above[point.module]),
+            )
+            for point in points.values()
+        ),
         tuple(dict.fromkeys(chain)),
+        tuple(m for m in dict.fromkeys(inside) if m not in chain),
+        frozenset(m for m in watched if any(isinstance(a, nn.TransformerEncoderLayer) for a in above.get(m, ()))),
         owner,
+        main,
         runnable=transformers[0] if len(transformers) == 1 else inner,
     )
+
+
+def _stack_or_none(model: nn.Module) -> Stack | None:
+    try:
+        return find_stack(model)
+    except ValueError:
+        return None
+
+
+def _below(root: nn.Module, path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    return path[path.index(root) :] if root in path else path
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether it is never called, but only what is in it."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _masked_by(
+    model: nn.Module, path: tuple[nn.Module, ...], place: tuple[nn.Module, ...], main: Stack | None
+) -> frozenset[nn.Module]:
+    """What is handed to a model of several towers is the mask of its language model, or of its encoder."""
+    nearest = max((index for index, module in enumerate(path) if is_hugging_face(module)), default=None)
+    if nearest is None or (main is not None and main.owner in path[nearest:]):
+        return frozenset((model, *path, *place))
+    return frozenset((*path[nearest:], *place[nearest:]))
 
 
 def _is_stack_name(spec: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 
 
@@ -39,6 +40,31 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
+def ancestries(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """For every module in ``model``, the modules from there down to it, both included."""
+    found: dict[nn.Module, tuple[nn.Module, ...]] = {model: (model,)}
+
+    def descend(module: nn.Module) -> None:
+        for child in module.children():
+            if child not in found:
+                found[child] = (*found[module], child)
+                descend(child)
+
+    descend(model)
+    return found
+
+
+def sequence_first(path: tuple[nn.Module, ...]) -> bool:
+    """Whether the module at the end of a path takes and gives ``(T, B, d)``: what is inside torch's own layers may."""
+    for module in reversed(path):
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            module = module.layers[0]
+        attention = getattr(module, "self_attn", None) if isinstance(module, TORCH_LAYERS) else module
+        if isinstance(attention, nn.MultiheadAttention):
+            return not attention.batch_first
+    return False
+
+
 def find_stack(model: nn.Module) -> Stack:
     """The one obvious stack of blocks in ``model``.
 
@@ -52,7 +78,7 @@ def find_stack(model: nn.Module) -> Stack:
         )
     hugging_face = next(iter(candidates.values()), None)
     transformer = _language_model(hugging_face) if hugging_face else model
-    found = _outermost_list(transformer)
+    found = _outermost_list(transformer, depth=getattr(getattr(transformer, "config", None), "num_hidden_layers", None))
     if found is None:
         raise ValueError(
             f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
@@ -69,27 +95,40 @@ def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
     names = {module: name for name, module in model.named_modules()}
     level = [model]
     while level:
-        found = {names[module]: unwrap(module) for module in level if _is_hugging_face(module)}
+        found = {names[module]: unwrap(module) for module in level if is_hugging_face(module)}
         if found:
             return found
         level = [child for parent in level for child in parent.children()]
     return {}
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
     # Told by what is used of it, so that transformers need not be imported.
-    return all(hasattr(model, name) for name in ("config", "base_model", "get_encoder", "get_decoder"))
+    return all(hasattr(model, name) for name in ("config", "base_model", "get_input_embeddings", "get_decoder"))
 
 
 def _language_model(model: Any) -> nn.Module:
     """What ``AutoModel`` would be: the module whose first output is the last hidden state of the language model."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()  # type: ignore[no-any-return]
-    return model.get_decoder()  # type: ignore[no-any-return]
+    decoder: nn.Module = model.get_decoder()
+    if decoder is model:
+        # Before 5.0 transformers looks for it by the names `model` and `decoder` only.
+        return getattr(model, "text_model", model) if model.base_model is model else _language_model(model.base_model)
+    return decoder
 
 
-def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The longest list of like blocks on the outermost level that has one; experts and heads lie further in."""
+def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, nn.Module] | None:
+    """The list of like blocks on the outermost level that has one; experts and heads lie further in.
+
+    Of several, the one as long as ``depth``, not of convolutions only, and the longest.
+    """
+
+    def preference(found: tuple[nn.Module, nn.Module]) -> tuple[bool, bool, int]:
+        length = len(list(found[1].children()))
+        return length == depth, any(isinstance(m, nn.Linear) for m in found[1].modules()), length
+
     level = [model]
     while level:
         lists = [
@@ -99,7 +138,7 @@ def _outermost_list(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
             if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child)
         ]
         if lists:
-            return max(lists, key=lambda found: len(list(found[1].children())))
+            return max(lists, key=preference)
         level = [child for parent in level for child in parent.children()]
     return None
 

@@ -7,8 +7,9 @@ encoder and those behind the connector; ``get_decoder``; and ``config.image_toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.hooks import first_tensor
-from matent_callbacks.capture.inference import cheap_arguments, to_device
-from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.capture.joint_forward import JointForward, describe, not_found
 from matent_callbacks.functional.alignment import STAGES
 
 
@@ -68,59 +68,22 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
         ValueError: If there are no images or no text at all, image tokens and image features do not match, or the
             model has no such stages.
     """
-    inner: Any = unwrap(model)
-    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
-    # The loss is not wanted, and its logits are the largest tensor of all.
-    batch = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
-    is_image, is_text = _roles(inner, batch)
-    counts = is_image.sum(1).tolist()
-    with eagerly(inner):
-        encoded, connected = _vision_stages(inner, batch, counts)
-        decoder = unwrap(_decoder(inner))
-        with _calls_of(decoder) as calls:
-            inner(**batch, **cheap_arguments(inner, batch))
-        arguments, both = _last_call(inner, calls, is_image.shape)
-        has_image = is_image.any(1)
-        embeddings, is_image, is_text = arguments["inputs_embeds"][has_image], is_image[has_image], is_text[has_image]
-        deep_features = arguments.get("deepstack_visual_embeds")
+    return stages_of(JointForward(model, batch))
+
+
+def stages_of(forward: JointForward) -> tuple[dict[str, Stage], int]:
+    """:func:`vision_language_stages` of a forward that others read, too."""
+    is_image, is_text, has_image = forward.is_image, forward.is_text, forward.has_image
+    with eagerly(forward.model):
+        encoded, connected = _vision_stages(forward.model, forward.batch, is_image.sum(1).tolist())
+        joint, decoder = forward.plain, forward.decoder
+        embeddings, is_image, is_text = joint.embeddings[has_image], is_image[has_image], is_text[has_image]
+        deep_features = joint.arguments.get("deepstack_visual_embeds")
         image = _through(decoder, _rows(embeddings, is_image), deep_features)
         text = _through(decoder, _rows(embeddings, is_text))
-    together = Stage(both[has_image], is_image | is_text)
+    together = Stage(joint.hidden_states[has_image], is_image | is_text)
     stages = dict(zip(STAGES, (encoded, connected, image, text, together), strict=True))
     return stages, int((~has_image).sum())
-
-
-def _roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Which tokens are image and which are text, ``(B, T)`` bool each; errors for batches that cannot be read."""
-    image_token = getattr(getattr(model, "config", None), "image_token_id", None)
-    if image_token is None or not hasattr(model, "get_image_features"):
-        raise _not_found(model, "vision_encoder", "it has no `get_image_features` or no `config.image_token_id`")
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise ValueError(f"`input_ids` must be in the batch, a tensor (B, T), got {_describe(ids)}.")
-    if batch.get("pixel_values") is None:
-        raise ValueError(f"`pixel_values` must be in the batch, since it is images that are read; got {sorted(batch)}.")
-    if batch.get("pixel_values_videos") is not None:
-        raise ValueError("`pixel_values_videos` must not be in the batch: images are read, and videos are not.")
-    if mask is None:
-        mask = torch.ones_like(ids)
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids`, {_describe(ids)}, got {_describe(mask)}."
-        )
-    is_image, valid = ids == image_token, mask > 0
-    if not bool(is_image.any()):
-        raise ValueError(f"`input_ids` must hold image tokens ({image_token}) for its `pixel_values`, got none.")
-    if bool((is_image & ~valid).any()):
-        raise ValueError(
-            f"`attention_mask` must be 1 at every image token, got 0 at {int((is_image & ~valid).sum())} of them."
-        )
-    is_text = valid & ~is_image
-    if not bool(is_text[is_image.any(1)].any()):
-        raise ValueError(
-            "`input_ids` must hold text beside the image tokens in at least one sample, got image tokens only."
-        )
-    return is_image, is_text
 
 
 def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) -> tuple[Stage, Stage]:
@@ -128,13 +91,17 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
     # The innermost model that knows it: outer ones may not name all the arguments.
     while model.base_model is not model and hasattr(model.base_model, "get_image_features"):
         model = model.base_model
-    taken = inspect.signature(model.get_image_features).parameters
-    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, return_dict=True)
+    parameters = inspect.signature(model.get_image_features).parameters
+    taken, as_output = set(parameters), {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        # Early releases of transformers 5 hand Pixtral's sizes on without naming them.
+        taken, as_output = taken | {"image_sizes"}, {"return_dict": True}
+    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, **as_output)
     states, pooled = _encoder_states(features, model.config, batch), getattr(features, "pooler_output", None)
     if states is None:
-        raise _not_found(model, "vision_encoder", "`get_image_features` gives no hidden states (rows, patches, d)")
+        raise not_found(model, "vision_encoder", _why_no_states())
     if not isinstance(pooled, Tensor) and not (isinstance(pooled, Sequence) and len(pooled)):
-        raise _not_found(model, "connector", f"`get_image_features` gives {_describe(pooled)} as `pooler_output`")
+        raise not_found(model, "connector", f"`get_image_features` gives {describe(pooled)} as `pooler_output`")
     # An image each, or all images of a sample; in a tensor (tokens, d), where no border is left, a token.
     units = [unit.reshape(-1, unit.shape[-1]) for unit in pooled]
     lengths = [len(unit) for unit in units]
@@ -152,8 +119,8 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
         if rows := _rows_of_units(len(states), len(units), batch["pixel_values"]):
             patches = [sum(rows[start:end]) * states.shape[1] for start, end in zip([0, *ends], ends, strict=False)]
     if patches is None:
-        raise _not_found(
-            model, "vision_encoder", f"it is not clear which of its states, {_describe(states)}, belong to which sample"
+        raise not_found(
+            model, "vision_encoder", f"it is not clear which of its states, {describe(states)}, belong to which sample"
         )
     encoded = torch.split_with_sizes(states.flatten(0, 1), patches)
     return _padded(encoded), _padded(torch.split_with_sizes(torch.cat(units), list(counts)))
@@ -173,6 +140,16 @@ def _encoder_states(features: Any, config: Any, batch: Mapping[str, Any]) -> Ten
         return None
     states = states.unsqueeze(0) if states.ndim == 2 else states
     return states[:, 1:] if strategy == "default" else states
+
+
+def _why_no_states() -> str:
+    release = metadata.version("transformers") if "transformers" in sys.modules else "5"
+    if int(release.split(".")[0]) < 5:
+        return (
+            f"it needs transformers 5.0 or newer, and in {release} `get_image_features` gives nothing from before the "
+            "connector"
+        )
+    return "`get_image_features` gives no hidden states (rows, patches, d)"
 
 
 def _ends_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> list[int]:
@@ -202,39 +179,6 @@ def _rows_of_units(num_rows: int, num_units: int, pixel_values: Any) -> list[int
         if sum(tiles) == num_rows:
             return tiles
     return [1] * num_units if num_rows == num_units else None
-
-
-def _decoder(model: Any) -> Any:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if decoder in (model, model.base_model):
-        raise _not_found(model, "image", "`get_decoder` gives no language model")
-    return decoder
-
-
-@contextmanager
-def _calls_of(module: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
-    """Keyword arguments and output of each call of ``module``."""
-    calls: list[tuple[dict[str, Any], Any]] = []
-    handle = module.register_forward_hook(
-        lambda _, __, kwargs, output: calls.append((kwargs, output)), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def _last_call(
-    model: nn.Module, calls: list[tuple[dict[str, Any], Any]], shape: torch.Size
-) -> tuple[dict[str, Any], Tensor]:
-    """What the language model was given and the last hidden state it gave, ``(B, T, d)``, in the ordinary forward."""
-    arguments, output = calls[-1] if calls else ({}, None)
-    embeddings, states = arguments.get("inputs_embeds"), first_tensor(output)
-    if not isinstance(embeddings, Tensor) or embeddings.shape[:-1] != shape:
-        raise _not_found(model, "image", f"its language model is given {_describe(embeddings)} as `inputs_embeds`")
-    if states is None or states.shape[:-1] != shape:
-        raise _not_found(model, "image_text", f"its language model gives {_describe(states)} as last hidden state")
-    return arguments, states
 
 
 def _through(decoder: nn.Module, embeddings: Stage, deep_features: list[Tensor] | None = None) -> Stage:
@@ -270,14 +214,3 @@ def _padded(sequences: Sequence[Tensor], *, keep_empty: bool = False) -> Stage:
     states = pad_sequence(kept, batch_first=True)
     lengths = torch.tensor([len(s) for s in kept], device=states.device)
     return Stage(states, torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1))
-
-
-def _not_found(model: nn.Module, stage: str, why: str) -> ValueError:
-    return ValueError(
-        f"Stage {stage!r} was not found in {type(model).__name__}: {why}. Pass `stages=`, a function that takes model "
-        f"and batch and gives a `Stage` for each of {', '.join(STAGES)} and the number of samples it left out."
-    )
-
-
-def _describe(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
+
+from matent_callbacks import __version__
 
 _COMMANDS = {
     "measure": "Measure matrix entropy and effective rank of models over text.",
@@ -40,8 +42,18 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"matent {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _matent() -> None:
+def _matent(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """See what representations do: matrix entropy and effective rank of any model, scaling laws, reports of runs.
 
     `matent COMMAND --help` shows the options of a command, with examples.

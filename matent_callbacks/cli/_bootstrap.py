@@ -1,4 +1,4 @@
-"""A confidence interval of a mean over sequences, in one pass: the Poisson bootstrap.
+"""Confidence intervals of a mean over sequences in one pass, by the Poisson bootstrap.
 
 Each sequence counts in each replicate a number of times drawn from Poisson(1) (Chamandy et al., "Estimating uncertainty
 for massive data streams", 2012). The draws of a sequence depend on the seed and its place in the text alone, so a
@@ -39,6 +39,11 @@ class Means:
         there = np.isfinite(values)
         self.total += values[there] @ counts[there]
         self.weight += counts[there].sum(0)
+
+    def merge(self, other: Means) -> None:
+        """Add the sequences of another."""
+        self.total += other.total
+        self.weight += other.weight
 
     @property
     def count(self) -> int:

@@ -1,4 +1,4 @@
-"""From what a model's passes found to its entry in the results, and the table of all entries."""
+"""Turns the statistics of a model into its entry in the results, and prints the table of all entries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
         )
         for source, own in moments.items():
             accumulators[layer].tokens[source].add_moments(own)
-    readings = PendingReadings(accumulators, names).result()
+    # All ranks' moments are here already.
+    readings = PendingReadings(accumulators, names, local=True).result()
     # One name may stand for several numbers.
     given = [name for name in names if name != "spectrum"]
     return {
@@ -82,7 +83,7 @@ def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def notes(state: State) -> list[str]:
-    """One sentence for each kind of trouble that the text gave."""
+    """One sentence for each kind of document that was left out."""
     return [
         f"{count:,} {TROUBLE[kind]} and are left out (first: {state.places[kind]})."
         for kind, count in sorted(state.skipped.items())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM come between two batches, when what is measured can be saved."""
+"""Delays Ctrl-C and SIGTERM to the end of a batch, so that the progress can be saved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Inside ``with``, both signals raise KeyboardInterrupt, but in :meth:`hold` not before its end.
+    """Inside ``with``, both signals raise KeyboardInterrupt; inside :meth:`hold`, only at its end.
 
     A second one ends the process at once.
     """
 
     def __init__(self) -> None:
-        self._held = False
-        self._pending = False
+        self.pending = False
+        """Whether a signal has been delayed."""
+        self._held = 0
 
     def __enter__(self) -> Interruption:
         main = threading.current_thread() is threading.main_thread()
@@ -32,19 +33,19 @@ class Interruption:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Put off what comes inside."""
-        self._held = True
+        """Delay signals until the end of the block; may be nested."""
+        self._held += 1
         try:
             yield
         finally:
-            self._held = False
-        if self._pending:
+            self._held -= 1
+        if self.pending and not self._held:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._pending:
+        if self.pending:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._pending = True
+        self.pending = True
         if not self._held:
             raise KeyboardInterrupt

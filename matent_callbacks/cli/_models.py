@@ -1,4 +1,4 @@
-"""Models as ``AutoModel`` gives them, with their tokenizer; no code and no pickle of theirs runs unless allowed."""
+"""Loads models with ``AutoModel`` and their tokenizer, without running their code or pickles unless allowed."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ class Loaded(NamedTuple):
     """What the user should know of it, one sentence."""
 
 
-def load(name: str, *, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool) -> Loaded:
-    """The model in evaluation mode.
+def load(
+    name: str, *, dtype: str, device: str, device_map: str | None = None, trust_remote_code: bool, allow_pickle: bool
+) -> Loaded:
+    """The model in evaluation mode, on ``device``, or spread over several as accelerate's ``device_map`` says.
 
     Raises:
         ModelError: If it cannot be loaded, or not without what is not allowed.
@@ -58,6 +60,7 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool, allow_p
                 dtype=DTYPES.get(dtype, "auto"),
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
+                device_map=device_map,
                 **common,
             )
         except ModelError:
@@ -74,7 +77,8 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool, allow_p
     note = f"{name} lacks {len(missing)} weights ({missing[0]}, ...), which are random here." if missing else None
     # Right padding is what positions counted from the left can take, whatever the tokenizer is set to.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return Loaded(model.to(device).eval(), tokenizer, _max_length(model, tokenizer), note)
+    model = model if device_map else model.to(device)
+    return Loaded(model.eval(), tokenizer, _max_length(model, tokenizer), note)
 
 
 def runnable(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The file that ``--out`` names: what is finished, and where the rest stands."""
+"""The results file of ``--out``: finished models, and the progress of unfinished ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matent_callbacks.accumulate.symmetric import PackedMoments
+from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
 from matent_callbacks.cli._stream import State
 
@@ -56,11 +56,11 @@ class Results:
             self._read(self._out)
 
     def finished(self, model: str) -> bool:
-        """Whether there is nothing left to do for a model."""
+        """Whether a model has been measured already."""
         return any(entry["model"] == model for entry in self.models)
 
     def states(self, model: str) -> dict[str, State]:
-        """Where the passes of a model stand."""
+        """The saved progress of a model's passes."""
         return {name: _decode(state) for name, state in self._progress.get(model, {}).items()}
 
     def finish(self, entry: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class Results:
         self.models.append(entry)
 
     def save(self, model: str | None = None, states: dict[str, State] | None = None) -> None:
-        """Write all to the file, which is the old one or the new one whenever the process ends.
+        """Write the file atomically: whenever the process ends, it is the old one or the new one.
 
         Raises:
             OSError: If it cannot be written; the old file is still there then.
@@ -132,9 +132,7 @@ def _encode(state: State) -> dict[str, Any]:
     }
     moments = {
         layer: {
-            source: {
-                name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items() if name != "about_origin"
-            }
+            source: {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
             for source, own in sources.items()
         }
         for layer, sources in state.moments.items()
@@ -149,10 +147,7 @@ def _decode(content: dict[str, Any]) -> State:
     }
     moments = {
         layer: {
-            source: PackedMoments(
-                **{name: torch.from_numpy(_values(values)) for name, values in own.items()},
-                about_origin=source == "pooled",
-            )
+            source: Moments(**{name: torch.from_numpy(_values(values)) for name, values in own.items()})
             for source, own in sources.items()
         }
         for layer, sources in content["moments"].items()

@@ -1,10 +1,10 @@
-"""One model over one text: windows of documents, batches of like length, one entropy per sequence and layer."""
+"""Streams a text through a model: windows of documents, batches of similar length, one entropy a sequence and layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.symmetric import PackedMoments
+from matent_callbacks.accumulate.moments import Moments, merge_moments
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
@@ -30,12 +30,12 @@ Hold = Callable[[], AbstractContextManager[None]]
 
 @dataclass
 class State:
-    """All that a pass over the text has found, and where it stands: enough to go on from there."""
+    """The statistics and the position of a pass over the text: all that is needed to resume it."""
 
     document: int = 0
     """The first one of the window at hand."""
-    batches: int = 0
-    """Batches of this window that are done."""
+    done: list[int] = field(default_factory=list)
+    """Batches of this window that are done, by their place in it."""
     accepted: int = 0
     """Sequences before this window."""
     end: int = 0
@@ -49,12 +49,52 @@ class State:
     """Where each kind of trouble was met first."""
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Means] = field(default_factory=dict)
-    moments: dict[str, dict[Source, PackedMoments]] = field(default_factory=dict)
+    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
 
-    def skip(self, kind: str, place: str) -> None:
-        """Count a document that is left out."""
-        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+    def skip(self, kind: str, place: str, count: int = 1) -> None:
+        """Count documents that are left out, the first of them at ``place``."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + count
         self.places.setdefault(kind, place)
+
+    def place(self) -> State:
+        """The same place in the text, with nothing found."""
+        kept = ("document", "accepted", "end", "checksum", "complete")
+        return State(done=list(self.done), **{name: getattr(self, name) for name in kept})
+
+    def clear(self) -> None:
+        """Forget what was found, and go on from here."""
+        vars(self).update(vars(self.place()))
+
+    def add(self, other: State) -> None:
+        """Add what another rank has found in other batches of the same windows."""
+        self.done = sorted({*self.done, *other.done})
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+        for kind, count in other.skipped.items():
+            self.skip(kind, other.places[kind], count)
+        self.widths.update(other.widths)
+        for layer, means in other.means.items():
+            self.means.setdefault(layer, Means()).merge(means)
+        for layer, moments in other.moments.items():
+            self.add_moments(layer, moments)
+
+    def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
+        """Add those of other tokens."""
+        seen = self.moments.get(layer)
+        if seen:
+            moments = {
+                source: merge_moments(seen[source], own.to(seen[source].scatter.device))
+                for source, own in moments.items()
+            }
+        self.moments[layer] = moments
+
+    def on(self, device: torch.device) -> State:
+        """The same with the moments on a device."""
+        moments = {
+            layer: {source: own.to(device) for source, own in sources.items()}
+            for layer, sources in self.moments.items()
+        }
+        return replace(self, moments=moments)
 
 
 class Tokenized(NamedTuple):
@@ -86,11 +126,16 @@ def stream(
     max_sequences: int | None = None,
     seed: int = 0,
     hold: Hold = nullcontext,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[int]:
-    """Run ``model`` over what ``state`` has not seen of ``text`` and put what is found there.
+    """Run ``model`` over the rest of ``text`` and add the statistics to ``state``.
 
     Between two items of this iterator, which come after each batch and say how many bytes of text are done, the state
     is one to go on from. ``hold`` is entered while it is not.
+
+    Several ranks share each window: in turn every rank takes a batch. All of them read and tokenize the whole text, so
+    that they agree on the windows without a word, and each gives as many items as the others, some without a batch.
 
     Raises:
         TextError: If the text is not the one that the state is of.
@@ -98,9 +143,7 @@ def stream(
     """
     device = next(model.parameters()).device
     reader = _Reader(model, layers, sources, device)
-    state.moments = {
-        layer: {source: own.to(device) for source, own in moments.items()} for layer, moments in state.moments.items()
-    }
+    state.moments = state.on(device).moments
     documents = enumerate(text.documents())
     _go_to(documents, state)
     with quiet(model):
@@ -108,19 +151,25 @@ def stream(
             window = _window(documents, tokenizer, max_length, batch_tokens, left(max_sequences, state.accepted))
             if window is None:
                 break
-            for batch in window.batches[state.batches :]:
-                with hold():
-                    _add(state, batch, reader.read(batch, pad=tokenizer.pad_token_id or 0), reader, seed)
-                done = state.batches / len(window.batches)
+            waiting = [index for index in range(len(window.batches)) if index not in state.done]
+            for start in range(0, len(waiting), world_size):
+                own = start + rank
+                if own < len(waiting):
+                    batch = window.batches[waiting[own]]
+                    with hold():
+                        _add(state, batch, reader.read(batch, pad=tokenizer.pad_token_id or 0), reader, seed)
+                        state.done.append(waiting[own])
+                left_over = max(len(waiting) - start - world_size, 0)
+                done = 1 - left_over / len(window.batches)
                 yield round(state.end + done * (window.last.end - state.end))
             with hold():
-                _finish(state, window)
+                _finish(state, window, counts=rank == 0)
                 state.complete = left(max_sequences, state.accepted) == 0
     state.complete = True
 
 
 def left(maximum: int | None, count: int) -> int | None:
-    """How many may still come."""
+    """How many more are allowed; ``None`` without a bound."""
     return None if maximum is None else max(maximum - count, 0)
 
 
@@ -165,7 +214,7 @@ def _window(
 class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
-    moments: dict[str, dict[Source, PackedMoments]]
+    moments: dict[str, dict[Source, Moments]]
 
 
 class _Reader:
@@ -180,7 +229,7 @@ class _Reader:
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[Source, PackedMoments]] = {}
+        self._moments: dict[str, dict[Source, Moments]] = {}
 
     def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
         """One forward."""
@@ -223,10 +272,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     for layer, values in found.entropies.items():
         state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
     for layer, moments in found.moments.items():
-        seen = state.moments.get(layer)
-        state.moments[layer] = (
-            {source: seen[source].merged(own) for source, own in moments.items()} if seen else moments
-        )
+        state.add_moments(layer, moments)
     for sequence, good in zip(batch, finite, strict=True):
         if good:
             state.sequences += 1
@@ -234,13 +280,13 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
         else:
             state.skip("nonfinite", sequence.place)
     state.widths.update(reader.widths)
-    state.batches += 1
 
 
-def _finish(state: State, window: _Window) -> None:
-    for kind, place in window.skipped:
+def _finish(state: State, window: _Window, *, counts: bool) -> None:
+    """Go on to the next window. Every rank sees what this one leaves out; one of them counts it."""
+    for kind, place in window.skipped if counts else ():
         state.skip(kind, place)
     state.document += window.documents
     state.accepted += window.accepted
     state.end, state.checksum = window.last.end, window.last.checksum
-    state.batches = 0
+    state.done = []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class _Dtype(str, Enum):
+class _Dtype(StrEnum):
     float32 = "float32"
     float64 = "float64"
     bfloat16 = "bfloat16"
@@ -64,6 +64,10 @@ def measure(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU if there is one")
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(metavar="MAP", help="auto: spread a model that is larger than one device over all of them."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write results here as JSON, and go on from what is there.")
     ] = None,
@@ -88,10 +92,15 @@ def measure(
 
         zcat corpus.jsonl.gz | matent measure gpt2 --text - --field text --layers all --max-sequences 1000
 
+    On four GPUs, each with a share of the documents:
+
+        torchrun --nproc-per-node 4 -m matent_callbacks measure gpt2 --text held_out.txt --out results.json
+
     Interrupted (Ctrl-C) and started again with the same --out, it goes on where it was.
     """
     # Torch and transformers take seconds to import, which `--help` and bad arguments need not wait for.
-    from matent_callbacks.cli._measure_models import Request, run
+    from matent_callbacks.cli._measure_models import run
+    from matent_callbacks.cli._request import Request
 
     return run(
         Request(
@@ -107,6 +116,7 @@ def measure(
             seed=seed,
             dtype=dtype.value,
             device=device,
+            device_map=device_map,
             out=out,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HARMLESS = {"batch_tokens", "replicates"}
 
 
-class Size(str, Enum):
+class Size(StrEnum):
     """What stands for the size of a model."""
 
     parameters = "parameters"

@@ -1,17 +1,19 @@
 """Pure tensor functions: every formula of the package, once, without state and without a framework."""
 
-from matent_callbacks.functional.alignment import (
-    image_reduction_ratio,
-    image_text_alignment,
+from matent_callbacks.functional.alignment import image_reduction_ratio, image_text_alignment
+from matent_callbacks.functional.chance import pairing_z_score
+from matent_callbacks.functional.entropy import effective_rank, matrix_entropy, spectral_summary
+from matent_callbacks.functional.pairs import (
+    debiased_cka,
     linear_cka,
     matrix_mutual_information,
     modality_gap,
     mutual_knn,
 )
-from matent_callbacks.functional.entropy import effective_rank, matrix_entropy, spectral_summary
 from matent_callbacks.functional.spectrum import spectrum
 
 __all__ = [
+    "debiased_cka",
     "effective_rank",
     "image_reduction_ratio",
     "image_text_alignment",
@@ -20,6 +22,7 @@ __all__ = [
     "matrix_mutual_information",
     "modality_gap",
     "mutual_knn",
+    "pairing_z_score",
     "spectral_summary",
     "spectrum",
 ]

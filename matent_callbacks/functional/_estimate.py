@@ -1,4 +1,4 @@
-"""The entropy of a wide covariance without its eigenvalues."""
+"""Estimates the entropy of a wide covariance without computing its eigenvalues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeping statistics in full precision whatever the training around them uses."""
+"""Full float32 precision for statistics, whatever autocast and TF32 settings the training uses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turn autocast and TF32 off for matrix products on ``device``, and put both back afterwards."""
+    """Turn autocast, TF32 and bfloat16 off for matrix products on ``device``, and put both back afterwards."""
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(_without_reduced_matmul(torch.backends.cuda.matmul))
         elif device.type == "cpu":
-            stack.enter_context(_without_reduced_matmul(torch.backends.mkldnn.matmul))  # type: ignore[attr-defined]
+            stack.enter_context(_without_reduced_matmul(getattr(torch.backends.mkldnn, "matmul", None)))
         yield
 
 

@@ -1,4 +1,4 @@
-"""From hidden states and a mask to the tokens that every quantity is computed from."""
+"""Checks hidden states and masks, and turns them into centred, normalised tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Where the mean of a sequence is so many times as long as what is left of a token, its rounding begins to show.
+# If the mean of a sequence is this many times as long as the centred tokens, the rounding of the mean shows.
 _DWARFS = 8.0
 
 
@@ -85,7 +85,7 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
 
 
 def _directions(x: Tensor) -> Tensor | None:
-    """Centred and of unit length in half of the passes, for the host, where a look at a value costs nothing.
+    """Centre and normalise in half as many passes over memory; on the CPU, where reading a value costs nothing.
 
     All rows count. ``None`` where some are not finite or the rounding of the mean would show.
     """

@@ -1,4 +1,4 @@
-"""Matrix entropy and what else follows from a spectrum."""
+"""Matrix entropy, effective rank, and the other quantities of a spectrum."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def effective_rank(
 
 
 def spectral_summary(eigenvalues: Tensor, *, num_features: int | None = None) -> dict[str, Tensor]:
-    r"""Everything that follows from one spectrum.
+    r"""Compute all quantities of one spectrum.
 
     With the eigenvalues scaled to sum 1 and :math:`\sigma_j = \sqrt{l_j}`:
 
@@ -142,13 +142,13 @@ def spectral_summary(eigenvalues: Tensor, *, num_features: int | None = None) ->
 
 
 def summarized(eigenvalues: Tensor, names: Iterable[str], *, num_features: int | None = None) -> dict[str, Tensor]:
-    """Those of :func:`spectral_summary` that are named, and what they need."""
+    """Compute the named quantities of :func:`spectral_summary` only."""
     spectrum = _Spectrum(eigenvalues, num_features or eigenvalues.shape[-1])
     return {name: _SUMMARY[name](spectrum) for name in names}
 
 
 class _Spectrum:
-    """What several quantities need, once it is asked for."""
+    """Intermediate results that several quantities share, computed on first use."""
 
     def __init__(self, eigenvalues: Tensor, num_features: int) -> None:
         self.num_features = num_features

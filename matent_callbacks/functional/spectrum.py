@@ -1,4 +1,4 @@
-"""The spectrum of the token covariance: the one decomposition that everything else is derived from."""
+"""The spectrum of the token covariance, from which all other quantities are derived."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ def solved(matrix: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def over_trace(eigenvalues: Tensor, trace: Tensor) -> Tensor:
-    """What :func:`solved` gave as a spectrum: descending, of sum 1, all zeros or NaN."""
+    """Turn the result of :func:`solved` into a spectrum: descending, of sum 1; all zeros or NaN where undefined."""
     spectrum = eigenvalues.flip(-1).clamp(min=0) / torch.where(trace > 0, trace, 1.0)
     return torch.where(torch.isfinite(trace), spectrum, torch.nan)

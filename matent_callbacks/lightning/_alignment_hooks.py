@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement, Stages
+from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
+from matent_callbacks.callbacks.alignment_reading import Stages
 from matent_callbacks.callbacks.guard import Guard, unguarded
 from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import first_batch
@@ -98,8 +99,8 @@ class AlignmentCallback(MeasuringCallback):
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
-        with self.guard("the greatest value in W&B's table of runs"):
-            summarize_by_maximum(trainer, "alignment/image_text")
+        with self.guard("the greatest values in W&B's table of runs"):
+            summarize_by_maximum(trainer, *SUMMARIZED_BY_MAXIMUM)
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._measure(trainer, pl_module)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Solver
@@ -68,8 +70,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give loggers that take images (W&B, TensorBoard) two panels of all layers:
-            the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, give the loggers of W&B, TensorBoard, MLflow and Comet two panels of all
+            layers: the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near
@@ -354,10 +356,19 @@ class MatrixEntropyCallback(MeasuringCallback):
             values = self._measurement.values(monitor)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
             with self.guard("the readings of an evaluation"):
-                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+                if suffix and not _takes_names_with_a_loader(trainer):
+                    publish(trainer, named, self.guard)
+                else:
+                    log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
 
 
 def _compiled_whole(pl_module: Any) -> bool:
     """Whether ``torch.compile`` was called on the LightningModule itself."""
     return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def _takes_names_with_a_loader(trainer: Any) -> bool:
+    """Whether ``self.log`` takes a name that ends in ``/dataloader_idx_0``: Lightning before 2.5.3 raises."""
+    package = type(trainer.fit_loop).__module__.partition(".")[0]
+    return Version(version(package)) >= Version("2.5.3")

@@ -2,37 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from matent_callbacks.callbacks.image_calls import (
+    Pictures,
+    Taker,
+    to_comet,
+    to_each,
+    to_mlflow,
+    to_tensorboard,
+)
 
 
 def takes_pictures(trainer: Any) -> bool:
     """Whether any logger does, in this process."""
-    return trainer.is_global_zero and any(_takes_pictures(logger) for logger in trainer.loggers)
+    return bool(_takers(trainer))
 
 
-def show(trainer: Any, pictures: Mapping[str, np.ndarray], *, step: int) -> None:
-    """Hand pictures to every logger that takes images: by ``log_image`` as W&B's, or as TensorBoard's."""
-    for logger in filter(_takes_pictures, trainer.loggers):
-        for name, pixels in pictures.items():
-            if hasattr(logger, "log_image"):
-                logger.log_image(name, [pixels], step=step)
-            else:
-                logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+def show(trainer: Any, pictures: Pictures, *, step: int) -> None:
+    """Hand pictures to every logger that takes them.
+
+    Raises:
+        RuntimeError: If one did not take them; the others have them.
+    """
+    if pictures:
+        to_each(_takers(trainer), pictures, step)
 
 
-def _takes_pictures(logger: Any) -> bool:
-    return hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
-
-
-def summarize_by_maximum(trainer: Any, key: str) -> None:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last one."""
+def summarize_by_maximum(trainer: Any, *keys: str) -> None:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last one."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if hasattr(logger.experiment, "define_metric"):
-            for name in (key, f"val_{key}", f"test_{key}"):
-                logger.experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")
+        try:
+            experiment = _experiment(logger)
+            if hasattr(experiment, "define_metric"):
+                for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
+                    experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")
+        except Exception as error:
+            kind = type(logger).__name__
+            warnings.warn(
+                f"{kind} does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2
+            )
+
+
+def _to_log_image(logger: Any, pictures: Pictures, step: int) -> None:
+    for name, pixels in pictures.items():
+        logger.log_image(name, [pixels], step=step)
+
+
+# What tells that a logger takes pictures, and its call. The first is W&B's logger and those made after it.
+_CALLS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Pictures, int], None]], ...] = (
+    (lambda logger: hasattr(logger, "log_image"), _to_log_image),
+    (
+        lambda logger: hasattr(_experiment(logger), "add_image"),
+        lambda logger, pictures, step: to_tensorboard(logger.experiment, pictures, step),
+    ),
+    (
+        lambda logger: _is_from("mlflow", _experiment(logger)),
+        lambda logger, pictures, step: to_mlflow(logger.experiment, logger.run_id, pictures, step),
+    ),
+    (
+        lambda logger: _is_from("comet_ml", _experiment(logger)),
+        lambda logger, pictures, step: to_comet(logger.experiment, pictures, step),
+    ),
+)
+
+
+def _takers(trainer: Any) -> list[Taker]:
+    found: list[Taker] = []
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        # One whose experiment cannot be had does not take the numbers either, and that is told where it does not.
+        with contextlib.suppress(Exception):
+            call = next((call for applies, call in _CALLS if applies(logger)), None)
+            if call is not None:
+                found.append((type(logger).__name__, partial(call, logger)))
+    return found
+
+
+def _experiment(logger: Any) -> Any:
+    # A logger of one's own need not have one.
+    return getattr(logger, "experiment", None)
+
+
+def _is_from(library: str, thing: Any) -> bool:
+    return any(kind.__module__.partition(".")[0] == library for kind in type(thing).__mro__)

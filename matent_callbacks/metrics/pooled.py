@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.moments import (
-    Center,
-    Moments,
-    attainable_rank,
-    covariance,
-    empty_moments,
-    merge_moments,
-    token_moments,
-)
-from matent_callbacks.accumulate.reduction import all_reduce_moments
+from matent_callbacks.accumulate.moments import Center, Moments, attainable_rank, empty_moments
+from matent_callbacks.accumulate.pooled_tokens import KeptTokens, PooledTokens
+from matent_callbacks.accumulate.reduction import agreed_widths, reduce_moments
 from matent_callbacks.accumulate.sequence_mean import divide_by_log
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import Tokens
-from matent_callbacks.functional.entropy import entropy_of_matrix
+from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
+from matent_callbacks.functional.spectrum import over_trace, solved
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
+# Tokens are kept while they take no more memory than the packed scatter would.
+_KEEP = 0.5
 
-class _PooledMetric(TokenMetric):
-    """Holds :class:`Moments` as torchmetrics states, under the names that its fields have."""
+
+class _PooledState(NamedTuple):
+    """The torchmetrics states: those of :class:`.Moments` and :class:`.KeptTokens`."""
 
     num_tokens: Tensor
     num_sequences: Tensor
     num_nonfinite: Tensor
     mean: Tensor
     scatter: Tensor
-    _state_type = Moments
-    _counters = ("settings", "num_tokens", "num_sequences", "num_nonfinite")
+    kept: Tensor
+    kept_valid: Tensor
+    """``(N,)`` int64, and not bool, which gloo cannot send."""
+
+
+class _PooledMetric(TokenMetric):
+    """Holds what :class:`.PooledTokens` accumulates as torchmetrics states."""
+
+    num_tokens: Tensor
+    num_sequences: Tensor
+    num_nonfinite: Tensor
+    mean: Tensor
+    scatter: Tensor
+    kept: Tensor
+    kept_valid: Tensor
+    _state_type = _PooledState
+    _counters = ("settings", "num_tokens", "num_sequences", "num_nonfinite", "kept_valid")
 
     def __init__(
         self,
@@ -56,43 +68,69 @@ class _PooledMetric(TokenMetric):
             **kwargs,
         )
         self.center = center
-        self._add_states(empty_moments(num_features or 0, dtype=dtype))
+        self._add_states(self._states_of(PooledTokens(center, empty_moments(num_features or 0, dtype=dtype))))
 
     @property
     def _state_dtype(self) -> torch.dtype:
-        return self.mean.dtype
+        return self.scatter.dtype
 
     def _known_features(self) -> int | None:
-        return self.mean.shape[0] or None
+        return self.scatter.shape[1] - 1 or None
 
     def _accumulate(self, tokens: Tokens) -> None:
-        self._join(token_moments(tokens))
+        pooled = self._pooled(self._state)
+        pooled.add(tokens)
+        self._state = self._states_of(pooled)
 
-    def _join(self, other: Moments) -> None:
-        mine, theirs = self.mean.shape[0], other.mean.shape[0]
+    def _join(self, other: _PooledState) -> None:
+        pooled, incoming = self._pooled(self._state), self._pooled(other)
+        mine, theirs = pooled.num_features, incoming.num_features
         if mine and theirs and mine != theirs:
             raise ValueError(f"`incoming_state` must have {mine} features, got {theirs}.")
-        if not theirs:
-            return
-        self._state = merge_moments(self._state, other) if mine else other
+        pooled.merge(incoming)
+        self._state = self._states_of(pooled)
 
     def _all_reduce(self, group: Any) -> None:
-        (self._state,) = all_reduce_moments([self._state], group)
+        moments = self._pooled(self._state).moments()
+        widths = agreed_widths([moments], moments.scatter.device, group)
+        (common,) = reduce_moments([moments], widths, group=group)
+        if common is None:
+            raise ValueError("`hidden_states` must have as many features on every rank as on the others.")
+        self._state = self._states_of(PooledTokens(self.center, common))
+
+    def _pooled(self, state: _PooledState) -> PooledTokens:
+        *moments, kept, valid = state
+        tokens = [KeptTokens(kept, valid > 0)] if len(kept) else []
+        return PooledTokens(self.center, Moments(*moments), tokens, keep=_KEEP)
+
+    def _states_of(self, pooled: PooledTokens) -> _PooledState:
+        moments, kept = pooled.parts()
+        return _PooledState(*moments, kept.values, kept.valid.to(torch.int64))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # torchmetrics takes the tensors of the caller's dict, and updates write into the scatter.
+        self.scatter = self.scatter.clone()
 
     def _entropy(self) -> Tensor:
-        # The one look at a value on the device: no token, no entropy.
+        # Without a token there is no entropy. This is the only wait for the device.
         if self.num_tokens == 0:
-            return torch.full((), torch.nan, dtype=self.mean.dtype, device=self.mean.device)
-        with full_precision(self.mean.device):
-            entropy = entropy_of_matrix(covariance(self._state, center=self.center), alpha=self.alpha)
-        return entropy.to(self.mean.dtype)
+            return torch.full((), torch.nan, dtype=self._state_dtype, device=self.scatter.device)
+        with full_precision(self.scatter.device):
+            matrix = self._pooled(self._state).matrix()
+            if self.alpha == 2.0:
+                entropy = entropy_of_matrix(matrix.full(), alpha=2.0)
+            else:
+                entropy = entropy_of_eigenvalues(over_trace(*solved(matrix.lower(), overwrite=True)), alpha=self.alpha)
+        return entropy.to(self._state_dtype)
 
 
 class MatrixEntropy(_PooledMetric):
     r"""Matrix entropy of the covariance of all tokens, in nats.
 
     One covariance is accumulated over every token of every update and every rank, by moments that are merged pairwise
-    (Chan, Golub & LeVeque 1979), so the value does not depend on how the tokens were split. Memory is O(d^2).
+    (Chan, Golub & LeVeque 1979), so the value does not depend on how the tokens were split. The state is half of that
+    symmetric matrix, d(d + 1)/2 numbers, or the tokens themselves while there are not more than d/2 of them.
     :math:`H = -\mathrm{tr}(K \log K)` of the covariance K divided by its trace (Wei et al., arXiv 2401.17139). For
     one sequence this is the paper's number; for a data set the paper takes the mean over sequences instead, which is
     :class:`SequenceMatrixEntropy`.
@@ -148,8 +186,9 @@ class MatrixEntropy(_PooledMetric):
         entropy = self._entropy()
         if self.normalize_by is None:
             return entropy
-        rank = attainable_rank(self._state, center=self.center)
-        return divide_by_log(entropy, rank, self.mean.shape[0], normalize_by=self.normalize_by)
+        moments, _ = self._pooled(self._state).parts()
+        rank = attainable_rank(moments, center=self.center)
+        return divide_by_log(entropy, rank, moments.num_features, normalize_by=self.normalize_by)
 
 
 class EffectiveRank(_PooledMetric):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
+from matent_callbacks.monitor.explanations import counted_padding, why_unread
 from matent_callbacks.monitor.readings import PendingReadings, Readings
 from matent_callbacks.monitor.solvers import background
 
@@ -27,6 +29,10 @@ class EntropyMonitor:
     kept, and the autograd graph is not touched. A forward that is handed a key-value cache (generation) is not
     counted, nor is what gradient checkpointing computes again. In a distributed run ``compute`` puts the tokens of
     all ranks together; every rank has to call it.
+
+    Tokens are left out where the model's attention mask says so, or, if its length is not that of the hidden states,
+    the mask that a module around them is handed: of the frames in a speech encoder, or the ``src_key_padding_mask`` of
+    torch's own layers. Where none fits, all tokens count and a warning says so.
 
     Args:
         model: The model as it is trained: plain, or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
@@ -94,6 +100,7 @@ class EntropyMonitor:
         self._layers = resolve_layers(model, layers, module=module)
         self._capture = Capture(model, self._layers, self._record, self._guarded)
         self._failed: set[str] = set()
+        self._unmasked: set[str] = set()
         self.reset()
 
     @property
@@ -112,6 +119,7 @@ class EntropyMonitor:
         self,
         *,
         training_only: bool = False,
+        same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
@@ -119,11 +127,18 @@ class EntropyMonitor:
 
         Args:
             training_only: Leave out forwards that are not in training mode with gradients.
+            same_adapters: Leave out forwards with other PEFT adapters on than now, or with none: those of a reference
+                model that is the policy with its adapter switched off.
             attention_mask: ``(B, T)``, for models that are not handed one; it goes before the model's own.
             sample_mask: ``(B,)``, false for samples that do not count, such as those that a distributed sampler
                 repeats to give every rank as many.
         """
-        self._capture.open(training_only=training_only, attention_mask=attention_mask, sample_mask=sample_mask)
+        self._capture.open(
+            training_only=training_only,
+            same_adapters=same_adapters,
+            attention_mask=attention_mask,
+            sample_mask=sample_mask,
+        )
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""
@@ -143,7 +158,8 @@ class EntropyMonitor:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
 
         ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out with a warning.
+        saw no valid token is left out, with a warning that says why. Where the model is handed a mask that marks
+        padding, and neither it nor one that a module inside is handed fits a layer, a warning says so once.
         """
         return self._begin(None)()
 
@@ -157,14 +173,14 @@ class EntropyMonitor:
         return self._begin(background())
 
     def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
-        accumulators = self._accumulators
+        accumulators, seen = self._accumulators, self._capture.seen
         self.reset()
         pending = PendingReadings(
             accumulators, self.metrics, failed=self._failed, executor=executor, solver=self._solver
         )
-        return lambda: self._named(pending.result())
+        return lambda: self._named(pending.result(), seen)
 
-    def _named(self, readings: Readings) -> dict[str, float]:
+    def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
@@ -174,7 +190,10 @@ class EntropyMonitor:
             )
         empty = [layer for layer, values in readings.values.items() if not values]
         if empty:
-            warnings.warn(f"No valid token was seen, so there is no reading of: {', '.join(empty)}.", stacklevel=3)
+            warnings.warn(why_unread(empty, seen, self._layers, self.model), stacklevel=3)
+        for told in counted_padding({key: own for key, own in seen.unmasked.items() if key not in self._unmasked}):
+            warnings.warn(told, stacklevel=3)
+        self._unmasked |= set(seen.unmasked)
         names = dict.fromkeys(name for values in readings.values.values() for name in values)
         result = {
             f"{name}/{layer}": values[name]
@@ -187,6 +206,7 @@ class EntropyMonitor:
 
     def reset(self) -> None:
         """Forget what was read since the last ``compute``."""
+        self._capture.seen = Seen()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         sources = frozenset(CATALOGUE[name] for name in self.metrics)
         self._accumulators = {

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
-from matent_callbacks.accumulate.layer_statistics import LayerAccumulator, Matrix
+from matent_callbacks.accumulate.layer_statistics import CENTERS, LayerAccumulator
+from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
     agreed_failures,
     agreed_widths,
     all_reduce_sequence_means,
     is_distributed,
-    share_moments,
+    reduce_moments,
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.functional._estimate import estimate_entropy
@@ -59,7 +60,7 @@ class PendingReadings:
 
     In a distributed run the moments of each layer travel to one rank, which decomposes it, and then the numbers to
     all. Every rank makes the same collective calls, here and in :meth:`result`, whatever its layers have seen. With an
-    ``executor`` the decompositions are its work meanwhile, on the CPU.
+    ``executor`` the decompositions are its work meanwhile, on the CPU. ``local``: of this rank's statistics alone.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class PendingReadings:
         failed: Collection[str] = (),
         executor: Executor | None = None,
         solver: Solver = "exact",
+        local: bool = False,
     ) -> None:
         self._device = next(iter(accumulators.values())).device
-        self._distributed = is_distributed()
+        self._distributed = is_distributed() and not local
         gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
         self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
         self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}
@@ -80,7 +82,7 @@ class PendingReadings:
         self._gathered = gathered
         self._found: Future[dict[_Unit, Tensor]] | None = None
         if executor is not None:
-            matrices = {unit: matrix.to_cpu() for unit, matrix in gathered.matrices.items()}
+            matrices = {unit: matrix.to(torch.device("cpu")) for unit, matrix in gathered.matrices.items()}
             self._gathered = gathered._replace(matrices={})
             self._found = executor.submit(self._decompose, matrices, self._names)
 
@@ -140,7 +142,11 @@ class _Gathered(NamedTuple):
 
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in failed}
-    matrices = {(source, layer): tokens.matrix() for layer, a in used.items() for source, tokens in a.tokens.items()}
+    matrices = {
+        (source, layer): tokens.matrix().to(a.device)
+        for layer, a in used.items()
+        for source, tokens in a.tokens.items()
+    }
     return _Gathered(
         {unit: matrix.num_features for unit, matrix in matrices.items()},
         matrices,
@@ -155,18 +161,18 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
     everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
     units = [(source, layer) for layer, a in used.items() for source in a.tokens]
-    moments = [used[layer].tokens[source].moments() for source, layer in units]
-    widths = agreed_widths([m.num_features for m in moments], device)
+    moments = [used[layer].tokens[source].moments().to(device) for source, layer in units]
+    widths = agreed_widths(moments, device)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices = {
-        unit: Matrix(shared)
-        for unit, shared in zip(units, share_moments(moments, widths), strict=True)
-        if shared is not None
+        unit: Matrix(common, add_mean=CENTERS[unit[0]] is None)
+        for unit, common in zip(units, reduce_moments(moments, widths, share_out=True), strict=True)
+        if common is not None
     }
     sequences = {layer: a.sequences for layer, a in used.items() if a.sequences is not None}
     common = all_reduce_sequence_means(list(sequences.values()))
     return _Gathered(
-        {unit: width for unit, width in zip(units, widths, strict=True) if width is not None},
+        {unit: width.num_features for unit, width in zip(units, widths, strict=True) if width is not None},
         matrices,
         dict(zip(sequences, common, strict=True)),
         everywhere,

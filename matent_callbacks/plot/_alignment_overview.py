@@ -1,19 +1,26 @@
-"""A multimodal run: the five readings and the alignment beside the losses."""
+"""A multimodal run: whether it looks, what agrees with what, the five readings and the losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, UNITS, series
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_Records = list[Mapping[str, Any]]
 
 
 def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None = None, title: str = "") -> Figure:
     """One picture of a multimodal run: the five readings and the alignment over steps, beside the losses.
+
+    With what is measured against chance there are three plots more, above: the held-out loss and what it is with other
+    samples' images (where both were logged at one step: ``eval_loss`` and, added, ``alignment/grounding``), the
+    grounding, and the z scores of the pairing. Of the alignment the exchanged images' is drawn, too.
 
     Args:
         records: What a Trainer logged with ``AlignmentCallback`` on a vision-language model.
@@ -31,30 +38,92 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
         >>> records = [{"step": s, "alignment/image_text": 0.5, "effective_rank/text": s} for s in (1, 2)]
         >>> len(alignment_overview(records).axes)
         3
+        >>> len(alignment_overview([{**record, "alignment/grounding": 0.1} for record in records]).axes)
+        6
     """
     import matplotlib.pyplot as plt
 
     records = list(records)
     if not series(records, "alignment/image_text")[0]:
         raise ValueError("`records` must hold values of `alignment/image_text`, and none was found.")
-    figure, (ranks, alignment, losses) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for stage, colour in zip(STAGES, FIVE, strict=True):
-        ranks.plot(*series(records, f"effective_rank/{stage}"), color=colour, label=stage.replace("_", " "))
-    ranks.set_ylabel(UNITS["effective_rank"])
-    ranks.set_title("Where the image goes")
-    ranks.legend(frameon=False, fontsize="small")
-    alignment.plot(*series(records, "alignment/image_text"), color=BLUE)
-    alignment.set_ylabel("mean / max of image, text, both")
-    alignment.set_title("Image-text alignment" + ("" if stop is None else f", plateau at step {stop}"))
-    losses.plot(*series(records, "loss"), color=BLUE, alpha=0.85, label="training")
-    losses.plot(*series(records, "eval_loss"), color=ORANGE, marker="o", label="held out")
-    losses.set_ylabel("captioning loss (nats per token)")
-    losses.set_title("Loss")
-    losses.legend(frameon=False, fontsize="small")
-    for axis in (ranks, alignment, losses):
+    panels: list[Callable[[Axes, _Records], None]] = [_readings, _alignment, _losses]
+    if any(f"alignment/{name}" in record for record in records for name in ("grounding", "cka_z", "cka_debiased")):
+        panels = [_losses, _grounding, _against_chance, _alignment, _debiased, _readings]
+    rows = len(panels) // 3
+    figure, axes = plt.subplots(
+        rows, 3, figsize=(14, 4.2 if rows == 1 else 7.6), layout="constrained", squeeze=False, sharex=True
+    )
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        panel(axis, records)
+        axis.xaxis.set_tick_params(labelbottom=True)
         axis.set_xlabel("step")
         if stop is not None:
             axis.axvline(stop, color="black", linestyle="--", linewidth=1)
+            axis.annotate(
+                f"plateau, {stop}", (stop, 1), xycoords=("data", "axes fraction"), ha="right", va="bottom", size="small"
+            )
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _readings(axis: Axes, records: _Records) -> None:
+    for stage, colour in zip(STAGES, FIVE, strict=True):
+        axis.plot(*series(records, f"effective_rank/{stage}"), color=colour, label=stage.replace("_", " "))
+    axis.set_ylabel(UNITS["effective_rank"])
+    axis.set_title("Where the image goes")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def _alignment(axis: Axes, records: _Records) -> None:
+    axis.plot(*series(records, "alignment/image_text"), color=BLUE, label="pairs")
+    exchanged = _sum(records, "alignment/image_text", "alignment/image_text_shift")
+    if exchanged[0]:
+        axis.plot(*exchanged, color=ORANGE, linestyle="--", label="images exchanged")
+        axis.legend(frameon=False, fontsize="small")
+    axis.set_ylabel("mean / max of image, text, both")
+    axis.set_title("Image-text alignment of the paper")
+
+
+def _losses(axis: Axes, records: _Records) -> None:
+    exchanged = _sum(records, "eval_loss", "alignment/grounding")
+    axis.plot(*series(records, "loss"), color=FIVE[0] if exchanged[0] else BLUE, alpha=0.85, label="training")
+    if exchanged[0]:
+        axis.plot(*series(records, "eval_loss"), color=BLUE, label="held out")
+        axis.plot(*exchanged, color=ORANGE, label="held out, images exchanged")
+    else:
+        axis.plot(*series(records, "eval_loss"), color=ORANGE, marker="o", label="held out")
+    axis.set_ylabel("captioning loss (nats per token)")
+    axis.set_title("Loss")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def _grounding(axis: Axes, records: _Records) -> None:
+    axis.axhline(0, color="0.8", linewidth=1)
+    axis.plot(*series(records, "alignment/grounding"), color=BLUE)
+    axis.set_ylabel("grounding (nats per token)")
+    axis.set_title("What the right image is worth")
+
+
+def _against_chance(axis: Axes, records: _Records) -> None:
+    axis.axhspan(-2, 2, color="0.92", zorder=0, label="chance (95 %)")
+    axis.plot(*series(records, "alignment/cka_z"), color=BLUE, label="linear CKA")
+    axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
+    axis.set_ylabel("z (standard deviations)")
+    axis.set_title("Pairing of image and text above chance")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def _debiased(axis: Axes, records: _Records) -> None:
+    axis.axhline(0, color="0.8", linewidth=1)
+    axis.plot(*series(records, "alignment/cka_debiased"), color=BLUE)
+    axis.set_ylabel("debiased CKA")
+    axis.set_title("Similarity of image and text")
+
+
+def _sum(records: _Records, first: str, second: str) -> tuple[list[float], list[float]]:
+    """Sum of two keys at the steps that have both."""
+    values = dict(zip(*series(records, first), strict=True))
+    added = zip(*series(records, second), strict=True)
+    found = {step: values[step] + value for step, value in added if step in values}
+    return list(found), list(found.values())

@@ -1,4 +1,4 @@
-"""Parts of the pictures of a report: curves over steps, and the spectrum of one layer."""
+"""Curves over steps, and the spectrum of one layer, drawn on a given axis."""
 
 from __future__ import annotations
 

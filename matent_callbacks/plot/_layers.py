@@ -1,4 +1,4 @@
-"""All layers in one picture: as a profile through the depth, and over the steps as a heat map."""
+"""All layers in one picture: a profile through the depth, and a heat map over steps."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective
 
 
 def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str], list[float], list[list[float]]]:
-    """Layers, steps, and the value of each layer (rows) at each step; NaN where there is none."""
+    """Collect layers, steps, and a table of values (layers x steps) with NaN where there is none."""
     records = list(records)
     prefix = f"{metric}/"
     layers = in_order({key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)})
@@ -101,7 +101,7 @@ def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str]
 
 
 def _edges(steps: list[float]) -> list[float]:
-    """Boundaries of cells that have the steps in their middle."""
+    """Boundaries of the cells around the steps."""
     if len(steps) == 1:
         return [steps[0] - 0.5, steps[0] + 0.5]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]

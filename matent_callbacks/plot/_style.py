@@ -1,4 +1,4 @@
-"""What all pictures share: units on the axes, colours, and how a logged key becomes a curve."""
+"""Shared by all pictures: axis units, colours, and reading a logged key as a curve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
-    """By name with numbers as numbers, and ``last`` last."""
+    """Sort layer names with numbers as numbers, and ``last`` last."""
 
     def place(name: str) -> tuple[bool, list[tuple[int, str]]]:
         return name == "last", [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]

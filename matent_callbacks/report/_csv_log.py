@@ -1,4 +1,4 @@
-"""The folder of Lightning's CSVLogger."""
+"""Reads the folder of Lightning's CSVLogger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _METRICS = "metrics.csv"
 
 
 def find(path: Path) -> list[Path]:
-    """The folder's own log, or those of its versions in order."""
+    """Find the log in the folder, or those of its versions in order."""
     if path.is_file():
         return [path] * (path.name == _METRICS)
     if (path / _METRICS).is_file():
@@ -24,7 +24,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path]) -> Run:
-    """All parts; the CSV tells nothing about how a run ended."""
+    """Read all parts; a CSV log does not tell how the run ended."""
     parts, cut = [], []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Which pictures a run gives, and the numbers behind each of them."""
+"""Chooses the pictures of a report, and collects the numbers that each of them shows."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _spectrum(run: Run) -> Iterator[Picture]:
 
 
 def _layers(run: Run, metric: str) -> tuple[str | None, list[str]]:
-    """Which data a metric is shown for, training before held out, and its layers there."""
+    """Choose the data set that a metric is shown for (training before held-out data) and list its layers there."""
     for source in run.sources(metric):
         layers = [
             n for n in layers_only(run.places(metric, source)) if run.curve(Quantity(metric, n, source)).finite().values
@@ -252,7 +252,7 @@ def _finish(figure: Figure, ax: Axes, *, legend: bool = True) -> None:
 
 
 def _short(label: str, limit: int = _LABEL) -> str:
-    """Long module names in their middle, where they say least."""
+    """Shorten long module names in the middle, where they say least."""
     return label if len(label) <= limit else f"{label[: limit // 2 - 1]}…{label[-limit // 2 :]}"
 
 

@@ -1,4 +1,4 @@
-"""What moved in a run, in words: only what the readings show."""
+"""Writes sentences on what changed during a run, from the readings alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from matent_callbacks.report._words import (
 
 
 def moved(name: str, curve: Curve) -> str:
-    """First and last reading, by how much they differ, and the lowest and highest where they are between them."""
+    """Describe first and last reading, their difference, and lowest and highest value where those lie in between."""
     finite = curve.finite()
     bad = len(curve.values) - len(finite.values)
     broken = (
@@ -70,7 +70,7 @@ def summary(run: Run) -> dict[str, list[str]]:
 
 
 def missing(run: Run) -> list[str]:
-    """What was not logged at all, and what was logged for a part of the run only."""
+    """List what was never logged, and what was logged for a part of the run only."""
     logged = {(q.metric, q.held_out is not None) for q in run.keys}
     layered = {q.metric for q in run.keys if q.place and q.place not in (*STAGES, *TOWERS)}
     absent = [
@@ -107,7 +107,7 @@ def missing(run: Run) -> list[str]:
 
 
 def best_source(run: Run, metric: str, place: str) -> str | None:
-    """Which data a reading is taken from: training, or else the first held-out data that have it."""
+    """Choose the data set to describe: training, or else the first held-out set that has the quantity."""
     if Quantity(metric, place) in run.keys:
         return None
     return next(iter(run.held_out_sets(metric, place)), None)
@@ -132,7 +132,7 @@ def _stages(run: Run) -> list[str]:
 
 
 def _layers(run: Run, metric: str) -> list[str]:
-    """The last layer on all data, and how many of all layers went which way."""
+    """Describe the last layer on all data sets, and count how many layers rose and fell."""
     found = []
     for held_out in run.sources(metric):
         layers = layers_only(run.places(metric, held_out))
@@ -160,7 +160,7 @@ def _layers(run: Run, metric: str) -> list[str]:
 
 
 def _on(held_out: str | None) -> str:
-    """Put before the name of what was measured on held-out data."""
+    """Prefix for quantities that were measured on held-out data."""
     return "" if held_out is None else "held-out " if not held_out else f"held-out ({held_out}) "
 
 

@@ -18,7 +18,7 @@ _PLATEAU = re.compile(
 
 
 def find(path: Path) -> list[Path]:
-    """The states in a folder, that of the newest checkpoint first."""
+    """Find the ``trainer_state.json`` files of a folder, that of the newest checkpoint first."""
     if path.is_file():
         return [path] * (path.name == _STATE)
     checkpoints = [p for p in path.glob(f"checkpoint-*/{_STATE}") if p.parent.name[11:].isdigit()]
@@ -27,7 +27,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path]) -> Run:
-    """The record with the most steps; of two with as many, the folder's own."""
+    """Read the log with the most steps; of two with equally many, the folder's own."""
     states: list[tuple[Path, dict[str, Any]]] = []
     notes = []
     # Of the checkpoints only the newest that can be read: each holds all of the records before it.
@@ -72,7 +72,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _without_averages(entry: dict[str, Any]) -> dict[str, Any]:
-    """The last record of a training has the mean loss of the whole run, which is no reading of its step."""
+    """Drop the final record's averages over the whole run, which are not readings of that step."""
     return {key: value for key, value in entry.items() if key != "train_loss"} if "train_runtime" in entry else entry
 
 
@@ -83,7 +83,7 @@ def _started_again(history: list[dict[str, Any]]) -> list[str]:
 
 
 def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | None, str]:
-    """The plateau at which the run was stopped, and a sentence on how the run ended, as far as the state tells."""
+    """Tell from the state how the run ended: the plateau that stopped it, if any, and one sentence."""
     step, planned = state["global_step"], state.get("max_steps")
     if not isinstance(planned, int) or planned <= 0:
         return None, f"The record ends at step {at(step)}; how many steps were planned is not in it."

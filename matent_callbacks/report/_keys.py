@@ -1,4 +1,4 @@
-"""What a logged name means, whichever logger wrote it."""
+"""Parses logged names into quantity, layer and data set, whichever logger wrote them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Quantity(NamedTuple):
 
 
 def normalise(key: str) -> str | None:
-    """The name that the Hugging Face Trainer's own record has; ``None`` for its averages of a whole run."""
+    """Map a logged name to the Hugging Face Trainer's own; ``None`` for its averages over a whole run."""
     if key == "train/train_loss":
         return None
     return (
@@ -40,7 +40,7 @@ def normalise(key: str) -> str | None:
 
 
 def parse(key: str) -> Quantity | None:
-    """What a normalised name stands for, if it is known here."""
+    """Parse a normalised name; ``None`` for one that the report does not know."""
     if key in LOSSES:
         return Quantity("loss")
     match = _KEY.fullmatch(key)

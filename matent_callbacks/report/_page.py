@@ -1,4 +1,4 @@
-"""The page itself."""
+"""Renders a run as one HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as the report sees it: one record for each step, and what the log tells about itself."""
+"""The run that a report is made from: one record a step, and notes on how complete the log is."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
 
 
 def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
-    """One record for each step, and what is to be told about the parts.
+    """Merge the parts of a log into one record a step, and collect notes for the reader.
 
     Where a run was resumed from before its end, the later part counts from its first step on.
 

@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that is part of a page: its text is text, and its colours are the page's."""
+"""Renders matplotlib figures as inline SVG with real text and the colours of the page."""
 
 from __future__ import annotations
 

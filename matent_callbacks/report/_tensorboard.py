@@ -1,4 +1,4 @@
-"""A TensorBoard log folder, of either framework."""
+"""Reads a TensorBoard log folder, of either framework."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matent_callbacks.report._words import step as at
 
 
 def find(path: Path) -> list[Path]:
-    """The folder's own event files, or those of the folders in it, in order of their names, which have the time."""
+    """Find the event files in the folder, or in its subfolders, sorted by name and so by time."""
     if path.is_file():
         return [path] * ("tfevents" in path.name)
     own = sorted(p for p in path.glob("*tfevents*") if p.is_file())
@@ -17,7 +17,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path]) -> Run:
-    """All parts; event files tell nothing about how a run ended."""
+    """Read all parts; event files do not tell how the run ended."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
     except ImportError as error:

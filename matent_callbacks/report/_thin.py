@@ -1,4 +1,4 @@
-"""Fewer points than a long run has readings, without hiding its peaks."""
+"""Downsamples the curves of a long run without hiding their peaks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def peaks(curve: Curve, limit: int = 800) -> Curve:
-    """Of each of ``limit / 4`` equal stretches the first, the lowest, the highest and the last; NaN stays a gap."""
+    """Keep the first, lowest, highest and last point of each of ``limit / 4`` equal stretches; NaN stays a gap."""
     count = len(curve.steps)
     if count <= limit:
         return curve
@@ -29,7 +29,7 @@ def peaks(curve: Curve, limit: int = 800) -> Curve:
 
 
 def evenly(items: Sequence[T], limit: int) -> list[T]:
-    """The first, the last, and evenly spaced ones between them."""
+    """Keep the first point, the last one, and evenly spaced ones between them."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

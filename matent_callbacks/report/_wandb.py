@@ -1,4 +1,4 @@
-"""The folder of a W&B run on this disk; nothing is asked of W&B's servers."""
+"""Reads the local folder of a W&B run, without contacting W&B."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STEPS = ("train/global_step", "trainer/global_step", "_step")
 
 
 def find(path: Path) -> list[Path]:
-    """The folder's own run, or those in it, in order of their names, which begin with the time."""
+    """Find the run in the folder, or those in its subfolders, sorted by name and so by time."""
     if path.is_file():
         return [path] * (path.suffix == ".wandb")
     patterns = (
@@ -31,7 +31,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path]) -> Run:
-    """All parts of one run."""
+    """Read all parts of one run."""
     try:
         from wandb.proto import wandb_internal_pb2
     except ImportError as error:

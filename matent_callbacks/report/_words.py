@@ -1,4 +1,4 @@
-"""How numbers and places of a model are written."""
+"""Formats numbers, and names layers, metrics and data sets in sentences."""
 
 from __future__ import annotations
 
@@ -33,8 +33,13 @@ AXES = {
 PAIRS = {
     "image_text": "image-text alignment",
     "image_reduction_ratio": "image reduction ratio",
+    "grounding": "grounding (nats per token that the right image saves)",
+    "image_text_shift": "image-text alignment with exchanged images minus that of the pairs",
     "cka": "linear CKA of image and text",
+    "cka_debiased": "debiased CKA of image and text",
+    "cka_z": "linear CKA in standard deviations above random pairings",
     "mutual_knn": "mutual nearest neighbours",
+    "mutual_knn_z": "mutual nearest neighbours in standard deviations above random pairings",
     "mutual_information": "matrix-based mutual information",
     "modality_gap": "modality gap",
 }

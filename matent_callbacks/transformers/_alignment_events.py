@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement, Stages
+from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
+from matent_callbacks.callbacks.alignment_reading import Stages
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import first_batch
@@ -125,7 +126,7 @@ class AlignmentCallback(MeasuringCallback):
     ) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
         if not self._summarized and logs is not None:
-            self._summarized = summarize_by_maximum(self.trainer, "alignment/image_text")
+            self._summarized = summarize_by_maximum(self.trainer, *SUMMARIZED_BY_MAXIMUM)
 
     def is_due(self, state: TrainerState) -> bool:
         return bool(state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps)

@@ -41,6 +41,10 @@ class MatrixEntropyCallback(MeasuringCallback):
     that is saved. Either way training is bitwise what it is without the callback. In a compiled model hooks do not
     fire: there the training forward is run once more without the graph, from the same random state.
 
+    Of a trainer that runs a model several times (TRL's), only forwards with gradients are read in training: no
+    generation, no reference. In evaluation nothing has gradients: there generation and a reference that is the model
+    with other PEFT adapters on, or none, are left out.
+
     In a distributed run every rank logs the reading of the tokens of all. Samples that accelerate repeats to make the
     last evaluation batch whole count once, except where it cannot tell which they are: an iterable data set with
     ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. What fails on one rank costs its share of
@@ -63,8 +67,8 @@ class MatrixEntropyCallback(MeasuringCallback):
             :class:`~matent_callbacks.EntropyMonitor`.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give W&B and TensorBoard two panels of all of them: the profile through the
-            layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
         ValueError: Here for an argument out of range or an unknown metric; when the Trainer is made (or the callback
@@ -220,7 +224,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         """The monitor is on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
         monitor = self._measurement.monitor(model)
         try:
-            monitor.start(**how)
+            monitor.start(same_adapters=True, **how)
             yield
         finally:
             monitor.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
@@ -24,6 +25,9 @@ def counted_samples(trainer: Trainer, batch: Any) -> Tensor | None:
     places = (loader.batch_sampler, loader.sampler)
     shard: Any = next((place for place in places if hasattr(place, "even_batches")), None)
     if shard is None:
+        # Under tensor parallelism all ranks have the same batches, and no sample more than there are.
+        if not isinstance(loader, DataLoaderDispatcher):
+            return None
         rank, left = trainer.accelerator.process_index, loader.remainder
     elif not shard.even_batches or shard.drop_last or shard.batch_size is None:
         return None

@@ -2,54 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import (
+    CometCallback,
+    MLflowCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
+from matent_callbacks.callbacks.image_calls import (
+    Pictures,
+    Taker,
+    to_comet,
+    to_each,
+    to_mlflow,
+    to_tensorboard,
+)
 
 
 def takes_pictures(trainer: Trainer) -> bool:
     """Whether the Trainer reports to anything that does, from this process."""
-    return wandb_run(trainer) is not None or bool(_tensorboard_writers(trainer))
+    return bool(_takers(trainer))
 
 
-def show(trainer: Trainer, pictures: Mapping[str, np.ndarray]) -> None:
-    """Hand pictures to W&B and TensorBoard, where the Trainer reports to them, at the step that it is at."""
-    step = trainer.state.global_step
-    run = wandb_run(trainer)
-    if run is not None and pictures:
-        import wandb
+def show(trainer: Trainer, pictures: Pictures) -> None:
+    """Hand pictures to whatever takes them of what the Trainer reports to, at the step that it is at.
 
-        images = {name: wandb.Image(pixels) for name, pixels in pictures.items()}
-        run.log({**images, "train/global_step": step})
-    for writer in _tensorboard_writers(trainer):
-        for name, pixels in pictures.items():
-            writer.add_image(name, pixels, step, dataformats="HWC")
+    Raises:
+        RuntimeError: If one did not take them; the others have them.
+    """
+    if pictures:
+        to_each(_takers(trainer), pictures, trainer.state.global_step)
 
 
-def wandb_run(trainer: Trainer) -> Any:
-    """The W&B run that the Trainer reports to from this process, or None."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, WandbCallback) and callback._wandb is not None:
-            return callback._wandb.run
-    return None
+def summarize_by_maximum(trainer: Trainer, *keys: str) -> bool:
+    """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
+    for callback in _reporters(trainer, WandbCallback):
+        run = _wandb_run(callback)
+        if run is None:
+            continue
+        try:
+            for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
+                run.define_metric(name, step_metric="train/global_step", summary="max,last")
+        except Exception as error:
+            warnings.warn(f"W&B does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2)
+        return True
+    return False
 
 
-def summarize_by_maximum(trainer: Trainer, key: str) -> bool:
-    """Have W&B's table of runs show the greatest value of a logged key beside the last; whether there is a W&B run."""
-    run = wandb_run(trainer)
-    if run is None:
-        return False
-    for name in (f"train/{key}", f"eval/{key}"):
-        run.define_metric(name, step_metric="train/global_step", summary="max,last")
-    return True
+def _wandb_run(callback: Any) -> Any:
+    return None if callback._wandb is None else callback._wandb.run
 
 
-def _tensorboard_writers(trainer: Trainer) -> list[Any]:
-    callbacks = trainer.callback_handler.callbacks
-    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-    return [writer for writer in writers if writer is not None]
+def _to_wandb(callback: Any, pictures: Pictures, step: int) -> None:
+    if _wandb_run(callback) is not None:
+        _to_log(callback._wandb, pictures, step)
+
+
+def _to_trackio(callback: Any, pictures: Pictures, step: int) -> None:
+    if callback._trackio.context_vars.current_run.get() is not None:
+        _to_log(callback._trackio, pictures, step)
+
+
+def _to_log(library: Any, pictures: Pictures, step: int) -> None:
+    # These two count the records themselves; the Trainer's step is a value in the record, as it is beside the loss.
+    images = {name: library.Image(pixels) for name, pixels in pictures.items()}
+    library.log({**images, "train/global_step": step})
+
+
+def _to_tensorboard(callback: Any, pictures: Pictures, step: int) -> None:
+    if callback.tb_writer is not None:
+        to_tensorboard(callback.tb_writer, pictures, step)
+
+
+def _to_mlflow(callback: Any, pictures: Pictures, step: int) -> None:
+    run = callback._ml_flow.active_run()
+    if run is not None:
+        to_mlflow(callback._ml_flow.MlflowClient(), run.info.run_id, pictures, step)
+
+
+def _to_comet(callback: Any, pictures: Pictures, step: int) -> None:
+    if callback._experiment is not None:
+        to_comet(callback._experiment, pictures, step)
+
+
+_CALLS: dict[type, Callable[[Any, Pictures, int], None]] = {
+    WandbCallback: _to_wandb,
+    TrackioCallback: _to_trackio,
+    TensorBoardCallback: _to_tensorboard,
+    MLflowCallback: _to_mlflow,
+    CometCallback: _to_comet,
+}
+
+
+def _takers(trainer: Trainer) -> list[Taker]:
+    return [
+        (type(callback).__name__, partial(call, callback))
+        for kind, call in _CALLS.items()
+        for callback in _reporters(trainer, kind)
+    ]
+
+
+def _reporters(trainer: Trainer, kind: type) -> list[Any]:
+    # As the reporters do themselves: only from the first process, whatever was opened in the others.
+    callbacks = trainer.callback_handler.callbacks if trainer.is_world_process_zero() else []
+    return [callback for callback in callbacks if isinstance(callback, kind)]

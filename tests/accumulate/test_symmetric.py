@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from matent_callbacks.accumulate.symmetric import lower_triangle, pack_symmetric, packed_second_moment, unpack_symmetric
+from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle, pack_symmetric, unpack_symmetric
 
 
 # Narrow and wide enough to be halved, even and odd.
@@ -15,7 +15,8 @@ def test_packed_is_the_matrix_in_half_of_the_numbers(d):
     torch.manual_seed(0)
     z = torch.randn(50, d, dtype=torch.float64)
     expected = z.T @ z
-    packed = packed_second_moment(z)
+    packed = z.new_zeros((d + 1) // 2, d + 1)
+    add_second_moment(packed, z)
     assert packed.numel() == (d + 1) // 2 * (d + 1)
     assert_close(packed, pack_symmetric(expected))
     assert_close(unpack_symmetric(packed), expected)

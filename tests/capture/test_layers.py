@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3Config,
@@ -21,11 +25,14 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.capture.layers import resolve_layers
 from tests.conftest import VOCABULARY, slow_pooled_entropy
+from tests.versions import older
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
@@ -61,6 +68,56 @@ def test_all_layers_are_the_hidden_states_of_the_model(name, batch):
     for layer, hidden in zip(names, hidden_states, strict=True):
         expected = slow_pooled_entropy(hidden, batch["attention_mask"])
         assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)
+
+
+def read_all(model: Any, **inputs: Any) -> tuple[dict[str, float], Any]:
+    monitor = EntropyMonitor(model, "all", metrics="matrix_entropy", dtype=torch.float64)
+    with monitor, torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+    return {key.removeprefix("matrix_entropy/"): value for key, value in monitor.compute().items()}, output
+
+
+def test_a_tuple_without_embeddings_is_numbered_otherwise(batch):
+    """The ``hidden_states`` of Mamba begin behind the first block, and have the last block without the norm, too."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=8)
+    ).eval()
+    readings, output = read_all(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert len(output.hidden_states) == 4
+    embeddings = model.backbone.embeddings(batch["input_ids"]).detach()
+    ours = [embeddings, *output.hidden_states[:2], output.hidden_states[-1]]
+    assert list(readings) == ["layer_00", "layer_01", "layer_02", "last"]
+    for value, hidden in zip(readings.values(), ours, strict=True):
+        assert value == pytest.approx(slow_pooled_entropy(hidden, batch["attention_mask"]), abs=1e-9)
+
+
+def test_last_is_after_the_final_norm_also_where_the_tuple_ends_before_it():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
+    readings, output = read_all(model, pixel_values=torch.randn(4, 3, 32, 32))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state) is older("transformers", "5.0")
+    for value, hidden in zip(readings.values(), [*output.hidden_states[:-1], output.last_hidden_state], strict=True):
+        assert value == pytest.approx(slow_pooled_entropy(hidden), abs=1e-9)
+
+
+def test_blocks_that_share_weights(batch):
+    """There is one module, which is called for each layer: what goes into it first, and what the model gives."""
+    torch.manual_seed(0)
+    model = AlbertModel(AlbertConfig(**SMALL, embedding_size=16, intermediate_size=64)).eval()
+    readings, output = read_all(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert list(readings) == ["layer_00", "last"]
+    for value, hidden in zip(readings.values(), [output.hidden_states[0], output.hidden_states[-1]], strict=True):
+        assert value == pytest.approx(slow_pooled_entropy(hidden, batch["attention_mask"]), abs=1e-9)
+    # Once for each of two forwards that are one of a model around it.
+    both = nn.Module()
+    both.model = model
+    both.forward = lambda **inputs: (model(**inputs), model(**inputs))  # type: ignore[method-assign]
+    monitor = EntropyMonitor(both, "layer_00")
+    with monitor:
+        both(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert monitor._accumulators["layer_00"].tokens["pooled"].moments().num_tokens == 2 * batch["attention_mask"].sum()
 
 
 def test_encoder_decoder_reads_the_encoder_and_on_request_the_decoder(batch):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import matent_callbacks
 from matent_callbacks.cli._app import run
 
 
@@ -14,7 +15,7 @@ import sys
 from matent_callbacks.cli._app import run
 assert run(["--help"]) == 0
 assert run(["measure", "--help"]) == 0
-heavy = {"transformers", "torchmetrics", "matplotlib", "scipy", "lightning"} & set(sys.modules)
+heavy = {"torch", "numpy", "transformers", "torchmetrics", "matplotlib", "scipy", "lightning"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -39,3 +40,20 @@ def test_without_its_libraries_it_tells_how_to_get_them() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "matent: the command line needs typer: pip install 'matent-callbacks[cli]'\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"matent {matent_callbacks.__version__}\n"
+
+
+def test_what_the_package_exports_is_there_before_it_is_loaded() -> None:
+    code = """
+import sys, matent_callbacks
+assert "torch" not in sys.modules
+assert set(matent_callbacks.__all__) <= set(dir(matent_callbacks))
+for name in matent_callbacks.__all__:
+    assert getattr(matent_callbacks, name).__name__ == name
+assert matent_callbacks.functional.effective_rank
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

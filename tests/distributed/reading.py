@@ -77,3 +77,15 @@ def record_forwards(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
 
     model.forward = recorded
     return seen
+
+
+def record_batches(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Those that the model is trained on from now on."""
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            seen.append({key: kwargs[key].clone() for key in ("input_ids", "attention_mask")})
+
+    model.register_forward_pre_hook(keep, with_kwargs=True)
+    return seen

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from matent_callbacks.transformers import MatrixEntropyCallback, PlateauStopping
 from tests.conftest import VOCABULARY, collate, text_examples
@@ -51,6 +52,17 @@ def make_trainer(
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class KeepWeights(TrainerCallback):
+    """Those that each step is computed with, put together by ``whole``."""
+
+    def __init__(self, whole: Callable[[nn.Module], dict[str, torch.Tensor]]) -> None:
+        self.of_steps: list[dict[str, torch.Tensor]] = []
+        self._whole = whole
+
+    def on_step_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.of_steps.append(self._whole(model))
 
 
 def train_and_evaluate(folder: str) -> dict[str, Any]:

@@ -148,10 +148,15 @@ def check_matent(arguments: list[str]) -> None:
     assert {word for word in words if word.startswith("--")} <= options
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    check_matent(arguments[arguments.index("matent_callbacks") + 1 :])
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
     "pip": check_pip,
     "matent": check_matent,
+    "torchrun": check_torchrun,
     "zcat": lambda arguments: None,
 }

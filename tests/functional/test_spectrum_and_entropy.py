@@ -9,6 +9,7 @@ import torch
 
 from matent_callbacks.functional import effective_rank, matrix_entropy, spectral_summary, spectrum
 from tests.conftest import slow_entropy
+from tests.functional.reduced import reduced_matmul
 
 SIZES = [(n, d) for n in (2, 5, 64, 300) for d in (16, 64, 768)]
 
@@ -108,13 +109,8 @@ def test_half_precision_input_and_autocast_are_measured_in_float32(dtype):
 def test_reduced_matmul_precision_is_set_aside_and_put_back():
     z = torch.randn(4, 300, 64)
     expected = matrix_entropy(z)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
+    with reduced_matmul():
         assert torch.equal(matrix_entropy(z), expected)
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_spectral_summary_against_its_definitions():

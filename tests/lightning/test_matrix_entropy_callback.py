@@ -16,10 +16,10 @@ from torch import nn
 
 from matent_callbacks.lightning import MatrixEntropyCallback
 from tests.conftest import collate, slow_pooled_entropy, text_examples
+from tests.versions import BOTH_PACKAGES
 from tests.wandb_history import read_history
 
 KEY = "matrix_entropy/last"
-BOTH = pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 
 
 def loader(count: int, *, start: int = 0, length: int = 24) -> torch.utils.data.DataLoader:
@@ -145,7 +145,7 @@ def test_two_pictures_hold_all_layers_also_after_resuming(make_module, make_trai
     assert events.Tags()["images"] == ["layers/effective_rank_profile", "layers/effective_rank_heatmap"]
 
 
-@BOTH
+@BOTH_PACKAGES
 def test_loggers_hold_the_values_at_the_right_steps(package, make_module, make_trainer, tmp_path, own_wandb):
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -185,7 +185,7 @@ def test_loggers_hold_the_values_at_the_right_steps(package, make_module, make_t
     assert {r["trainer/global_step"]: r[KEY] for r in history if KEY in r} == expected
 
 
-@BOTH
+@BOTH_PACKAGES
 def test_checkpoint_and_early_stopping_monitor_the_values(package, make_module, make_trainer, tmp_path):
     callbacks = importlib.import_module(f"{package}.callbacks")
     checkpoint = callbacks.ModelCheckpoint(tmp_path / "best", monitor="val_effective_rank/last", mode="min")
@@ -392,7 +392,7 @@ def test_unknown_layer_is_told_at_setup(make_module, make_trainer):
         trainer.fit(make_module(), loader(8))
 
 
-@BOTH
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_only_one_of_the_packages_is_needed(package):
     other = "pytorch_lightning" if package == "lightning.pytorch" else "lightning"
     code = (

@@ -11,9 +11,9 @@ import torch
 
 from matent_callbacks import PlateauDetector
 from matent_callbacks.lightning import PlateauStopping
+from tests.versions import BOTH_PACKAGES
 
 SCORES = [min(step, 12) / 2 for step in range(1, 80)]
-BOTH = pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 LOADER = torch.utils.data.DataLoader(torch.zeros(200, 1), batch_size=2)
 
 
@@ -69,7 +69,7 @@ def expected_stop() -> int:
     return next(step for step, value in enumerate(SCORES, start=1) if detector.update(step, value))
 
 
-@BOTH
+@BOTH_PACKAGES
 @pytest.mark.parametrize(
     ("where", "steps_per_value", "arguments"),
     [

@@ -11,6 +11,8 @@ import torch
 from torchmetrics import MetricCollection
 
 from matent_callbacks import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+from matent_callbacks.functional.spectrum import solved
+from matent_callbacks.metrics import pooled
 from tests.conftest import slow_entropy, slow_pooled_entropy
 
 CLASSES = [MatrixEntropy, EffectiveRank, SequenceMatrixEntropy, SequenceEffectiveRank]
@@ -281,3 +283,53 @@ def test_no_gradient_is_kept():
     metric = MatrixEntropy()
     assert not metric(hidden).requires_grad
     assert not metric.scatter.requires_grad
+
+
+@pytest.mark.parametrize("center", ["sequence", "global", None])
+@pytest.mark.parametrize("tokens", [30, 32, 33, 500])
+def test_pooled_state_is_half_of_a_covariance_at_most_and_few_tokens_give_the_smaller_matrix(
+    center, tokens, monkeypatch
+):
+    d, decomposed = 64, []
+
+    def spy(matrix, **arguments):
+        decomposed.append(matrix.shape[-1])
+        return solved(matrix, **arguments)
+
+    monkeypatch.setattr(pooled, "solved", spy)
+    z = 5 + torch.randn(tokens, d, dtype=torch.float64)
+    metric = fed(MatrixEntropy(center=center, dtype=torch.float64), *[(part,) for part in z.split(7)])
+    assert sum(state.numel() for state in metric.metric_state.values()) <= d * (d + 1) // 2 + 2 * d
+    value = metric.compute().item()
+    assert decomposed == [tokens if tokens <= d // 2 else d]
+
+    prepared = [part - part.mean(0) if center == "sequence" else part for part in z.split(7)]
+    rows = torch.cat([part / part.norm(dim=1, keepdim=True).clamp(min=1e-30) for part in prepared])
+    rows = rows - rows.mean(0) if center == "global" else rows
+    shares = torch.linalg.eigvalsh(rows.T @ rows).clamp(min=0) / rows.square().sum()
+    assert value == pytest.approx(torch.special.entr(shares).sum().item(), abs=1e-9)
+    renyi = fed(MatrixEntropy(center=center, alpha=2.0, dtype=torch.float64), *[(part,) for part in z.split(7)])
+    assert renyi.compute().item() == pytest.approx(-shares.square().sum().log().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("length", [2, 60])
+def test_updates_never_write_into_what_a_state_was_taken_from(length):
+    def made(seed: int) -> MatrixEntropy:
+        hidden = torch.randn(1, length, 12, generator=torch.Generator().manual_seed(seed))
+        return fed(MatrixEntropy(center="global"), (hidden,))
+
+    other, taken = made(0), MatrixEntropy(center="global")
+    value = other.compute().item()
+    taken.merge_state(other)
+    other.persistent(True)
+    checkpoint, loaded = other.state_dict(), MatrixEntropy(center="global")
+    copies = {name: state.clone() for name, state in checkpoint.items()}
+    loaded.persistent(True)
+    loaded.load_state_dict(checkpoint)
+    for metric in (taken, loaded):
+        metric.update(torch.randn(3, 40, 12))
+        metric.merge_state(made(1))
+    assert other.clone().compute().item() == value
+    other._computed = None
+    assert other.compute().item() == value
+    assert all(torch.equal(state, copies[name]) for name, state in checkpoint.items())

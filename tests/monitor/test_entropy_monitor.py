@@ -74,6 +74,57 @@ def test_compute_pools_the_forwards_since_the_last_and_starts_afresh(make_llama)
         assert monitor.compute() == {}
 
 
+def test_a_layer_without_a_forward_is_told_with_names_that_would_work(make_llama, batch):
+    class Model(nn.Module):
+        """A tower that is not always run, attention that uses the weights of a module inside, and blocks."""
+
+        def __init__(self):
+            super().__init__()
+            self.language_model = make_llama(dropout=0.0)
+            self.tower = nn.ModuleDict({"block": nn.TransformerEncoderLayer(32, 2, 32, batch_first=True)})
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, **inputs):
+            hidden = self.language_model(**inputs, output_hidden_states=True).hidden_states[-1]
+            return self.attention(hidden, hidden, hidden)[0]
+
+    model = Model()
+    monitor = EntropyMonitor(model, ["attention.out_proj", "tower.block.linear1", "language_model.model.norm"])
+    with monitor:
+        model(**batch)
+    with pytest.warns(UserWarning, match="No valid token was seen") as caught:
+        assert {key.split("/")[1] for key in monitor.compute()} == {"language_model.model.norm"}
+    (told,) = (str(w.message) for w in caught)
+    assert "No forward of attention.out_proj, tower.block.linear1 ran, although Model was run: a module is not" in told
+    names = told.removesuffix(".").split("Names that would have a reading: ")[1].split(", ")
+    assert names == ["language_model.model.norm", "last", "all", "attention"]
+    monitor = EntropyMonitor(model, names)
+    with monitor:
+        model(**batch)
+    assert {key.split("/")[1] for key in monitor.compute()} == set(monitor.layers)
+
+
+def test_why_no_forward_counted(make_llama, batch):
+    model, other = make_llama(), make_llama()
+    monitor = EntropyMonitor(model, ["last", 1])
+    monitor.start(training_only=True)
+    model.eval()(**batch)
+    monitor.stop()
+    message = (
+        "no reading of: last, layer_01. Their forwards are not counted: .* key-value cache, .* not in training mode"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert monitor.compute() == {}
+    with monitor:
+        other(**batch)
+    with pytest.warns(UserWarning, match="No forward of LlamaForCausalLM was watched: perhaps another module is run"):
+        assert monitor.compute() == {}
+    with monitor:
+        model(**{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])})
+    with pytest.warns(UserWarning, match=r"no reading of: last, layer_01\.$"):
+        assert monitor.compute() == {}
+
+
 def test_compute_later_gives_the_same_numbers(make_llama, batch):
     model = make_llama(dropout=0.0)
     monitor = EntropyMonitor(model, layers="all", metrics=("matrix_entropy", "rankme", "sequence_effective_rank"))
@@ -237,7 +288,7 @@ def test_an_output_that_is_no_hidden_state_names_the_layer():
 
 
 def test_importing_the_package_imports_no_extra():
-    code = "import sys, matent_callbacks, matent_callbacks.functional; print(*sys.modules)"
+    code = "import sys, matent_callbacks.functional; from matent_callbacks import EntropyMonitor; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "matent_callbacks.monitor" in loaded
     assert not {"transformers", "lightning", "pytorch_lightning", "wandb", "matplotlib"} & set(loaded)

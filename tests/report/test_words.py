@@ -136,6 +136,10 @@ def test_tables_hold_the_numbers_of_the_run(stopped: Logged, tmp_path: Path) -> 
         "spectrum",
         "alignment-image_text",
         "alignment-image_reduction_ratio",
+        "alignment-grounding",
+        "alignment-image_text_shift",
+        "alignment-cka_debiased",
+        "alignment-cka_z",
         "stages-effective_rank",
     ]
     by_step = {record["step"]: record for record in run.records}

@@ -137,7 +137,7 @@ def hooks(model: nn.Module) -> list[Any]:
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
         if (attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and value)
-        or attribute == "_compiled_call_impl"
+        or attribute in ("_compiled_call_impl", "forward")
     ]
 
 

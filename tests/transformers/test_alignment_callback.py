@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ from transformers import Trainer, TrainingArguments
 
 from matent_callbacks import measure_alignment
 from matent_callbacks.capture.vision_language import vision_language_stages
-from matent_callbacks.functional import linear_cka, matrix_entropy, modality_gap, mutual_knn
+from matent_callbacks.functional import (
+    debiased_cka,
+    linear_cka,
+    matrix_entropy,
+    modality_gap,
+    mutual_knn,
+    pairing_z_score,
+)
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.transformers import AlignmentCallback, MatrixEntropyCallback, PlateauStopping
-from tests.pairs import clip_examples, collate_pairs, llava_examples, make_clip, make_llava
+from tests.pairs import clip_examples, collate_pairs, llava_examples, make_clip, make_llava, seeing_llava
+from tests.versions import needs
 
 
 def make_trainer(
@@ -53,6 +62,7 @@ def by_hand(model: Any, batch: Any) -> dict[str, float]:
     }
 
 
+@needs("transformers", "5.0")
 def test_readings_of_a_vision_language_model(tmp_path):
     trainer = make_trainer(tmp_path, [AlignmentCallback(2, metrics=["effective_rank", "matrix_entropy"])])
     trainer.train()
@@ -71,17 +81,171 @@ def test_readings_of_a_vision_language_model(tmp_path):
     assert last["alignment/image_reduction_ratio"] == pytest.approx(ratio, rel=1e-3, abs=1e-4)
 
 
+MEASURED_AGAINST_CHANCE = ("cka_debiased", "cka_z", "mutual_knn", "mutual_knn_z", "grounding")
+
+
+def mean_tokens(stages: Any, name: str) -> torch.Tensor:
+    return torch.stack([h[m].mean(0) for h, m in zip(*stages[name], strict=True)])
+
+
+@needs("transformers", "5.0")
+def test_what_is_measured_against_chance(tmp_path):
+    trainer = make_trainer(tmp_path, [AlignmentCallback(4, k=5)], model=seeing_llava())
+    trainer.train()
+    trainer.evaluate()
+    last = next(r for r in trainer.state.log_history if "alignment/image_text" in r)
+    batch = collate_pairs(llava_examples(16))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        stages, _ = vision_language_stages(model, batch)
+        moved = {**batch, "pixel_values": batch["pixel_values"].roll(-1, 0)}
+        moved_stages, _ = vision_language_stages(model, moved)
+        grounding = model(**moved).loss - model(**batch).loss
+    x, y = mean_tokens(stages, "image"), mean_tokens(stages, "text")
+    assert abs(grounding) > 1e-2
+    assert last["alignment/grounding"] == pytest.approx(grounding.item(), abs=1e-5)
+    assert last["alignment/cka_debiased"] == pytest.approx(debiased_cka(x, y).item(), abs=1e-4)
+    assert last["alignment/cka_z"] == pytest.approx(pairing_z_score(linear_cka, x, y).item(), abs=1e-3)
+    assert last["alignment/mutual_knn"] == pytest.approx(mutual_knn(x, y, k=5).item())
+    expected = pairing_z_score(lambda a, b: mutual_knn(a, b, k=5), x, y).item()
+    assert last["alignment/mutual_knn_z"] == pytest.approx(expected, abs=1e-3)
+    # Images and texts are those of the pairs: only the joint forward differs.
+    three = [matrix_entropy(*moved_stages[name]).mean().exp() for name in ("image", "text", "image_text")]
+    shifted = (sum(three) / 3 / max(three)).item()
+    assert last["alignment/image_text_shift"] == pytest.approx(shifted - last["alignment/image_text"], abs=1e-5)
+    assert not any(key.startswith("alignment/skipped") or key == "alignment/cka" for key in last)
+    evaluated = next(r for r in trainer.state.log_history if "eval_loss" in r)
+    assert evaluated["eval_alignment/grounding"] == pytest.approx(last["alignment/grounding"], abs=1e-6)
+
+
+@needs("transformers", "5.0")
 def test_wandb_sums_the_alignment_up_by_its_greatest_value_and_its_last(tmp_path, own_wandb):
     import wandb
 
     trainer = make_trainer(tmp_path, [AlignmentCallback(1)], report_to="wandb")
     trainer.train()
-    values = [r["alignment/image_text"] for r in trainer.state.log_history if "alignment/image_text" in r]
-    summary = wandb.run.summary["train/alignment/image_text"]
-    assert {"max": summary["max"], "last": summary["last"]} == {"max": max(values), "last": values[-1]}
+    for key in ("image_text", *MEASURED_AGAINST_CHANCE):
+        values = [r[f"alignment/{key}"] for r in trainer.state.log_history if f"alignment/{key}" in r]
+        summary = wandb.run.summary[f"train/alignment/{key}"]
+        assert {"max": summary["max"], "last": summary["last"]} == {"max": max(values), "last": values[-1]}
     wandb.finish()
 
 
+@needs("transformers", "5.0")
+@pytest.mark.parametrize("key", ["alignment/grounding", "alignment/cka_z"])
+def test_stopping_on_what_is_measured_against_chance(tmp_path, key):
+    stopping = PlateauStopping(key, min_delta=100.0, patience=2, mode="max", verbose=False)
+    trainer = make_trainer(tmp_path, [stopping, AlignmentCallback(1)], max_steps=20)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+@needs("transformers", "5.0")
+def test_a_probe_without_labels_has_no_grounding_and_that_is_said_once(tmp_path):
+    probe = collate_pairs(llava_examples(16))
+    del probe["labels"]
+    trainer = make_trainer(tmp_path, [AlignmentCallback(1, probe=probe, on_error="raise")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(w.message) for w in caught if "alignment/" in str(w.message)]
+    assert told == [
+        "`alignment/grounding` is not logged: `probe` must have `labels` (B, T), and the model give logits."
+    ]
+    logged = {key for record in trainer.state.log_history for key in record}
+    assert "alignment/image_text_shift" in logged
+    assert "alignment/grounding" not in logged
+
+
+@needs("transformers", "5.0")
+@pytest.mark.parametrize(
+    ("make", "examples", "kept"),
+    [
+        (make_llava, llava_examples, {"image_text", "image_reduction_ratio", "grounding", "image_text_shift"}),
+        (make_clip, clip_examples, {"cka", "mutual_information", "modality_gap"}),
+    ],
+)
+def test_fewer_than_four_pairs_are_told_in_one_sentence(tmp_path, make, examples, kept):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        values = measure_alignment(make(), collate_pairs(examples(3)))
+    assert {key.removeprefix("alignment/") for key in values if key.startswith("alignment/")} == kept
+    (told,) = (str(w.message) for w in caught if "alignment/" in str(w.message))
+    assert told.startswith("`probe` holds 3 pairs of image and text, too few for ")
+    assert "alignment/cka_z (4)" in told
+    assert "alignment/mutual_knn_z (11)" in told
+
+
+@needs("transformers", "5.0")
+def test_images_without_an_equal_are_left_out_and_counted(tmp_path):
+    # One of the four has two images.
+    batch = collate_pairs(llava_examples(4))
+    twice = batch["input_ids"][:, 1:10]
+    more = [torch.cat([row, extra]) for row, extra in zip(batch["input_ids"], twice, strict=True)]
+    ids = torch.stack(
+        [more[0], *(torch.cat([row, torch.zeros(9, dtype=torch.long)]) for row in batch["input_ids"][1:])]
+    )
+    pixel_values = torch.cat([batch["pixel_values"][:1], batch["pixel_values"]])
+    probe = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixel_values}
+    probe["labels"] = ids.masked_fill((ids == 120) | (ids == 0), -100)
+    model = seeing_llava().eval()
+    values = measure_alignment(model, probe)
+    assert values["alignment/skipped_no_equal"] == 1
+    only = {key: value[2:] if key == "pixel_values" else value[1:] for key, value in probe.items()}
+    moved = {**only, "pixel_values": only["pixel_values"].roll(-1, 0)}
+    with torch.no_grad():
+        expected = (model(**moved).loss - model(**only).loss).item()
+    assert values["alignment/grounding"] == pytest.approx(expected, abs=1e-5)
+    alone = measure_alignment(model, only)
+    assert values["alignment/image_text_shift"] == pytest.approx(alone["alignment/image_text_shift"], abs=1e-5)
+    single = measure_alignment(model, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)])
+    assert single["alignment/skipped_no_equal"] == 4
+    assert not {"alignment/grounding", "alignment/image_text_shift"} & set(single)
+
+
+@needs("transformers", "5.0")
+def test_a_batch_is_exchanged_within_itself():
+    model, examples = seeing_llava().eval(), llava_examples(12)
+    batches = [collate_pairs(examples[:5]), collate_pairs(examples[5:])]
+    values = measure_alignment(model, batches)
+    total = tokens = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            moved = {**batch, "pixel_values": batch["pixel_values"].roll(-1, 0)}
+            total += count * (model(**moved).loss - model(**batch).loss).item()
+            tokens += count
+    assert values["alignment/grounding"] == pytest.approx(total / tokens, abs=1e-5)
+
+
+@needs("transformers", "5.0")
+def test_pixels_that_are_not_finite_do_not_reach_the_other_losses():
+    model, probe = seeing_llava().eval(), collate_pairs(llava_examples(6))
+    clean = measure_alignment(model, probe)
+    probe["pixel_values"][2] = float("nan")
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        values = measure_alignment(model, probe)
+    assert values["alignment/grounding"] != clean["alignment/grounding"]
+    assert abs(values["alignment/grounding"]) < 10
+
+
+@needs("transformers", "5.0")
+def test_no_second_forward_where_nothing_asks_for_it():
+    model, probe = make_llava(), collate_pairs(llava_examples(12))
+    calls: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    for measures, forwards in ((None, 3), (["cka", "cka_z"], 2), (["grounding"], 3), ([], 2)):
+        calls.clear()
+        values = measure_alignment(model, probe, pair_measures=measures)
+        # One by itself for what the connector is given, one in each ordinary forward.
+        assert len(calls) == forwards
+        if measures is not None:
+            found = {key for key in values if key.startswith("alignment/")}
+            ratios = {"alignment/image_text", "alignment/image_reduction_ratio"}
+            assert found == ratios | {f"alignment/{name}" for name in measures}
+
+
+@needs("transformers", "5.0")
 def test_basis_entropy_and_pair_measures(tmp_path):
     callback = AlignmentCallback(4, basis="entropy", pair_measures=["cka", "mutual_knn", "modality_gap"], k=3)
     trainer = make_trainer(tmp_path, [callback])
@@ -127,7 +291,7 @@ def test_readings_of_a_dual_encoder(tmp_path):
     assert last["effective_rank/image_tower"] == pytest.approx(matrix_entropy(image).mean().exp().item(), rel=1e-4)
 
     named = measure_alignment(model, batch, towers=("vision_model", "text_model"), k=4)
-    assert len(named) == 6
+    assert len(named) == 9
     assert named == pytest.approx({key: last[key] for key in named})
 
 
@@ -149,6 +313,7 @@ def test_siglip_is_read_like_clip():
     assert {"effective_rank/image_tower", "effective_rank/text_tower"} <= set(values)
 
 
+@needs("transformers", "5.0")
 @pytest.mark.parametrize("measures", [None, ["cka", "mutual_information"]])
 def test_training_is_bitwise_the_same(tmp_path, measures):
     def run(callbacks: list[Any]) -> tuple[list[float], Any, torch.Tensor]:
@@ -167,6 +332,7 @@ def test_training_is_bitwise_the_same(tmp_path, measures):
     assert torch.equal(rng, rng_with)
 
 
+@needs("transformers", "5.0")
 def test_evaluation_best_model_and_stopping_on_the_plateau(tmp_path):
     trainer = make_trainer(
         tmp_path,
@@ -194,6 +360,7 @@ def test_evaluation_best_model_and_stopping_on_the_plateau(tmp_path):
     assert "eval_alignment/image_text" in alone.evaluate()
 
 
+@needs("transformers", "5.0")
 def test_text_only_samples_are_skipped_and_counted(tmp_path):
     batch = collate_pairs(llava_examples(8))
     mixed = {key: torch.cat([value, value[:2]]) for key, value in batch.items()}
@@ -205,6 +372,7 @@ def test_text_only_samples_are_skipped_and_counted(tmp_path):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
+@needs("transformers", "5.0")
 def test_stages_of_ones_own(tmp_path):
     model = make_llava()
     probe = collate_pairs(llava_examples(8))
@@ -227,7 +395,11 @@ def test_stages_of_ones_own(tmp_path):
     [
         (lambda b: {k: v for k, v in b.items() if k != "pixel_values"}, "`pixel_values` must be in the batch"),
         (lambda b: {**b, "input_ids": b["input_ids"].clamp(max=100)}, "`input_ids` must hold image tokens"),
-        (lambda b: {**b, "pixel_values": b["pixel_values"][:3]}, "`input_ids` must hold as many image tokens"),
+        pytest.param(
+            lambda b: {**b, "pixel_values": b["pixel_values"][:3]},
+            "`input_ids` must hold as many image tokens",
+            marks=needs("transformers", "5.0"),
+        ),
         (lambda b: {**b, "input_ids": b["input_ids"][:, 1:10], "attention_mask": b["attention_mask"][:, 1:10]}, "text"),
     ],
 )
@@ -237,6 +409,7 @@ def test_a_probe_that_cannot_be_read_is_told_when_training_begins(tmp_path, chan
         make_trainer(tmp_path, [AlignmentCallback(1, probe=probe)]).train()
 
 
+@needs("transformers", "5.0")
 def test_nan_pixels_and_too_few_pairs_are_told(tmp_path):
     probe = collate_pairs(llava_examples(4))
     probe["pixel_values"][1] = float("nan")
@@ -257,6 +430,10 @@ def test_unsupported_models_and_bad_arguments_are_told(tmp_path, make_llama):
     with pytest.raises(ValueError, match="`towers` asks for 'nothing'"):
         measure_alignment(clip, collate_pairs(clip_examples(12)), towers=("vision_model", "nothing"))
     assert not any(module._forward_hooks for module in clip.modules())
+    with pytest.raises(ValueError, match=r"`pair_measures` of a dual encoder must be of cka, .* got 'grounding'"):
+        measure_alignment(clip, collate_pairs(clip_examples(12)), pair_measures=["grounding"])
+    with pytest.raises(ValueError, match="`probe` must hold at least one batch, got none"):
+        measure_alignment(clip, [])
     for arguments, message in [
         ({"basis": "rank"}, "`basis` must be of effective_rank, entropy, got 'rank'"),
         ({"metrics": "rankme"}, "`metrics` must be of effective_rank, matrix_entropy, got 'rankme'"),

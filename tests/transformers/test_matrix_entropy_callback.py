@@ -179,11 +179,10 @@ def test_best_model_and_early_stopping_by_effective_rank(make_trainer):
     assert trainer.state.best_metric == min(values)
 
 
-def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, own_wandb, tmp_path: Path, monkeypatch):
+def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, own_wandb, tmp_path: Path):
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     trainer = make_trainer(
         [MatrixEntropyCallback(2)], report_to=["tensorboard", "wandb"], eval_strategy="steps", eval_steps=3
     )
@@ -192,7 +191,7 @@ def test_reporters_hold_the_values_in_the_record_of_the_loss(make_trainer, own_w
     logged = {r["step"]: r[KEY] for r in records(trainer)}
     assert sorted(logged) == [2, 4, 6]
 
-    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent))
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
     events.Reload()
     read = {e.step: e.value for e in events.Scalars("train/matrix_entropy/last")}
     assert read == {step: pytest.approx(value) for step, value in logged.items()}
@@ -246,18 +245,17 @@ def test_a_reading_in_the_background_does_not_take_that_of_another_callback_unde
 
 
 @pytest.mark.parametrize("pictures", [True, False])
-def test_two_pictures_hold_all_layers(pictures, make_trainer, own_wandb, tmp_path: Path, monkeypatch):
+def test_two_pictures_hold_all_layers(pictures, make_trainer, own_wandb, tmp_path: Path):
     import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     trainer = make_trainer(
         [MatrixEntropyCallback(1, layers="all", pictures=pictures)], max_steps=8, report_to=["tensorboard", "wandb"]
     )
     trainer.train()
     wandb.finish()
     names = {f"layers/effective_rank_{kind}" for kind in ("profile", "heatmap")}
-    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent), {"images": 0})
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent), {"images": 0})
     events.Reload()
     if not pictures:
         assert not events.Tags()["images"]
@@ -272,7 +270,7 @@ def test_two_pictures_hold_all_layers(pictures, make_trainer, own_wandb, tmp_pat
     assert len(list(own_wandb.rglob("*.png"))) == 2 * len(steps)
 
 
-def test_one_layer_makes_no_picture(make_trainer, own_wandb, tmp_path: Path, monkeypatch):
+def test_one_layer_makes_no_picture(make_trainer, own_wandb, tmp_path: Path):
     import wandb
 
     make_trainer([MatrixEntropyCallback(1)], max_steps=3, report_to=["wandb"]).train()

@@ -1,0 +1,188 @@
+"""Reads the batches of a probe of image-text pairs, and merges the readings of all batches and ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks.accumulate.gathering import all_gather_ragged
+from matent_callbacks.accumulate.reduction import all_reduce_sequence_means, all_reduce_sum
+from matent_callbacks.accumulate.sequence_mean import (
+    SequenceMean,
+    empty_sequence_mean,
+    merge_sequence_means,
+    stage_mean,
+)
+from matent_callbacks.capture.dual_encoder import dual_encoder_towers, mean_token
+from matent_callbacks.capture.image_exchange import Exchange, exchange_images
+from matent_callbacks.capture.joint_forward import JointForward
+from matent_callbacks.capture.vision_language import Stage, StageReader, stages_of
+from matent_callbacks.functional._precision import statistics_dtype
+from matent_callbacks.functional._tokens import check_stage
+from matent_callbacks.functional.alignment import STAGES
+
+Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
+
+TOWERS = ("image_tower", "text_tower")
+EXCHANGED = tuple(f"exchanged/{name}" for name in ("image", "text", "image_text", "image_text_moved"))
+"""The stages of the samples that exchanged images, and of these samples with the images moved on."""
+
+
+class Counts(NamedTuple):
+    """Numbers of samples and tokens, and losses: what adds up over batches and ranks."""
+
+    text_only: Tensor
+    exchanged: Tensor
+    no_equal: Tensor
+    """Samples with images whose images no other sample could take."""
+    labels: Tensor
+    """Tokens that the losses of exchanged samples are of."""
+    nats: Tensor
+    """Negative log-likelihood of these with the samples' own images."""
+    moved_nats: Tensor
+
+
+class Reading(NamedTuple):
+    """What is read of some image-text samples."""
+
+    entropies: dict[str, SequenceMean]
+    """Of each stage or tower, and of ``EXCHANGED``."""
+    image: Tensor
+    """``(n, d)``: a vector for the image of each pair."""
+    text: Tensor
+    counts: Counts
+
+
+def read_vision_language(
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
+) -> Reading:
+    """Read a batch in a vision-language model; with ``exchange``, also with its images moved on."""
+    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, tell=tell)
+    image, text = stages["image"], stages["text"]
+    entropies = {name: _entropy(stages[name]) for name in STAGES}
+    counts = _counts(exchanged, text_only, device_of(model))
+    if exchange:
+        entropies |= _exchanged_entropies(stages, exchanged, entropies, model)
+    both = text.mask.any(1)  # a sample of an image alone is no pair
+    return Reading(entropies, mean_token(*image)[both], mean_token(*text)[both], counts)
+
+
+def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | None) -> Reading:
+    """Read a batch in both towers."""
+    image, text = dual_encoder_towers(model, batch, towers)
+    entropies = {
+        name: _entropy(Stage(tower.hidden_states, tower.mask))
+        for name, tower in zip(TOWERS, (image, text), strict=True)
+    }
+    return Reading(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) -> Reading:
+    """Merge the readings of all batches; without any, an empty reading with entropies of these names."""
+    if not readings:
+        device = device_of(model)
+        dtype = statistics_dtype(next(model.parameters(), torch.empty(0)))
+        nothing = torch.zeros(0, 0, dtype=dtype, device=device)
+        entropies = {name: empty_sequence_mean(dtype=dtype, device=device) for name in names}
+        return Reading(entropies, nothing, nothing, _counts(None, 0, device))
+    entropies = {name: reduce(merge_sequence_means, (r.entropies[name] for r in readings)) for name in names}
+    for name, total in entropies.items():
+        if name not in EXCHANGED and total.num_nonfinite:
+            count = int(total.num_nonfinite)
+            warnings.warn(f"{count} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2)
+    return Reading(
+        entropies,
+        torch.cat([r.image for r in readings]),
+        torch.cat([r.text for r in readings]),
+        Counts(*(torch.stack(parts).sum(0) for parts in zip(*(r.counts for r in readings), strict=True))),
+    )
+
+
+def over_ranks(reading: Reading) -> Reading:
+    """Merge the readings of all ranks. Every rank calls this, whatever it has read."""
+    means = all_reduce_sequence_means(list(reading.entropies.values()))
+    counts = Counts(*all_reduce_sum(torch.stack(reading.counts)))
+    image, text = (torch.cat(all_gather_ragged(rows)) for rows in (reading.image, reading.text))
+    return Reading(dict(zip(reading.entropies, means, strict=True)), image, text, counts)
+
+
+def _read_stages(
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
+) -> tuple[dict[str, Stage], int, Exchange | None]:
+    if own is None:
+        forward = JointForward(model, batch, with_labels=exchange)
+        stages, text_only = stages_of(forward)
+        return stages, text_only, exchange_images(forward) if exchange else None
+
+    stages, text_only = _read_own(model, batch, own, STAGES)
+    exchanged = None
+    if exchange:
+        # A model that needs functions of its own may lack what the exchange relies on.
+        try:
+            exchanged = exchange_images(
+                JointForward(model, batch, with_labels=True),
+                lambda: _read_own(model, batch, own, ("image_text",))[0]["image_text"],
+            )
+        except Exception as error:
+            why, _, _ = str(error).partition(". ")
+            tell("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
+    return stages, text_only, exchanged
+
+
+def _read_own(model: nn.Module, batch: Any, own: Stages, names: Iterable[str]) -> tuple[dict[str, Stage], int]:
+    """Read stages by the user's functions."""
+    if isinstance(own, Mapping):
+        found, left_out = {name: own[name](model, batch) for name in names}, 0
+    else:
+        found, left_out = own(model, batch)
+    return {name: Stage(*check_stage(name, *stage)) for name, stage in found.items()}, left_out
+
+
+def _exchanged_entropies(
+    stages: Mapping[str, Stage], exchange: Exchange | None, entropies: Mapping[str, SequenceMean], model: nn.Module
+) -> dict[str, SequenceMean]:
+    """Entropies of the samples that exchanged images, by the names in ``EXCHANGED``."""
+    moved = None if exchange is None else exchange.image_text
+    samples = None if exchange is None else exchange.exchanged
+    if moved is None or samples is None or len(samples) != len(stages["image"].mask) or not bool(samples.any()):
+        dtype = statistics_dtype(stages["image_text"].hidden_states)
+        return {name: empty_sequence_mean(dtype=dtype, device=device_of(model)) for name in EXCHANGED}
+    names = ("image", "text", "image_text")
+    if bool(samples.all()):
+        own = [entropies[name] for name in names]
+    else:
+        own = [_entropy(_of(samples, stages[name])) for name in names]
+    return dict(zip(EXCHANGED, (*own, _entropy(_of(samples, moved))), strict=True))
+
+
+def _of(samples: Tensor, stage: Stage) -> Stage:
+    return Stage(stage.hidden_states[samples], stage.mask[samples])
+
+
+def _counts(exchange: Exchange | None, text_only: int, device: torch.device) -> Counts:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+
+    def number(value: Tensor | int) -> Tensor:
+        return torch.as_tensor(value, device=device).to(dtype)
+
+    if exchange is None:
+        return Counts(number(text_only), *(number(0) for _ in Counts._fields[1:]))
+    # Losses that are not finite belong to samples with NaN or Inf in their states, of which `merged` warns.
+    usable = exchange.exchanged & torch.isfinite(exchange.nats) & torch.isfinite(exchange.moved_nats)
+    sums = [torch.where(usable, each, 0).sum() for each in (exchange.num_labels, exchange.nats, exchange.moved_nats)]
+    samples = [exchange.exchanged.sum(), (~exchange.exchanged).sum()]
+    return Counts(number(text_only), *(number(value) for value in (*samples, *sums)))
+
+
+def _entropy(stage: Stage) -> SequenceMean:
+    return stage_mean(*stage, dtype=statistics_dtype(stage.hidden_states))

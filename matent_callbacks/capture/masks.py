@@ -1,0 +1,147 @@
+"""Which tokens are padding: the masks that the modules of a running model are handed, and the one that fits a layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# exp of what lies below is 0 in every floating point type: a token at which so much is added has no weight.
+_HIDES = -1e4
+_PADDING_OF_KEYS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
+
+
+class Masks:
+    """The masks that were handed to the modules around and inside a layer during one forward, the outermost first."""
+
+    def __init__(self, model: nn.Module, outer: Tensor | None) -> None:
+        """``outer`` ``(B, T)``, of any layer, goes before all that ``model`` is handed."""
+        self._masks: list[_Mask] = []
+        if outer is not None:
+            self._masks.append(_Mask(outer, "attention_mask", model, of_any_layer=True))
+
+    def look(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take the masks among the arguments that ``module`` is called with."""
+        for name, tensor in _masks_among(module, arguments):
+            known = next((mask for mask in self._masks if mask.tensor is tensor), None)
+            if known is None:
+                self._masks.append(_Mask(tensor, name, module))
+            else:
+                known.modules.add(module)
+
+    def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states with their batch first, and which of them are tokens: ``(B, T)`` bool, or None if none fits.
+
+        Args:
+            hidden_states: ``(B, T, d)``, ``(T, B, d)`` or ``(B T, d)``.
+            modules: Only masks that one of these was handed are for this layer.
+        """
+        flat = [mask for mask in self._masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
+        rows = hidden_states.shape[:-1]
+        for mask in flat:
+            if mask.tensor.shape == rows or (len(rows) == 1 and mask.tensor.numel() == rows[0]):
+                return hidden_states, mask.values
+        if len(rows) != 2:
+            return hidden_states, None
+        for mask in flat:
+            if mask.tensor.shape == (rows[1], rows[0]):
+                return hidden_states.transpose(0, 1), mask.values
+        for mask in reversed(self._masks):
+            if mask.is_of_pairs and mask.is_for(modules) and mask.tensor.shape[-1] == rows[1]:
+                tokens = mask.tokens() if len(mask.tensor) in (1, rows[0]) else None
+                if tokens is not None:
+                    return hidden_states, tokens.expand(rows)
+        return hidden_states, None
+
+    def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> int | None:
+        """The length of a mask that marks padding, where these hidden states are tokens that none fits."""
+        for mask in self._masks:
+            # One vector a sample is no token.
+            one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
+            if not (one_a_sample or mask.modules.isdisjoint(modules)) and mask.has_padding():
+                return mask.tensor.shape[-1]
+        return None
+
+
+class _Mask:
+    """One mask, and which modules were handed it."""
+
+    def __init__(self, tensor: Tensor, name: str, module: nn.Module, *, of_any_layer: bool = False) -> None:
+        self.tensor = tensor
+        self.modules = {module}
+        self._of_any_layer = of_any_layer
+        self._name = name
+        self._tokens: Tensor | None = None
+        self._has_padding: bool | None = None
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """``(B, T)``, True where a token is valid; of a mask of pairs, ``(B, Q, T)``, where a query sees a key."""
+        return _allowed(self.tensor, self._name)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        return self.tensor.ndim > 2
+
+    def is_for(self, modules: Collection[nn.Module]) -> bool:
+        return self._of_any_layer or not self.modules.isdisjoint(modules)
+
+    def tokens(self) -> Tensor | None:
+        """Of a mask of pairs, the tokens ``(B, T)``, or None where it does not tell which they are."""
+        if self._tokens is None and self._has_padding is None:
+            self._tokens, self._has_padding = _tokens_of_pairs(self.values)
+        return self._tokens
+
+    def has_padding(self) -> bool:
+        """Whether any token is padding. The host waits for the device, once."""
+        if self._has_padding is None:
+            if self.is_of_pairs:
+                self.tokens()
+            else:
+                self._has_padding = not bool(self.values.all())
+        return bool(self._has_padding)
+
+
+def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    # Of a cross-attention both are masks of the keys, and its output is one of the queries.
+    if arguments.get("key_value_states") is not None:
+        return
+    if isinstance(module, nn.MultiheadAttention) and arguments.get("key") is not arguments.get("query"):
+        return
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim in (2, 3, 4):
+        yield "attention_mask", mask
+    padding = [name for name in _PADDING_OF_KEYS if isinstance(arguments.get(name), Tensor)]
+    # Of a whole encoder-decoder, encoder and decoder are each handed their own.
+    if len(padding) == 1 and not isinstance(module, nn.Transformer) and arguments[padding[0]].ndim == 2:
+        yield padding[0], arguments[padding[0]]
+
+
+def _allowed(mask: Tensor, name: str) -> Tensor:
+    """``(B, T)``, or ``(B, Q, T)`` of pairs, True where something is seen."""
+    if mask.ndim == 4:
+        mask = mask[:, 0]  # heads do not differ in what is padding
+    if name in _PADDING_OF_KEYS:
+        return mask > _HIDES if mask.is_floating_point() else mask == 0
+    if not mask.is_floating_point():
+        return mask if mask.dtype == torch.bool else mask > 0
+    # What is multiplied holds 0 and 1; what is added to the scores, 0 and large negative numbers.
+    is_added = (mask < 0).any() | ~(mask > 0).any()
+    return torch.where(is_added, mask > _HIDES, mask > 0)
+
+
+def _tokens_of_pairs(sees: Tensor) -> tuple[Tensor | None, bool]:
+    """The tokens in ``(B, Q, T)``, if all of them see all, or all before, and whether there is padding."""
+    if sees.shape[1] == 1:
+        tokens, is_told = sees[:, 0], True
+    elif sees.shape[1] == sees.shape[2]:
+        tokens = torch.diagonal(sees, dim1=1, dim2=2)
+        keys, is_padding = tokens.unsqueeze(1).expand_as(sees), ~tokens.unsqueeze(2)
+        # What padding itself sees differs from model to model.
+        is_told = bool(((sees == keys) | is_padding).all() | ((sees == keys.tril()) | is_padding).all())
+    else:
+        return None, False
+    return (tokens if is_told else None), not bool(tokens.all())

@@ -1,0 +1,90 @@
+"""The processes that share one measurement: one for plain ``matent``, as many as ``torchrun`` starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed, and says why."""
+
+
+class Ranks:
+    """What the ranks have to agree on. With one rank every method returns at once.
+
+    Every rank calls the same methods in the same order. What is exchanged are flags and pickled statistics in the
+    host's memory, so gloo serves on any machine.
+    """
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes the results and prints."""
+        return self.rank == 0
+
+    def __enter__(self) -> Ranks:
+        if self.size > 1:
+            dist.init_process_group("gloo")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def agree(self, *flags: bool) -> list[int | None]:
+        """For each flag, the lowest rank that sets it, or None."""
+        lowest = torch.tensor([self.rank if flag else self.size for flag in flags])
+        if self.size > 1:
+            dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        return [rank if rank < self.size else None for rank in lowest.tolist()]
+
+    def raise_together(self, error: Exception | None, failed: int | None) -> None:
+        """Raise on all ranks once :meth:`agree` has told that one of them failed, so that one alone tells of it."""
+        if failed is None:
+            return
+        if error is not None and failed == self.rank:
+            raise error
+        raise OtherRankError from error
+
+    def from_first(self, value: Any) -> Any:
+        """What the first rank has for ``value``."""
+        if self.size == 1:
+            return value
+        shared = [value if self.is_first else None]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+    def to_first(self, value: Any) -> Iterator[Any]:
+        """On the first rank, the values of the others, one at a time, since they may be large."""
+        for rank in range(1, self.size):
+            received = [value]
+            if self.is_first:
+                dist.recv_object_list(received, src=rank)
+                yield received[0]
+            elif self.rank == rank:
+                dist.send_object_list(received, dst=0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside on one rank fails on all: with the error itself on the lowest of those that failed.
+
+        Raises:
+            OtherRankError: On the other ranks.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        (failed,) = self.agree(error is not None)
+        self.raise_together(error, failed)

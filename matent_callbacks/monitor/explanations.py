@@ -1,0 +1,58 @@
+"""What to tell about layers that were not read, or were read with their padding."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from torch import nn
+
+from matent_callbacks.capture.forward import Seen
+from matent_callbacks.capture.layers import Layers
+from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
+
+
+def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
+    """Why some layers have no reading, and which names would have one."""
+    told = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
+    silent = [key for key in empty if key not in seen.called]
+    if not seen.ran and not seen.called:
+        return (
+            f"{told} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a copy."
+        )
+    if not silent:
+        if not seen.counted:
+            return (
+                f"{told} Their forwards are not counted: they were handed a key-value cache, or were not in training "
+                "mode with gradients."
+            )
+        return told
+    names = ", ".join(dict.fromkeys(_names_that_would_work(silent, seen, layers, model))) or "none that is known"
+    return (
+        f"{told} No forward of {', '.join(silent)} ran, although {type(model).__name__} was run: a module is not "
+        "called where it is skipped, where only its weights are used, or where a fused kernel does its work. Names "
+        f"that would have a reading: {names}."
+    )
+
+
+def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, model: nn.Module) -> Iterator[str]:
+    yield from (point.key for point in layers.points if point.key in seen.called)
+    stack = layers.stack
+    if stack is not None and stack.owner in seen.ran:
+        yield from ("last", "all")
+    inner = unwrap(model)
+    names, above = {module: name for name, module in inner.named_modules()}, ancestries(inner)
+    points = {point.key: point.module for point in layers.points}
+    # The nearest that ran of those around it.
+    around = (next((m for m in reversed(above.get(points[key], ())) if m in seen.ran), inner) for key in silent)
+    yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
+
+
+def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Which layers were read with their padding, and what to do about it: one sentence for each pair of lengths."""
+    for lengths in dict.fromkeys(unmasked.values()):
+        keys = [key for key, own in unmasked.items() if own == lengths]
+        yield (
+            f"Padding is counted in {', '.join(keys)}: the mask that the model is handed has length {lengths[0]}, the "
+            f"hidden states have {lengths[1]}, and no module around them is handed one that fits. Pass that of the "
+            "hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the Lightning callback."
+        )
