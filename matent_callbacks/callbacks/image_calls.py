@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from matent_callbacks.callbacks.guard import Guard
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -35,18 +37,8 @@ def to_comet(experiment: Any, pictures: Pictures, step: int) -> None:
         experiment.log_image(Image.fromarray(pixels), name=name, step=step)
 
 
-def to_each(takers: Iterable[Taker], pictures: Pictures, step: int) -> None:
-    """Hand pictures to loggers one after the other, also to those that come after one that fails.
-
-    Raises:
-        RuntimeError: When all had their turn; tells which of them failed.
-    """
-    failed: dict[str, Exception] = {}
+def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:
+    """Hand pictures to loggers one after the other, also to those that come after one that fails."""
     for name, take in takers:
-        try:
+        with guard(f"{name}'s pictures", f"{name} did not take the pictures: {{error}}. Training goes on."):
             take(pictures, step)
-        except Exception as error:
-            failed[name] = error
-    if failed:
-        told = "; ".join(f"{name} did not take the pictures: {error}" for name, error in failed.items())
-        raise RuntimeError(told) from next(iter(failed.values()))

@@ -100,7 +100,7 @@ class AlignmentCallback(MeasuringCallback):
         if self.off:
             return
         with self.guard("the greatest values in W&B's table of runs"):
-            summarize_by_maximum(trainer, *SUMMARIZED_BY_MAXIMUM)
+            summarize_by_maximum(trainer, self.guard, *SUMMARIZED_BY_MAXIMUM)
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._measure(trainer, pl_module)
 

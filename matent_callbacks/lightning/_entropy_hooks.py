@@ -324,7 +324,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             if self._pictures is None or not takes_pictures(trainer):
                 return
             pictures = self._pictures.draw(self._records, self._measurement.layer_names, last=last)
-            show(trainer, pictures, step=logging_step(trainer))
+            show(trainer, pictures, self.guard, step=logging_step(trainer))
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
         return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.image_calls import (
     Pictures,
     Taker,
@@ -23,31 +23,20 @@ def takes_pictures(trainer: Any) -> bool:
     return bool(_takers(trainer))
 
 
-def show(trainer: Any, pictures: Pictures, *, step: int) -> None:
-    """Hand pictures to every logger that takes them.
-
-    Raises:
-        RuntimeError: If one did not take them; the others have them.
-    """
+def show(trainer: Any, pictures: Pictures, guard: Guard, *, step: int) -> None:
+    """Hand pictures to every logger that takes them."""
     if pictures:
-        to_each(_takers(trainer), pictures, step)
+        to_each(_takers(trainer), pictures, step, guard)
 
 
-def summarize_by_maximum(trainer: Any, *keys: str) -> None:
+def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
     """Have W&B's table of runs show the greatest value of logged keys beside the last one."""
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        try:
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with guard(f"the greatest values in the table of runs of {type(logger).__name__}"):
             experiment = _experiment(logger)
             if hasattr(experiment, "define_metric"):
                 for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
                     experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")
-        except Exception as error:
-            kind = type(logger).__name__
-            warnings.warn(
-                f"{kind} does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2
-            )
 
 
 def _to_log_image(logger: Any, pictures: Pictures, step: int) -> None:

@@ -126,7 +126,7 @@ class AlignmentCallback(MeasuringCallback):
     ) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
         if not self._summarized and logs is not None:
-            self._summarized = summarize_by_maximum(self.trainer, *SUMMARIZED_BY_MAXIMUM)
+            self._summarized = summarize_by_maximum(self.trainer, self.guard, *SUMMARIZED_BY_MAXIMUM)
 
     def is_due(self, state: TrainerState) -> bool:
         return bool(state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps)

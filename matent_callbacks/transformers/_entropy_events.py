@@ -248,4 +248,5 @@ class MatrixEntropyCallback(MeasuringCallback):
             if self._pictures is None or not takes_pictures(self.trainer):
                 return
             records = self.trainer.state.log_history
-            show(self.trainer, self._pictures.draw(records, self._measurement.layer_names, last=last))
+            pictures = self._pictures.draw(records, self._measurement.layer_names, last=last)
+            show(self.trainer, pictures, self.guard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.integrations import (
     WandbCallback,
 )
 
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.image_calls import (
     Pictures,
     Taker,
@@ -31,29 +31,20 @@ def takes_pictures(trainer: Trainer) -> bool:
     return bool(_takers(trainer))
 
 
-def show(trainer: Trainer, pictures: Pictures) -> None:
-    """Hand pictures to whatever takes them of what the Trainer reports to, at the step that it is at.
-
-    Raises:
-        RuntimeError: If one did not take them; the others have them.
-    """
+def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
+    """Hand pictures to whatever takes them of what the Trainer reports to, at the step that it is at."""
     if pictures:
-        to_each(_takers(trainer), pictures, trainer.state.global_step)
+        to_each(_takers(trainer), pictures, trainer.state.global_step, guard)
 
 
-def summarize_by_maximum(trainer: Trainer, *keys: str) -> bool:
+def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
-    for callback in _reporters(trainer, WandbCallback):
-        run = _wandb_run(callback)
-        if run is None:
-            continue
-        try:
+    runs = [run for run in map(_wandb_run, _reporters(trainer, WandbCallback)) if run is not None]
+    for run in runs:
+        with guard("the greatest values in W&B's table of runs"):
             for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
                 run.define_metric(name, step_metric="train/global_step", summary="max,last")
-        except Exception as error:
-            warnings.warn(f"W&B does not show the greatest {', '.join(keys)}: {error}. Training goes on.", stacklevel=2)
-        return True
-    return False
+    return bool(runs)
 
 
 def _wandb_run(callback: Any) -> Any:

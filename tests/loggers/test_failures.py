@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.lightning._loggers import summarize_by_maximum, takes_pictures
 from matent_callbacks.transformers import MatrixEntropyCallback
@@ -55,6 +56,21 @@ def test_a_reporter_without_its_image_call_keeps_nothing_from_the_next(prepare, 
     plain = make_trainer(max_steps=6)
     plain.train()
     assert_same(trainer.model.state_dict(), plain.model.state_dict())
+
+
+def test_of_two_that_fail_each_is_told_once_or_else_raised(prepare, make_trainer, wandb_without_images, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(SummaryWriter, "add_image", unreachable)
+    settings = {"max_steps": 6, "report_to": ["wandb", "tensorboard"]}
+    prepare(Wandb)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer([MatrixEntropyCallback(1, layers="all")], **settings).train()
+    kinds = [text.partition(" did not take the pictures: no route to host")[0] for text in told(caught)]
+    assert kinds == ["WandbCallback", "TensorBoardCallback"]
+    with pytest.raises(OSError, match="no route to host"):
+        make_trainer([MatrixEntropyCallback(1, layers="all", on_error="raise")], **settings).train()
 
 
 @BOTH_PACKAGES
@@ -113,12 +129,13 @@ def test_what_wandb_sums_up_is_nothing_to_other_loggers():
     def trainer(**attributes: Any) -> Any:
         return pl.Trainer(logger=own_logger(**attributes), accelerator="cpu", enable_checkpointing=False)
 
-    summarize_by_maximum(trainer(), "alignment/image_text")
+    guard = Guard("AlignmentCallback", "warn")
+    summarize_by_maximum(trainer(), guard, "alignment/image_text")
     assert not takes_pictures(trainer())
     broken = trainer(experiment=property(unreachable))
     assert not takes_pictures(broken)
-    with pytest.warns(UserWarning, match="Own does not show the greatest alignment/image_text.*: no route to host"):
-        summarize_by_maximum(broken, "alignment/image_text")
+    with pytest.warns(UserWarning, match="no route to host Training goes on without the greatest values .* of Own"):
+        summarize_by_maximum(broken, guard, "alignment/image_text")
 
 
 def test_a_reporter_of_ones_own_gets_the_numbers_and_nothing_is_drawn_for_it(make_trainer, drawn):
