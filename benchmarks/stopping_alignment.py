@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks._markdown import begin, conditions, table
 from benchmarks.plateau import METHODS
@@ -75,7 +75,7 @@ def main() -> None:
 
 def cached(*, retrain: bool) -> tuple[list[list[Record]], str]:
     """All runs and where they were trained; each is written as soon as it is there."""
-    found = {"trained": conditions("transformers"), "runs": []}
+    found: dict[str, Any] = {"trained": conditions("transformers"), "runs": []}
     if RUNS.exists() and not retrain:
         found = json.loads(RUNS.read_text(encoding="utf-8"))
     for seed in range(len(found["runs"]), SEEDS):

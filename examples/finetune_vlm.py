@@ -59,7 +59,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     mpl.use("agg")
 
-    held_out = list(Scenes(64, seed=arguments.seed, held_out=True))
+    scenes = Scenes(64, seed=arguments.seed, held_out=True)
+    held_out = [scenes[index] for index in range(len(scenes))]
     set_seed(arguments.seed)
     clip = train_clip(arguments.tower_steps, arguments.seed, arguments.output)
     print(f"The CLIP finds the caption of {retrieved(clip, held_out):.0%} of 64 held-out pictures among all 64.")
@@ -212,7 +213,7 @@ def caption_batch(pairs: list[Pair]) -> Batch:
 def retrieved(clip: CLIPModel, pairs: list[Pair]) -> float:
     """Share of pictures whose own caption is the most similar one."""
     similarity = clip.eval()(**clip_batch(pairs)).logits_per_image
-    return (similarity.argmax(dim=1) == torch.arange(len(pairs))).float().mean().item()
+    return float((similarity.argmax(dim=1) == torch.arange(len(pairs))).float().mean())
 
 
 @torch.inference_mode()
@@ -228,7 +229,7 @@ def describe(model: LlavaForConditionalGeneration, pairs: list[Pair]) -> list[st
 
 @torch.inference_mode()
 def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> float:
-    return model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss.item()
+    return float(model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss)
 
 
 def begins_to_look(history: list[dict[str, Any]]) -> int | None:

@@ -58,7 +58,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*(many workers|logging interval).*")
 
     train = Scenes(arguments.steps * arguments.batch_size, seed=1)
-    held_out = list(Scenes(64, seed=0, held_out=True))
+    scenes = Scenes(64, seed=0, held_out=True)
+    held_out = [scenes[index] for index in range(len(scenes))]
 
     pl.seed_everything(0)
     trainer = pl.Trainer(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening
 
-from matent_callbacks.accumulate.layer_statistics import PooledTokens
+from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.transformers import MatrixEntropyCallback as TrainerCallback
 from tests.conftest import collate, llama, slow_entropy, slow_pooled_entropy, text_examples
@@ -145,7 +145,8 @@ def activations() -> int:
     """Number of tensors of the shape of hidden states: no weight, batch or statistic has three axes but the tokens
     that a reading keeps, centred and scaled, while they are fewer than features."""
     objects = gc.get_objects()
-    kept = {id(tokens.values) for item in objects if type(item) is PooledTokens for tokens in item._kept}
+    # Of shape (N, d), a view of what was (B, T, d).
+    kept = {id(tokens.values._base) for item in objects if type(item) is PooledTokens for tokens in item._kept}
     return sum(1 for item in objects if type(item) is Tensor and item.ndim >= 3 and id(item) not in kept)
 
 
