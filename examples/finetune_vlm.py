@@ -46,9 +46,9 @@ Batch = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--tower-steps", type=int, default=300, help="steps of the CLIP before")
-    parser.add_argument("--every", type=int, default=20, help="steps between two readings")
+    parser.add_argument("--every", type=int, default=15, help="steps between two readings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
@@ -74,7 +74,7 @@ def main() -> None:
             max_steps=arguments.steps,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=len(held_out),
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=arguments.steps // 6,
             weight_decay=0.1,

@@ -106,7 +106,7 @@ def _grounding(axis: Axes, records: _Records) -> None:
 
 
 def _against_chance(axis: Axes, records: _Records) -> None:
-    axis.axhspan(-2, 2, color="0.92", zorder=0, label="chance (95 %)")
+    axis.axhspan(-2, 2, color="0.88", zorder=0, label="chance (95 %)")
     axis.plot(*series(records, "alignment/cka_z"), color=BLUE, label="linear CKA")
     axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
     axis.set_ylabel("z (standard deviations)")
