@@ -31,8 +31,11 @@ class AlignmentCallback(MeasuringCallback):
         during_eval: Also measure at the end of each validation and test epoch.
         basis: What the two ratios are of: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first).
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
-        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
-            encoder, none of a vision-language model.
+        pair_measures: Of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
         k: Neighbours of ``mutual_knn``.

@@ -31,9 +31,16 @@ class AlignmentCallback(MeasuringCallback):
     ``effective_rank/<stage>``                    ``vision_encoder``, ``connector``, ``image``, ``text``,
                                                   ``image_text``; of a dual encoder ``image_tower``, ``text_tower``
     ``matrix_entropy/<stage>``                    the same in nats, if ``metrics`` has it
-    ``alignment/cka``, ``mutual_knn``,            of the paired vectors: the embeddings of a dual encoder (default
-    ``mutual_information``, ``modality_gap``      there), or the mean tokens of ``image`` and ``text``
+    ``alignment/grounding``                       caption loss with the images moved on by one sample minus the loss as
+                                                  it is, nats per token; needs ``labels`` in the probe
+    ``alignment/image_text_shift``                ``image_text`` on these exchanged pairs minus on the pairs
+    ``alignment/cka_debiased``                    of the paired vectors: the embeddings of a dual encoder, or the mean
+                                                  tokens of ``image`` and ``text``; 0 at chance
+    ``alignment/cka_z``, ``mutual_knn_z``         standard deviations above 200 random pairings of them
+    ``alignment/cka``, ``mutual_knn``,            of them, with a level at chance that depends on their number and
+    ``mutual_information``, ``modality_gap``      width
     ``alignment/skipped_text_only``               samples of the probe without an image, if there are any
+    ``alignment/skipped_no_equal``                samples whose images no other in the batch could take
     ============================================  ===================================================================
 
     In evaluation the same stand among the metrics, with ``eval_`` (or the prefix given) before them.
@@ -46,8 +53,11 @@ class AlignmentCallback(MeasuringCallback):
         during_eval: Also measure at the end of each evaluation.
         basis: What the two ratios are of: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first).
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
-        pair_measures: Of ``cka``, ``mutual_knn``, ``mutual_information``, ``modality_gap``; ``None``: all of a dual
-            encoder, none of a vision-language model.
+        pair_measures: Of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
             :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
@@ -63,7 +73,7 @@ class AlignmentCallback(MeasuringCallback):
         >>> from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
         >>> callbacks = [
         ...     AlignmentCallback(every_n_steps=20),
-        ...     PlateauStopping("alignment/image_text", min_delta=0.02, patience=6, mode="any"),
+        ...     PlateauStopping("alignment/grounding", min_delta=0.02, patience=6),
         ... ]
         >>> # Trainer(model=vision_language_model, ..., callbacks=callbacks).train()
     """
