@@ -53,7 +53,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(name, **common)
             _check_kernels(name, config, trust_remote_code=trust_remote_code)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+            tokenizer = _tokenizer(name, common)
             model, info = transformers.AutoModel.from_pretrained(
                 name,
                 config=config,
@@ -61,15 +61,14 @@ def load(
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
                 device_map=device_map,
+                # Of "main" older releases have a hub repository without .safetensors converted.
+                revision=getattr(config, "_commit_hash", None) or "main",
                 **common,
             )
         except ModelError:
             raise
         except Exception as error:
             raise ModelError(_why(name, error, trust_remote_code=trust_remote_code)) from error
-    # Where there is no tokenizer, transformers makes one that knows no word.
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ModelError(f"{name} has no tokenizer, or an empty one: save it with `tokenizer.save_pretrained`.")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     own = [key for key in model.state_dict() if "pooler" not in key]
     if missing and len(missing) >= len(own):
@@ -97,6 +96,19 @@ def training_progress(name: str) -> dict[str, int | None]:
         except (OSError, ValueError, AttributeError):
             continue
     return {"steps": None, "tokens": None}
+
+
+def _tokenizer(name: str, common: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+    except TypeError:  # of the path of a file that is not there, before 5.0
+        tokenizer = None
+    # Where there is no tokenizer, transformers makes one that knows no word.
+    if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"{name} has no tokenizer, or an empty one: save it with `tokenizer.save_pretrained`.")
+    return tokenizer
 
 
 def _check_weights(name: str, *, allow_pickle: bool) -> None:
@@ -160,7 +172,7 @@ def _silent() -> Iterator[None]:
     import transformers
 
     # Else a hub repository without .safetensors is sent to a converter.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)

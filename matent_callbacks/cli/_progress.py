@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -53,5 +53,7 @@ def _bar(title: str, shown: bool) -> Iterator[tuple[Progress, Any]]:
         TimeRemainingColumn(),
     )
     disabled = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, disable=disabled, transient=True) as progress:
+    progress = Progress(*columns, console=console, disable=disabled, transient=True)
+    # A disabled one ends the line that it did not write, in older releases of rich.
+    with nullcontext() if disabled else progress:
         yield progress, progress.add_task(title, total=None, rate="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,9 @@ class Ranks:
 
     def __exit__(self, *exc_info: object) -> None:
         if self.size > 1:
+            if torch.__version__ < "2.8":
+                # It joins gloo's threads under the lock that one of them may need to let go of the last tensor.
+                time.sleep(0.5)
             dist.destroy_process_group()
 
     def agree(self, *flags: bool) -> list[int | None]:

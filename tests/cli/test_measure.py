@@ -21,6 +21,7 @@ from matent_callbacks import untrained_like
 from matent_callbacks.cli._app import run
 from tests.cli.models import WIDTH, documents, last, measured, save_model, save_tokenizer, write_lines
 from tests.conftest import slow_entropy, slow_pooled_entropy
+from tests.versions import needs
 
 KINDS = ("llama", "bert", "t5")
 
@@ -113,7 +114,7 @@ def test_pooled_metrics(models: dict[str, Path], text: Path, tmp_path: Path) -> 
     states = []
     for line in text.read_text().splitlines():
         with torch.no_grad():
-            states.append(model.get_encoder()(**tokenizer(line, return_tensors="pt"))[0])
+            states.append(model.get_encoder()(tokenizer(line, return_tensors="pt")["input_ids"])[0])
     longest = max(z.shape[1] for z in states)
     padded = torch.cat([torch.nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z in states])
     mask = torch.tensor([[i < z.shape[1] for i in range(longest)] for z in states])
@@ -321,12 +322,15 @@ def test_no_code_of_a_model_runs_unless_trusted(
     assert ran.exists()
 
 
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation", pytest.param("attn_implementation", marks=needs("transformers", "5.0"))]
+)
 def test_kernels_that_a_config_asks_for_are_code_too(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    key: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(tmp_path / "model", "bert")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernel"}))
+    (folder / "config.json").write_text(json.dumps({**config, key: "someone/kernel"}))
     assert run(["measure", str(folder), "--text", str(text)]) == 1
     assert "wants to run code of someone/kernel" in capsys.readouterr().err
 
