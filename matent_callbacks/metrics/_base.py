@@ -80,7 +80,7 @@ class MergedMetric(Metric):
 
     def _sync_gathered(self, gather: Any, group: Any) -> None:
         """A gather of the user's own: merge what it brings, rank by rank."""
-        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
+        gathered = {name: _gathered(gather, getattr(self, name), group) for name in self._defaults}
         ranks = [dict(zip(gathered, states, strict=True)) for states in zip(*gathered.values(), strict=True)]
         for name, state in ranks[0].items():
             setattr(self, name, state)
@@ -94,6 +94,13 @@ class MergedMetric(Metric):
             this._defaults[name] = this._defaults[name].to(torch.int64)
             setattr(this, name, getattr(this, name).to(torch.int64))
         return this
+
+
+def _gathered(gather: Any, state: Tensor, group: Any) -> list[Tensor]:
+    if state.ndim == 0:
+        return list(gather(state, group=group))
+    # With one row more: torch before 2.7 cannot pad what has none, as torchmetrics does where ranks differ in shape.
+    return [padded[:-1] for padded in gather(torch.cat([state, state.new_zeros(1, *state.shape[1:])]), group=group)]
 
 
 class TokenMetric(MergedMetric):
