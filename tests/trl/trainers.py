@@ -10,12 +10,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.conftest import VOCABULARY, llama, text_examples
+from tests.versions import needs
 
 EOS = 1
 EVALUATED = 7
@@ -67,16 +67,7 @@ def with_prompt(model: Any) -> dict[str, Any]:
     return {"model": model, "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
 
 
-ADAPTERS = (
-    with_new_adapter,
-    with_trained_adapter,
-    pytest.param(
-        with_prompt,
-        marks=pytest.mark.skipif(
-            Version(trl.__version__) < Version("1.8"), reason="needs trl 1.8: prompt tuning in its DPOTrainer"
-        ),
-    ),
-)
+ADAPTERS = (with_new_adapter, with_trained_adapter, pytest.param(with_prompt, marks=needs("trl", "1.8")))
 
 
 def sft(folder: Path, callbacks: list[Any], *, model: Any, **arguments: Any) -> Any:
