@@ -24,6 +24,7 @@ PARTS = (
     "measure",
     "collapse",
     "alignment",
+    "stopping_alignment",
 )
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What it costs

@@ -29,7 +29,7 @@ from benchmarks.plateau import METHODS
 RUNS = Path(__file__).parent / "stopping_alignment.json"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune_vlm.py"
 SEEDS = 5
-PATIENCE = 10  # readings
+PATIENCE = 5  # readings
 LOOKS = 0.1  # nats per token
 
 Record = dict[str, float]
@@ -69,7 +69,7 @@ def main() -> None:
         f"with a held-out loss of {spread([end['eval_loss'] for end in ends], '.3f')}, a grounding of "
         f"{spread([end['alignment/grounding'] for end in ends], '.2f')}. Patience {PATIENCE}.\n"
     )
-    header = ["key (`min_delta`)", "rule", "stops", "too early", "at step", "saved", "lost"]
+    header = ["key (`min_delta`)", "rule", "stops", "too early", "at step", "saved, %", "lost"]
     table(header, (row(watched, rule, runs, looks) for watched in WATCHED for rule in METHODS))
 
 
@@ -114,7 +114,7 @@ def row(watched: Watched, rule: str, runs: list[list[Record]], looks: list[float
         lost.append(stop["eval_loss"] - run[-1]["eval_loss"])
     key = f"`{watched.key}` ({watched.min_delta:g})"
     counts = [f"{len(steps)} of {len(runs)}", f"{early} of {len(runs)}"]
-    return [key, rule, *counts, spread(steps, ".0f"), f"{spread(saved, '.0f')} %", spread(lost, "+.3f")]
+    return [key, rule, *counts, spread(steps, ".0f"), spread(saved, ".0f"), spread(lost, "+.3f")]
 
 
 def stopped(watched: Watched, rule: str, run: list[Record]) -> Record | None:

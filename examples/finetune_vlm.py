@@ -39,7 +39,7 @@ from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
 PATCH = 12  # pixels
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TOWER = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
-PLATEAU: Any = {"min_delta": 0.3, "patience": 10}
+PLATEAU: Any = {"min_delta": 0.2, "patience": 5}
 LOOKS = 0.1  # nats per token that the right image has to be worth
 Batch = dict[str, Any]
 
