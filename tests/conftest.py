@@ -105,6 +105,13 @@ def llama(*, layers: int = 3, hidden: int = 32, dropout: float = 0.1, seed: int 
     return LlamaForCausalLM(config)
 
 
+@pytest.fixture(autouse=True)
+def precision_is_not_handed_on() -> Iterator[None]:
+    """Before 5.0 the Trainer leaves the precision of a run in the environment, where the next one finds it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 @pytest.fixture
 def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A W&B session of this test's own: one that is running keeps its folder, and processes started later join it."""

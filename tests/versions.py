@@ -17,6 +17,12 @@ def needs(package: str, release: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(older(package, release), reason=f"needs {package} {release}")
 
 
+def require(package: str, release: str) -> None:
+    """:func:`needs` for a fixture, which takes no marks."""
+    if older(package, release):
+        pytest.skip(f"needs {package} {release}")
+
+
 BOTH_PACKAGES = pytest.mark.parametrize(
     # Where both are installed, before 2.6 a Trainer of the second takes no callback of the first.
     "package",
