@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import Literal
 
 Source = Literal["pooled", "raw", "sequence"]
-"""``pooled``: one covariance of all tokens, each centred by its sequence and scaled to unit length. ``raw``: that of
-the tokens as they are. ``sequence``: the mean of the entropies of the sequences."""
+"""What a metric is computed from.
+
+- ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
+- ``raw``: one covariance of all tokens as they are;
+- ``sequence``: one covariance of each sequence.
+"""
 
 CATALOGUE: dict[str, Source] = {
     "matrix_entropy": "pooled",
@@ -28,15 +32,15 @@ CATALOGUE: dict[str, Source] = {
 
 
 SPECTRUM_TOP = "spectrum_top_"
-"""What ``spectrum`` is logged as, with the number of directions behind it."""
+"""``spectrum`` is logged under several names: this prefix and a number of directions."""
 
 Solver = Literal["exact", "approximate"]
-# What follows from the entropy, and is not had from eigenvalues of sequences.
+# What the approximate solver can compute: it estimates the entropy of a covariance, and has no eigenvalues.
 _WITHOUT_EIGENVALUES = ("matrix_entropy", "normalized_matrix_entropy", "effective_rank")
 
 
 def check_solver(solver: str, metrics: Iterable[str]) -> None:
-    """Raise if there is no such solver, or it does not give a metric."""
+    """Raise if ``solver`` is not known, or cannot compute one of ``metrics``."""
     if solver not in ("exact", "approximate"):
         raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
     for name in metrics:
@@ -47,7 +51,7 @@ def check_solver(solver: str, metrics: Iterable[str]) -> None:
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
-    """The names asked for, once each, or an error with near matches."""
+    """``metrics`` as a tuple of different names; an unknown name is an error that lists near matches."""
     names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     if not names:
         raise ValueError(f"`metrics` must name at least one of {', '.join(CATALOGUE)}; got none.")

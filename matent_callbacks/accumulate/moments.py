@@ -13,8 +13,8 @@ from torch import Tensor
 from matent_callbacks.accumulate.symmetric import add_second_moment
 
 Center = Literal["sequence", "global"] | None
-"""What is subtracted from the tokens: the mean of their sequence, before they are accumulated; the mean of all tokens,
-through the moments; or nothing."""
+"""What is subtracted from the tokens. ``"sequence"``: the mean of their sequence, before they are accumulated.
+``"global"``: the mean of all tokens, which the moments take care of. ``None``: nothing."""
 
 
 class Moments(NamedTuple):
@@ -31,23 +31,23 @@ class Moments(NamedTuple):
     num_nonfinite: Tensor
     """``()`` int64: tokens that were left out because of NaN or Inf."""
     mean: Tensor
-    """``(d,)``; ``(0,)`` where the scatter is about the origin, or there is none yet."""
+    """``(d,)``; ``(0,)`` if the scatter is about the origin, or is not allocated yet."""
     scatter: Tensor
-    """``(ceil(d / 2), d + 1)``: the sum of outer products of the tokens, packed (see :mod:`.symmetric`); ``(0, d + 1)``
-    as long as there is none, with d = 0 as long as d is not known."""
+    """``(ceil(d / 2), d + 1)``: the sum of outer products of the tokens in packed form (see :mod:`.symmetric`);
+    ``(0, d + 1)`` until it is allocated, with d = 0 until d is known."""
 
     @property
     def num_features(self) -> int:
-        """Number of features d; 0 as long as it is not known."""
+        """Number of features d; 0 until it is known."""
         return self.scatter.shape[1] - 1
 
     @property
     def has_scatter(self) -> bool:
-        """Whether any token was accumulated."""
+        """Whether the scatter is allocated, if only with zeros."""
         return self.scatter.shape[0] > 0
 
     def to(self, device: torch.device) -> Moments:
-        """The same on a device."""
+        """Copy to a device."""
         return self if self.scatter.device == device else Moments(*(tensor.to(device) for tensor in self))
 
 
@@ -59,7 +59,7 @@ def empty_moments(num_features: int = 0, *, dtype: torch.dtype, device: torch.de
 
 
 def with_scatter(moments: Moments, num_features: int, *, about_origin: bool) -> Moments:
-    """``moments``, with zeros for a scatter and a mean that are not there yet."""
+    """``moments`` with scatter and mean allocated as zeros, unless they are already."""
     if moments.has_scatter or not num_features:
         return moments
     return moments._replace(
@@ -69,10 +69,10 @@ def with_scatter(moments: Moments, num_features: int, *, about_origin: bool) -> 
 
 
 def add_to_scatter(moments: Moments, values: Tensor, valid: Tensor, count: Tensor, *, about_origin: bool) -> Moments:
-    """Add tokens to mean and scatter; the counts stay as they are.
+    """Add tokens to mean and scatter, but not to the counts.
 
-    The batch's mean and deviations are those of the corrected two-pass algorithm (Chan, Golub & LeVeque 1983), and they
-    are merged with what was there by the pairwise update (Chan, Golub & LeVeque 1979).
+    Mean and scatter of the new tokens are computed by the corrected two-pass algorithm (Chan, Golub & LeVeque 1983) and
+    merged with the old ones by the pairwise update (Chan, Golub & LeVeque 1979).
 
     Args:
         moments: What to add to. Its scatter is overwritten: only the returned moments may be used afterwards.
@@ -88,10 +88,10 @@ def add_to_scatter(moments: Moments, values: Tensor, valid: Tensor, count: Tenso
     weight = valid.unsqueeze(-1).to(values.dtype)
     added = valid.sum()
     mean = values.sum(0) / added.clamp(min=1)
-    # The last row is for what the pairwise update adds.
+    # The pairwise update adds the outer product of one more row, which is put behind the others.
     deviations = values.new_empty(values.shape[0] + 1, values.shape[1])
     torch.addcmul(values, weight, mean, value=-1, out=deviations[:-1])
-    # Rounding leaves something of a mean that dwarfs the spread.
+    # If the mean is much larger than the spread, rounding leaves a part of it: the second pass.
     residual = deviations[:-1].sum(0) / added.clamp(min=1)
     deviations[:-1].addcmul_(weight, residual, value=-1)
     mean += residual
@@ -121,7 +121,7 @@ def merge_moments(moments: Moments, other: Moments) -> Moments:
 
 
 def scatter_about(moments: Moments, mean: Tensor) -> Tensor:
-    """A copy of the scatter, about another mean; about the origin where ``moments`` has it so."""
+    """A copy of the scatter, moved to another mean. A scatter about the origin stays about the origin."""
     scatter = moments.scatter.clone()
     if mean.numel():
         offset = moments.mean - mean
@@ -145,8 +145,8 @@ def attainable_rank(moments: Moments, *, center: Center) -> Tensor:
 
 
 def _pairwise(mean: Tensor, count: Tensor, other_mean: Tensor, other_count: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of the union, and the row r for which the scatter of the union is the sum of both scatters and r r^T."""
+    """The mean of the union, and a row r: the scatter of the union is the sum of both scatters and of r r^T."""
     difference = other_mean - mean
-    # Exactly 0 or 1 where one side is empty, so that its mean of zero does not count, not even by rounding.
+    # Exactly 0 or 1 if one side is empty: the mean of the other side then stays as it is, without any rounding.
     share = ratio(other_count, count + other_count, mean.dtype)
     return mean + difference * share, difference * (count * share).sqrt()

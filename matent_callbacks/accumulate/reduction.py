@@ -14,7 +14,7 @@ from matent_callbacks.accumulate.sequence_mean import SequenceMean
 
 
 class Width(NamedTuple):
-    """What moments look like on all ranks."""
+    """The shape of moments, which is the same on all ranks."""
 
     num_features: int
     """d; 0 if no rank knows it."""
@@ -30,7 +30,7 @@ def is_distributed() -> bool:
 def agreed_widths(
     moments: Sequence[Moments], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[Width | None]:
-    """The width of each on all ranks, which a rank without tokens learns here; ``None`` where ranks differ in d."""
+    """Width of each on all ranks, ``None`` if ranks differ in d. A rank without tokens learns d from the others."""
     if not moments:
         return []
     unknown = torch.iinfo(torch.int64).max
@@ -78,7 +78,7 @@ def owner_of(index: int) -> int:
 
 
 def agreed_failures(failed: Sequence[bool], device: torch.device) -> list[bool]:
-    """Which of them failed on any rank."""
+    """For each of them, whether it failed on any rank."""
     flags = torch.tensor(failed, dtype=torch.int64, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
@@ -106,7 +106,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def _about_common_mean(moments: Sequence[Moments], group: dist.ProcessGroup | None) -> Iterator[Moments]:
-    """Counts and mean of all ranks, with this rank's scatter about that mean: what remains is to sum the scatters.
+    """Counts and mean of all ranks, and the scatter of this rank about that mean. The scatters are still to be summed.
 
     The scatters are copies, made one at a time, so that no more than one of them is in memory twice.
     """
@@ -123,7 +123,7 @@ def _about_common_mean(moments: Sequence[Moments], group: dist.ProcessGroup | No
 
 
 def _widened(moments: Moments, width: Width) -> Moments:
-    """A rank that has seen no token takes the width that the others have."""
+    """``moments`` as they are, or zeros of the width of the other ranks if this rank has seen no token."""
     if width.about_origin is None:
         return moments
     return with_scatter(moments, width.num_features, about_origin=width.about_origin)

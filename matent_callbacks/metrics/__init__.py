@@ -1,4 +1,4 @@
-"""torchmetrics classes: the state and its distributed reduction; the mathematics is in ``functional``."""
+"""The quantities as torchmetrics classes, which accumulate them over batches and ranks."""
 
 from matent_callbacks.metrics.image_text_alignment import ImageTextAlignment
 from matent_callbacks.metrics.pooled import EffectiveRank, MatrixEntropy
