@@ -11,53 +11,91 @@ from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
+    mean_of_sequences,
     merge_sequence_means,
-    sequence_mean,
+    sequence_entropies,
 )
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import check_hidden_states, prepare_tokens
+from matent_callbacks.functional._tokens import check_hidden_states
 
 CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None}
-"""The sources that are accumulated as one set of tokens, and what is subtracted from these."""
+"""The sources that are one set of tokens, and what is subtracted from these tokens."""
 
 
 class LayerAccumulator:
-    """The statistics of one layer since the last reading: those that the chosen metrics need."""
+    """The statistics of one layer since the last reading: those that the chosen metrics need.
+
+    Its memory is that of :class:`.PooledTokens` for each source and a few numbers. While it is updated it takes
+    :data:`.WORK_SPACE` more, however large the batch is.
+
+    Args:
+        sources: What to accumulate.
+        max_tokens: Upper bound on the number of tokens; the first ones count.
+        dtype: Of the statistics.
+        device: Where the statistics of all layers come together.
+    """
 
     def __init__(
         self, sources: frozenset[Source], *, max_tokens: int | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.tokens: dict[Source, PooledTokens] = {
-            source: PooledTokens(center, empty_moments(dtype=dtype, device=device))
-            for source, center in CENTERS.items()
-            if source in sources
-        }
-        self.sequences = empty_sequence_mean(dtype=dtype, device=device) if "sequence" in sources else None
+        self.device = device
+        self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
         self._dtype = dtype
-        self.device = device
+        self._forget()
 
-    def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
-        """Add the tokens of one forward."""
+    def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """Add the tokens of one forward pass.
+
+        An error in the middle, such as running out of memory, frees all that was accumulated: half of a batch is no
+        statistic. Hidden states that are refused, see below, leave it as it was.
+
+        Returns:
+            ``(B,)``: the entropy of each sequence, NaN where fewer than two tokens count. ``None`` where the sources
+            have no ``sequence``, or there is no token.
+
+        Raises:
+            TypeError: If ``hidden_states`` is not a floating point tensor.
+            ValueError: If a shape is wrong, or d is not that of the forward passes before.
+        """
         states, mask = check_hidden_states(hidden_states, attention_mask)
         if self._max_tokens is not None:
             states, mask = self._within_budget(states, mask, self._max_tokens)
         if mask.numel() == 0:
-            return
-        with full_precision(states.device):
-            if "pooled" in self.tokens or self.sequences is not None:
-                tokens = prepare_tokens(states, mask, center=True, normalize=True, dtype=self._dtype)
-                if "pooled" in self.tokens:
-                    self.tokens["pooled"].add(tokens)
-                if self.sequences is not None:
-                    batch = sequence_mean(tokens, center=True)
-                    # The layers of a model that is spread over several devices come together on one.
-                    home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
-                    self.sequences = merge_sequence_means(self.sequences, home)
-            if "raw" in self.tokens:
-                raw = prepare_tokens(states, mask, center=False, normalize=False, dtype=self._dtype)
-                self.tokens["raw"].add(raw)
+            return None
+        for tokens in self.tokens.values():
+            tokens.check_width(states.shape[-1])
+        try:
+            with full_precision(states.device):
+                return self._accumulate(states, mask)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        nothing = empty_moments(dtype=self._dtype, device=self.device)
+        self.tokens: dict[Source, PooledTokens] = {
+            source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
+        }
+        of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
+        self.sequences: SequenceMean | None = of_none if "sequence" in self._sources else None
+
+    def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
+        entropy = None
+        pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
+        if self.sequences is not None:
+            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self._dtype, pooled=pooled)
+            batch = mean_of_sequences(found, states.shape[-1], center=True)
+            # The layers of a model that is spread over several devices come together on one.
+            home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
+            self.sequences = merge_sequence_means(self.sequences, home)
+            entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
+        elif pooled is not None:
+            pooled.update(states, mask, normalize=True, dtype=self._dtype)
+        if raw is not None:
+            raw.update(states, mask, normalize=False, dtype=self._dtype)
+        return entropy
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.

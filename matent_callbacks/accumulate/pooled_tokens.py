@@ -1,4 +1,4 @@
-"""One set of tokens, those of a layer or a metric: kept as they are while they are few, as moments from then on."""
+"""Accumulates all tokens of a layer or of a metric: as they are while they are few, as moments from then on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.moments import Center, Moments, add_to_scatter, empty_moments, merge_moments
+from matent_callbacks.accumulate.moments import (
+    Center,
+    Moments,
+    add_to_scatter,
+    empty_moments,
+    merge_moments,
+    with_scatter,
+)
+from matent_callbacks.accumulate.pieces import Piece, prepared_pieces, rows_of_a_piece, slices
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens
+from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
+from matent_callbacks.functional.spectrum import over_trace, solved
 
 
 class KeptTokens(NamedTuple):
-    """Prepared tokens that are kept as they are."""
+    """Centred and normalised tokens that are kept as they are."""
 
     values: Tensor
     """``(N, d)``; rows that do not count are zero."""
@@ -28,9 +37,9 @@ class Matrix(NamedTuple):
 
     moments: Moments
     gram: Tensor | None = None
-    """``(N, N)``, where the tokens are fewer than their features; of ``moments`` only the counts are used then."""
+    """``(N, N)``, if there are fewer tokens than features. Only the counts of ``moments`` are used then."""
     add_mean: bool = False
-    """Whether the tokens were not centred: their covariance is about the origin, ``moments`` are about the mean."""
+    """Whether the covariance is about the origin though ``moments`` are about the mean: for tokens without centring."""
 
     @property
     def num_features(self) -> int:
@@ -45,25 +54,32 @@ class Matrix(NamedTuple):
         return self.num_features if self.moments.has_scatter else 0
 
     def lower(self) -> Tensor:
-        """``(k, k)``; only the lower triangle is that of the matrix. The caller may overwrite the result."""
+        """``(k, k)``: the matrix on and below the diagonal, arbitrary numbers above. The caller may overwrite it."""
         if self.gram is not None:
             return self.gram
         matrix, mean = lower_triangle(self.moments.scatter), self.moments.mean
         if not self.add_mean:
             return matrix
-        # Added in float32, a large mean would wipe out the small eigenvalues. MPS has no float64.
+        # In float64, because adding a large mean in float32 would wipe out the small eigenvalues. MPS has no float64.
         if mean.device.type != "mps":
             matrix, mean = matrix.double(), mean.double()
         return matrix.addr_(mean, mean * self.moments.num_tokens)
 
     def full(self) -> Tensor:
-        """``(k, k)``, both triangles."""
+        """``(k, k)``: the whole matrix."""
         return symmetric(self.lower()) if self.gram is None else self.gram
 
     def to(self, device: torch.device) -> Matrix:
-        """The same on a device."""
+        """Copy to a device."""
         gram = None if self.gram is None else self.gram.to(device)
         return Matrix(self.moments.to(device), gram, self.add_mean)
+
+
+def entropy_of_lower(lower: Tensor, *, alpha: float) -> Tensor:
+    """Entropy ``()`` of a matrix of any scale, whose lower triangle is in ``lower`` ``(k, k)``. Overwrites it."""
+    if alpha == 2.0:  # without eigenvalues
+        return entropy_of_matrix(symmetric(lower), alpha=2.0)
+    return entropy_of_eigenvalues(over_trace(*solved(lower, overwrite=True)), alpha=alpha)
 
 
 class PooledTokens:
@@ -73,9 +89,9 @@ class PooledTokens:
     kept as long as there are not more than ``keep * d`` of them; that takes at most ``keep * d^2`` numbers.
 
     Args:
-        center: What the covariance is about. For ``"sequence"`` tokens have to be centred before they come.
-        moments: Of tokens that were accumulated before. Their counts are those of all tokens, the kept ones included.
-            They are overwritten.
+        center: What is subtracted from the tokens.
+        moments: What was accumulated before. The counts include kept tokens, mean and scatter do not. The scatter is
+            overwritten by updates.
         kept: Tokens that were kept before.
         keep: Upper bound on the number of kept tokens, divided by d.
     """
@@ -88,32 +104,57 @@ class PooledTokens:
 
     @property
     def num_features(self) -> int:
-        """Number of features d; 0 as long as it is not known."""
+        """Number of features d; 0 until it is known."""
         return self._moments.num_features
 
-    def add(self, tokens: Tokens) -> None:
-        """Add a batch ``(B, T, d)``, in full precision.
+    def update(self, states: Tensor, mask: Tensor, *, normalize: bool, dtype: torch.dtype) -> None:
+        """Add hidden states ``(B, T, d)`` with their mask ``(B, T)``. To be called with autocast and TF32 switched off.
 
         Raises:
             ValueError: If d is not that of the tokens before. Everything accumulated so far is still there then.
         """
-        new = KeptTokens(tokens.values.flatten(0, 1), tokens.valid.flatten())
-        width = new.values.shape[1]
+        self.reserve(states)
+        center = self._center == "sequence"
+        for piece in prepared_pieces(states, mask, center=center, normalize=normalize, dtype=dtype):
+            self.add(piece)
+            del piece
+
+    def check_width(self, width: int) -> None:
+        """Raise ``ValueError`` if tokens of another number of features are there already."""
         if self.num_features not in (0, width):
             raise ValueError(f"it had {self.num_features} features before and has {width} now.")
+
+    def reserve(self, states: Tensor) -> None:
+        """Decide whether the tokens of ``(B, T, d)`` will be kept, before :meth:`add` is given them piece by piece.
+
+        Raises:
+            ValueError: If d is not that of the tokens before. Everything accumulated so far is still there then.
+        """
+        width = states.shape[-1]
+        self.check_width(width)
         if not self.num_features:
-            # The layers of a model may be on several devices: each accumulates where its tokens are.
-            moments = self._moments.to(new.values.device)
+            # The layers of one model may be on several devices. Each accumulates on the device of its tokens.
+            moments = self._moments.to(states.device)
             self._moments = moments._replace(scatter=moments.scatter.new_zeros(0, width + 1))
-        if not self._moments.has_scatter and self._num_kept + len(new.values) <= self._keep * width:
-            self._kept.append(new)
-        else:
+        # The number of rows, because counting the tokens that are not masked would make the host wait for the device.
+        if self._num_kept + states.shape[:-1].numel() > self._keep * width:
             self._fold_kept()
+            self._moments = with_scatter(self._moments, width, about_origin=self._center == "sequence")
+
+    def add(self, piece: Piece) -> None:
+        """Add one piece of what was reserved."""
+        device = self._moments.scatter.device
+        values, valid, nonfinite = (tensor.to(device) for tensor in piece.tokens)
+        # Detached from what it is a view of, which would otherwise stay as long as the view does.
+        new = KeptTokens(values.flatten(0, 1).detach(), valid.flatten().detach())
+        if self._moments.has_scatter:
             self._add_to_scatter(new, self._moments.num_tokens)
-        self._count(tokens.valid.sum(), tokens.valid.any(-1).sum(), tokens.nonfinite)
+        else:
+            self._kept.append(new)
+        self._count(valid.sum(), piece.num_sequences.to(device), nonfinite)
 
     def merge(self, other: PooledTokens) -> None:
-        """Add all that ``other`` has accumulated; the tensors that it was made of stay as they are."""
+        """Add everything that ``other`` has accumulated, without changing the tensors that it was created with."""
         theirs = other._moments
         folded = self._moments.has_scatter or theirs.has_scatter
         width = self.num_features or theirs.num_features
@@ -126,37 +167,27 @@ class PooledTokens:
         self._count(theirs.num_tokens, theirs.num_sequences, theirs.num_nonfinite)
 
     def add_moments(self, moments: Moments) -> None:
-        """Add what :meth:`moments` of another gave."""
+        """Add the moments of other tokens."""
         self._fold_kept()
-        self._moments = merge_moments(self._moments, moments)
+        self._moments = merge_moments(self._moments, moments.to(self._moments.scatter.device))
 
     def moments(self) -> Moments:
-        """Moments of all tokens; from here on none are kept."""
+        """Moments of all tokens. Kept tokens are turned into moments for this, and none are kept from then on."""
         self._fold_kept()
         return self._moments
 
     def parts(self) -> tuple[Moments, KeptTokens]:
-        """What the constructor takes: moments whose counts are those of all tokens, and the kept ones as one tensor."""
+        """Everything that was accumulated, as the constructor takes it, with the kept tokens in one tensor."""
         return self._moments, self._joined()
 
     def matrix(self) -> Matrix:
-        """The Gram matrix of kept tokens, else the covariance."""
+        """The Gram matrix if tokens are kept, the covariance otherwise."""
         if not self._kept:
             return Matrix(self._moments, add_mean=self._center is None)
-        z, valid = self._joined()
-        if self._center == "global":
-            weight = valid.unsqueeze(-1).to(z.dtype)
-            # Twice: the second time removes the rounding of a mean that dwarfs the spread.
-            for _ in range(2):
-                z = torch.addcmul(z, weight, z.sum(0) / self._moments.num_tokens.clamp(min=1), value=-1)
-        if self._center is None and z.device.type != "mps":
-            z = z.double()  # as in `Matrix.lower`
-        with full_precision(z.device):
-            return Matrix(self._moments, z @ z.T)
+        return Matrix(self._moments, self._gram())
 
     @property
     def _num_kept(self) -> int:
-        # By shape: how many of them count is known on the device only.
         return sum(len(tokens.values) for tokens in self._kept)
 
     def _joined(self) -> KeptTokens:
@@ -168,14 +199,33 @@ class PooledTokens:
         values, valid = zip(*self._kept, strict=True)
         return KeptTokens(torch.cat(values), torch.cat(valid))
 
+    def _gram(self) -> Tensor:
+        """``(N, N)`` of the kept tokens, summed over a few features at a time."""
+        dtype, device = self._moments.scatter.dtype, self._moments.scatter.device
+        if self._center is None and device.type != "mps":
+            dtype = torch.float64  # for the reason given in `Matrix.lower`
+        weight = torch.cat([tokens.valid for tokens in self._kept]).unsqueeze(-1).to(dtype)
+        count = self._moments.num_tokens.clamp(min=1)
+        gram = torch.zeros(len(weight), len(weight), dtype=dtype, device=device)
+        with full_precision(device):
+            for columns in slices(self.num_features, rows_of_a_piece(len(weight), dtype)):
+                z = torch.cat([tokens.values[:, columns].to(dtype) for tokens in self._kept])
+                # Twice: if the mean is much larger than the spread, rounding leaves a part of it the first time.
+                for _ in range(2 if self._center == "global" else 0):
+                    z.addcmul_(weight, z.sum(0) / count, value=-1)
+                gram.addmm_(z, z.T)
+                del z
+        return gram
+
     def _fold_kept(self) -> None:
-        # There is no scatter while tokens are kept.
+        """Add the kept tokens to the scatter, which is empty as long as tokens are kept."""
         count = torch.zeros_like(self._moments.num_tokens)
         while self._kept:
-            tokens = self._kept.pop()
-            with full_precision(tokens.values.device):
-                self._add_to_scatter(tokens, count)
-            count = count + tokens.valid.sum()
+            values, valid = self._kept.pop()
+            with full_precision(values.device):
+                for rows in slices(len(values), rows_of_a_piece(self.num_features, values.dtype)):
+                    self._add_to_scatter(KeptTokens(values[rows], valid[rows]), count)
+                    count = count + valid[rows].sum()
 
     def _add_to_scatter(self, tokens: KeptTokens, count: Tensor) -> None:
         about_origin = self._center == "sequence"

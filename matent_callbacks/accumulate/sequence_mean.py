@@ -1,4 +1,4 @@
-"""The paper's data-set quantity: a running mean of one entropy per sequence."""
+"""The paper's data-set quantity: one entropy for each sequence, and their running mean."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matent_callbacks.accumulate.pieces import LongSequence, is_long, sequences_at_a_time, whole_sequences
+from matent_callbacks.accumulate.pooled_tokens import PooledTokens, entropy_of_lower
+from matent_callbacks.accumulate.symmetric import lower_triangle
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens, prepare_tokens
 from matent_callbacks.functional.entropy import entropy_of_matrix
 from matent_callbacks.functional.spectrum import second_moment
+
+
+class SequenceEntropies(NamedTuple):
+    """Entropies of the sequences of one batch."""
+
+    entropy: Tensor
+    """``(B,)``, nats; arbitrary for a sequence with too few tokens to have a covariance."""
+    num_tokens: Tensor
+    """``(B,)`` int64: tokens that are neither masked nor left out."""
+    num_nonfinite: Tensor
+    """``()`` int64: tokens left out because of NaN or Inf."""
 
 
 class SequenceMean(NamedTuple):
@@ -33,33 +46,92 @@ def empty_sequence_mean(*, dtype: torch.dtype, device: torch.device | str = "cpu
     )
 
 
-def sequence_mean(tokens: Tokens, *, center: bool, alpha: float = 1.0, normalize_by: str | None = None) -> SequenceMean:
-    """Mean over the sequences of one batch; ``normalize_by`` divides each entropy by ``log_d`` or ``log_rank``."""
-    count = tokens.valid.sum(-1)
-    entropy = entropy_of_matrix(second_moment(tokens), alpha=alpha)
+def sequence_entropies(
+    states: Tensor,
+    mask: Tensor,
+    *,
+    center: bool,
+    normalize: bool,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+    pooled: PooledTokens | None = None,
+) -> SequenceEntropies:
+    """Entropy of each sequence of ``(B, T, d)``, a few sequences at a time.
+
+    To be called with autocast and TF32 switched off. All tokens are added to ``pooled`` as well, so that they have to
+    be centred and normalised only once for both.
+    """
+    if pooled is not None:
+        pooled.reserve(states)
+    found = []
+    for some, valid in sequences_at_a_time(states, mask, dtype):
+        if is_long(some, dtype):
+            sequence = LongSequence(some[0], valid[0], center=center, normalize=normalize, dtype=dtype)
+            found.append(_of_long_sequence(sequence, alpha, pooled))
+            continue
+        piece = whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype)
+        if pooled is not None:
+            pooled.add(piece)
+        entropy = entropy_of_matrix(second_moment(piece.tokens), alpha=alpha)
+        found.append(SequenceEntropies(entropy, piece.tokens.valid.sum(-1), piece.tokens.nonfinite))
+        del piece
+    if len(found) == 1:
+        return found[0]
+    entropies, counts, nonfinite = zip(*found, strict=True)
+    return SequenceEntropies(torch.cat(entropies), torch.cat(counts), torch.stack(nonfinite).sum())
+
+
+def _of_long_sequence(sequence: LongSequence, alpha: float, pooled: PooledTokens | None) -> SequenceEntropies:
+    if sequence.has_fewer_tokens_than_features:
+        entropy = entropy_of_lower(sequence.gram(), alpha=alpha)
+        if pooled is not None:
+            for piece in sequence.pieces():
+                pooled.add(piece)
+                del piece
+    else:
+        moments = sequence.moments()
+        lower = lower_triangle(moments.scatter)
+        if pooled is not None:
+            pooled.add_moments(moments)
+        del moments  # before the solver makes a copy of the matrix
+        entropy = entropy_of_lower(lower, alpha=alpha)
+    return SequenceEntropies(entropy.unsqueeze(0), sequence.valid.sum().unsqueeze(0), sequence.nonfinite)
+
+
+def mean_of_sequences(
+    found: SequenceEntropies, num_features: int, *, center: bool, normalize_by: str | None = None
+) -> SequenceMean:
+    """Mean over the sequences that have a covariance; ``normalize_by`` is as for :func:`divide_by_log`."""
+    entropy, num_tokens, num_nonfinite = found
     if normalize_by is not None:
-        entropy = divide_by_log(entropy, count - int(center), tokens.values.shape[-1], normalize_by=normalize_by)
-    defined = count >= 1 + int(center)
+        entropy = divide_by_log(entropy, num_tokens - int(center), num_features, normalize_by=normalize_by)
+    defined = num_tokens >= 1 + int(center)
     total = torch.where(defined, entropy, 0.0).sum()
-    return SequenceMean(defined.sum(), tokens.nonfinite, total / defined.sum().clamp(min=1))
+    return SequenceMean(defined.sum(), num_nonfinite, total / defined.sum().clamp(min=1))
 
 
 def stage_mean(hidden_states: Tensor, mask: Tensor, *, dtype: torch.dtype) -> SequenceMean:
-    """The paper's data-set quantity of checked hidden states ``(B, T, d)``."""
+    """Mean entropy of one batch of hidden states ``(B, T, d)``, which were checked before."""
     with torch.no_grad(), full_precision(hidden_states.device):
-        tokens = prepare_tokens(hidden_states, mask, center=True, normalize=True, dtype=dtype)
-        return sequence_mean(tokens, center=True)
+        found = sequence_entropies(hidden_states, mask, center=True, normalize=True, dtype=dtype)
+        return mean_of_sequences(found, hidden_states.shape[-1], center=True)
 
 
 def merge_sequence_means(a: SequenceMean, b: SequenceMean) -> SequenceMean:
-    """Mean over the union; a running mean, since a long sum in float32 stops growing."""
+    """Mean over the sequences of both.
+
+    It is updated as a running mean: a sum over many sequences would stop growing in float32.
+    """
     count = a.num_sequences + b.num_sequences
     mean = a.mean + (b.mean - a.mean) * (b.num_sequences / count.clamp(min=1).to(a.mean.dtype))
     return SequenceMean(count, a.num_nonfinite + b.num_nonfinite, mean)
 
 
 def divide_by_log(entropy: Tensor, rank: Tensor, num_features: int, *, normalize_by: str) -> Tensor:
-    """Entropy over ``log d`` (the paper) or over the log of the attainable rank; NaN where that log is 0."""
+    """Entropy divided by log d (``"log_d"``, as in the paper) or by the log of the attainable rank (``"log_rank"``).
+
+    NaN where that log is 0.
+    """
     bound = torch.full_like(entropy, num_features) if normalize_by == "log_d" else rank.clamp(max=num_features)
     scale = bound.to(entropy.dtype).log()
     return torch.where(scale > 0, entropy / scale, torch.nan)

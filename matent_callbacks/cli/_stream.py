@@ -21,7 +21,7 @@ from matent_callbacks.capture.layers import Layers
 from matent_callbacks.cli._bootstrap import Floats, Means, draws
 from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
-from matent_callbacks.functional import matrix_entropy
+from matent_callbacks.functional._precision import statistics_dtype
 
 # Documents that are sorted by length together.
 _WINDOW = 512
@@ -258,11 +258,14 @@ class _Reader:
         mask = attention_mask.reshape(self._shape).to(states.device) > 0
         finite = (torch.isfinite(states.sum(-1)) | ~mask).all(-1)
         self.widths[layer] = states.shape[-1]
-        self._entropies[layer] = torch.where(finite, matrix_entropy(states, mask), torch.nan)
-        if self._sources:
-            own = LayerAccumulator(self._sources, max_tokens=None, dtype=torch.float32, device=self._device)
-            own.update(states, mask)
-            self._moments[layer] = {source: tokens.moments() for source, tokens in own.tokens.items()}
+        own = LayerAccumulator(
+            self._sources | {"sequence"}, max_tokens=None, dtype=statistics_dtype(states), device=self._device
+        )
+        entropies = own.update(states, mask)
+        assert entropies is not None  # no batch is empty
+        self._entropies[layer] = torch.where(finite, entropies, torch.nan)
+        if own.tokens:
+            self._moments[layer] = {source: tokens.moments().to(self._device) for source, tokens in own.tokens.items()}
 
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:

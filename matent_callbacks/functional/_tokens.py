@@ -65,9 +65,9 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
     """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length."""
     x = hidden_states.to(dtype)
     if center and normalize and x.device.type == "cpu" and mask.numel() > 0 and bool(mask.all()):
-        directions = _directions(x)
-        if directions is not None:
-            return Tokens(directions, mask, torch.zeros((), dtype=torch.int64))
+        values = directions_from(x.mean(1, keepdim=True), x, None)
+        if values is not None:
+            return Tokens(values, mask, torch.zeros((), dtype=torch.int64))
     # A row sum is NaN or Inf exactly when the row holds one: one reduction instead of a d-wide bool tensor.
     finite = torch.isfinite(x.sum(-1))
     valid = mask & finite
@@ -78,21 +78,27 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
         # Twice: the second time removes the rounding of a mean that dwarfs the spread.
         for _ in range(2):
             x.addcmul_(weight, x.sum(1, keepdim=True) / count, value=-1)
-    if normalize:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x.div_(torch.where(norm > 0, norm, 1.0))
-    return Tokens(x, valid, (mask & ~finite).sum())
+    return Tokens(scaled_to_unit_length_(x) if normalize else x, valid, (mask & ~finite).sum())
 
 
-def _directions(x: Tensor) -> Tensor | None:
-    """Centre and normalise in half as many passes over memory; on the CPU, where reading a value costs nothing.
+def scaled_to_unit_length_(x: Tensor) -> Tensor:
+    """Divide each row ``(..., d)`` by its length, in place; a zero row stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.div_(torch.where(norm > 0, norm, 1.0))
 
-    All rows count. ``None`` where some are not finite or the rounding of the mean would show.
+
+def directions_from(mean: Tensor, x: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Centre rows ``(..., d)`` by ``mean`` and normalise them, in half as many passes over memory as usual.
+
+    For the CPU, where reading a value costs nothing. ``valid`` ``(...)`` says which rows count, ``None``: all do. The
+    result is ``None`` if a row that counts is not finite, or the mean is so long that its rounding would show.
     """
-    mean = x.mean(1, keepdim=True)
     x = x - mean
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if valid is not None:
+        norm.masked_fill_(~valid.unsqueeze(-1), torch.inf)
     # Not so if either is NaN, which it is where some row holds NaN or Inf.
     if bool(torch.linalg.vector_norm(mean, dim=-1).amax() <= _DWARFS * norm.amin()):
-        return x.div_(norm.clamp_(min=torch.finfo(x.dtype).tiny))
+        x.div_(norm.clamp_(min=torch.finfo(x.dtype).tiny))
+        return x if valid is None else x.masked_fill_(~valid.unsqueeze(-1), 0.0)
     return None

@@ -1,4 +1,4 @@
-"""What the metric classes share: arguments, input checks, torchmetrics' machinery around a state that merges as one."""
+"""Base classes of the metrics: their arguments and input checks, and how torchmetrics merges their states."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
+from matent_callbacks.functional._tokens import check_hidden_states
 from matent_callbacks.functional.entropy import check_alpha
 
 NORMALIZE_BY = (None, "log_d", "log_rank")
 
 
 class MergedMetric(Metric):
-    """A metric whose state tensors only make sense together (a count, a mean, a scatter)."""
+    """A metric whose states can only be merged together, such as a count, a mean and a scatter matrix."""
 
     is_differentiable = False
     higher_is_better: bool | None = None
@@ -25,15 +25,15 @@ class MergedMetric(Metric):
     plot_lower_bound = 0.0
 
     _counters: tuple[str, ...]
-    """States that are whole numbers."""
+    """Names of the states that are integers."""
     _state_type: Any
-    """The named tuple whose fields are states under the same names."""
+    """A named tuple whose fields are the states, under the same names."""
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value, or a list of values over steps, as torchmetrics does; without ``val``, what compute gives.
+        """Plot one value, or a list of values over steps.
 
         Args:
-            val: One result of ``forward`` or ``compute``, or a list of them.
+            val: One result of ``forward`` or ``compute``, or a list of them. By default that of ``compute``.
             ax: A matplotlib axis to draw on.
 
         Returns:
@@ -63,8 +63,8 @@ class MergedMetric(Metric):
     def _all_reduce(self, group: Any) -> None:
         raise NotImplementedError
 
-    # torchmetrics reduces one state at a time; a mean and a scatter can only be merged together. These two methods
-    # are where it does so: for `forward` and `merge_state`, and for distributed runs.
+    # torchmetrics reduces one state at a time, but a mean and a scatter can only be merged together. So the methods in
+    # which it does that are overridden: this one, for `forward` and `merge_state`, and the next, for distributed runs.
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         missing = [name for name in self._defaults if name not in incoming_state]
@@ -79,7 +79,7 @@ class MergedMetric(Metric):
         self._all_reduce(process_group or self.process_group)
 
     def _sync_gathered(self, gather: Any, group: Any) -> None:
-        """A gather of the user's own: merge what it brings, rank by rank."""
+        """Gather the states with the user's own function, and merge them rank by rank."""
         gathered = {name: _gathered(gather, getattr(self, name), group) for name in self._defaults}
         ranks = [dict(zip(gathered, states, strict=True)) for states in zip(*gathered.values(), strict=True)]
         for name, state in ranks[0].items():
@@ -89,7 +89,7 @@ class MergedMetric(Metric):
 
     def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
         this: Any = super()._apply(fn, exclude_state)
-        # `set_dtype` casts every state; counts stay whole numbers.
+        # `set_dtype` casts every state, but counts have to stay integers.
         for name in self._counters:
             this._defaults[name] = this._defaults[name].to(torch.int64)
             setattr(this, name, getattr(this, name).to(torch.int64))
@@ -128,8 +128,8 @@ class TokenMetric(MergedMetric):
         self.normalize = normalize
         self.alpha = alpha
         self.num_features = num_features
-        self._center_sequences = center_sequences
-        # As a state, so that torchmetrics' compute groups, which compare states, keep unlike metrics apart.
+        # A state, because a `MetricCollection` updates only one of the metrics whose states are equal after the first
+        # batch. Metrics with other settings must not have equal states.
         signature = torch.tensor([center_sequences, normalize, dtype == torch.float64, *settings], dtype=torch.int64)
         self.add_state("settings", signature, dist_reduce_fx=None)
 
@@ -146,14 +146,11 @@ class TokenMetric(MergedMetric):
         """
         states, mask = self._check(hidden_states, attention_mask)
         with full_precision(states.device):
-            tokens = prepare_tokens(
-                states.detach(), mask, center=self._center_sequences, normalize=self.normalize, dtype=self._state_dtype
-            )
-            self._accumulate(tokens)
+            self._accumulate(states.detach(), mask)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add tokens and return the value of this batch alone."""
-        # torchmetrics sets the accumulated state aside before it updates: an error must come before that.
+        # torchmetrics resets the state before it calls `update`: an error in there would lose what was accumulated.
         self._check(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
@@ -178,7 +175,7 @@ class TokenMetric(MergedMetric):
     def _known_features(self) -> int | None:
         raise NotImplementedError
 
-    def _accumulate(self, tokens: Tokens) -> None:
+    def _accumulate(self, states: Tensor, mask: Tensor) -> None:
         raise NotImplementedError
 
     def _check(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

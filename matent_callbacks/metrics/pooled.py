@@ -8,21 +8,18 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.accumulate.moments import Center, Moments, attainable_rank, empty_moments
-from matent_callbacks.accumulate.pooled_tokens import KeptTokens, PooledTokens
+from matent_callbacks.accumulate.pooled_tokens import KeptTokens, PooledTokens, entropy_of_lower
 from matent_callbacks.accumulate.reduction import agreed_widths, reduce_moments
 from matent_callbacks.accumulate.sequence_mean import divide_by_log
 from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional._tokens import Tokens
-from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
-from matent_callbacks.functional.spectrum import over_trace, solved
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
-# Tokens are kept while they take no more memory than the packed scatter would.
+# Tokens are kept as long as they take no more memory than the packed scatter would.
 _KEEP = 0.5
 
 
 class _PooledState(NamedTuple):
-    """The torchmetrics states: those of :class:`.Moments` and :class:`.KeptTokens`."""
+    """The torchmetrics states: the fields of :class:`.Moments` and of :class:`.KeptTokens`."""
 
     num_tokens: Tensor
     num_sequences: Tensor
@@ -31,11 +28,11 @@ class _PooledState(NamedTuple):
     scatter: Tensor
     kept: Tensor
     kept_valid: Tensor
-    """``(N,)`` int64, and not bool, which gloo cannot send."""
+    """``(N,)`` int64, since gloo cannot send bool."""
 
 
 class _PooledMetric(TokenMetric):
-    """Holds what :class:`.PooledTokens` accumulates as torchmetrics states."""
+    """A metric of one covariance of all tokens, with the content of :class:`.PooledTokens` as torchmetrics states."""
 
     num_tokens: Tensor
     num_sequences: Tensor
@@ -77,9 +74,14 @@ class _PooledMetric(TokenMetric):
     def _known_features(self) -> int | None:
         return self.scatter.shape[1] - 1 or None
 
-    def _accumulate(self, tokens: Tokens) -> None:
+    def _accumulate(self, states: Tensor, mask: Tensor) -> None:
         pooled = self._pooled(self._state)
-        pooled.add(tokens)
+        try:
+            pooled.update(states, mask, normalize=self.normalize, dtype=self._state_dtype)
+        except BaseException:
+            # A part of the batch is in the scatter already, but not in the counts.
+            self.reset()
+            raise
         self._state = self._states_of(pooled)
 
     def _join(self, other: _PooledState) -> None:
@@ -109,7 +111,7 @@ class _PooledMetric(TokenMetric):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # torchmetrics takes the tensors of the caller's dict, and updates write into the scatter.
+        # Updates write into the scatter, and torchmetrics takes the very tensors of the caller's dict as states.
         self.scatter = self.scatter.clone()
 
     def _entropy(self) -> Tensor:
@@ -117,11 +119,7 @@ class _PooledMetric(TokenMetric):
         if self.num_tokens == 0:
             return torch.full((), torch.nan, dtype=self._state_dtype, device=self.scatter.device)
         with full_precision(self.scatter.device):
-            matrix = self._pooled(self._state).matrix()
-            if self.alpha == 2.0:
-                entropy = entropy_of_matrix(matrix.full(), alpha=2.0)
-            else:
-                entropy = entropy_of_eigenvalues(over_trace(*solved(matrix.lower(), overwrite=True)), alpha=self.alpha)
+            entropy = entropy_of_lower(self._pooled(self._state).matrix().lower(), alpha=self.alpha)
         return entropy.to(self._state_dtype)
 
 

@@ -11,10 +11,10 @@ from matent_callbacks.accumulate.reduction import all_reduce_sequence_means
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
+    mean_of_sequences,
     merge_sequence_means,
-    sequence_mean,
+    sequence_entropies,
 )
-from matent_callbacks.functional._tokens import Tokens
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
 
@@ -101,9 +101,12 @@ class SequenceMatrixEntropy(TokenMetric):
     def _known_features(self) -> int | None:
         return self._seen_features
 
-    def _accumulate(self, tokens: Tokens) -> None:
-        self._seen_features = tokens.values.shape[-1]
-        self._join(sequence_mean(tokens, center=self.center, alpha=self.alpha, normalize_by=self.normalize_by))
+    def _accumulate(self, states: Tensor, mask: Tensor) -> None:
+        self._seen_features = num_features = states.shape[-1]
+        found = sequence_entropies(
+            states, mask, center=self.center, normalize=self.normalize, dtype=self._state_dtype, alpha=self.alpha
+        )
+        self._join(mean_of_sequences(found, num_features, center=self.center, normalize_by=self.normalize_by))
 
     def _join(self, other: SequenceMean) -> None:
         self._state = merge_sequence_means(self._state, other)

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from matent_callbacks.accumulate.moments import empty_moments, merge_moments, scatter_about
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.symmetric import unpack_symmetric
-from matent_callbacks.functional._tokens import prepare_tokens
 
 WIDTH = 6
 
@@ -30,7 +29,7 @@ def batches(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def pooled(*given, center=None, keep=0.0, dtype=torch.float32) -> PooledTokens:
     tokens = PooledTokens(center, empty_moments(dtype=dtype), keep=keep)
     for hidden, mask in given:
-        tokens.add(prepare_tokens(hidden, mask, center=center == "sequence", normalize=False, dtype=dtype))
+        tokens.update(hidden, mask, normalize=False, dtype=dtype)
     return tokens
 
 

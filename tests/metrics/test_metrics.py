@@ -11,8 +11,8 @@ import torch
 from torchmetrics import MetricCollection
 
 from matent_callbacks import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+from matent_callbacks.accumulate import pooled_tokens
 from matent_callbacks.functional.spectrum import solved
-from matent_callbacks.metrics import pooled
 from tests.conftest import slow_entropy, slow_pooled_entropy
 
 CLASSES = [MatrixEntropy, EffectiveRank, SequenceMatrixEntropy, SequenceEffectiveRank]
@@ -296,7 +296,7 @@ def test_pooled_state_is_half_of_a_covariance_at_most_and_few_tokens_give_the_sm
         decomposed.append(matrix.shape[-1])
         return solved(matrix, **arguments)
 
-    monkeypatch.setattr(pooled, "solved", spy)
+    monkeypatch.setattr(pooled_tokens, "solved", spy)
     z = 5 + torch.randn(tokens, d, dtype=torch.float64)
     metric = fed(MatrixEntropy(center=center, dtype=torch.float64), *[(part,) for part in z.split(7)])
     assert sum(state.numel() for state in metric.metric_state.values()) <= d * (d + 1) // 2 + 2 * d
