@@ -1,4 +1,4 @@
-"""How the statistics of all layers become numbers together: shared out over the ranks, decomposed in batches."""
+"""Computes the readings of all layers: shares them out over the ranks and decomposes their matrices in batches."""
 
 from __future__ import annotations
 
@@ -30,37 +30,46 @@ from matent_callbacks.functional.entropy import summarized
 from matent_callbacks.functional.spectrum import over_trace, solved
 from matent_callbacks.monitor.solvers import side_by_side
 
-# Matrices of at most so many numbers are decomposed in one call: of larger ones several at once gain nothing, and
-# their memory is taken three times while it lasts.
+# So many numbers may be in the matrices that are decomposed in one call. Large matrices gain nothing from a common
+# call, which takes three times their memory.
 _BATCH_NUMBERS = 2**17
-# Waking a thread takes as long as decomposing a small matrix.
+# From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
 _WORTH_A_THREAD = 256
 _NONFINITE = "nonfinite_tokens"
 _ERROR = "matrix_entropy_error"
-# From here on the estimate is at least 5 times faster than the eigenvalues, at an error of less than 1 %:
-# benchmarks/solver.py.
+# From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
+# (benchmarks/solver.py).
 _WIDE = 1024
 
 _Unit = tuple[Source, str]
-"""What has a spectrum of its own: a layer, by how its tokens were prepared."""
+"""What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
 
 
 class Readings(NamedTuple):
     """The numbers of all layers."""
 
     values: dict[str, dict[str, float]]
-    """By layer and name; one that is not defined, as where no token was seen, is not there."""
+    """By layer and name. A number that is not defined, because no token was seen for example, is missing."""
     nonfinite: dict[str, int]
+    """Tokens that were left out because of NaN or Inf, by layer."""
     failed: set[str]
-    """Layers that were left out on some rank, and so on all."""
+    """Layers that were left out: on all ranks, because some rank could not read them."""
 
 
 class PendingReadings:
-    """The readings of all layers, begun: their moments are where they are decomposed, and :meth:`result` does the rest.
+    """Computes the readings of all layers in two steps: the constructor collects statistics, :meth:`result` decomposes.
 
-    In a distributed run the moments of each layer travel to one rank, which decomposes it, and then the numbers to
-    all. Every rank makes the same collective calls, here and in :meth:`result`, whatever its layers have seen. With an
-    ``executor`` the decompositions are its work meanwhile, on the CPU. ``local``: of this rank's statistics alone.
+    In a distributed run the constructor sends the moments of each layer to one rank. In :meth:`result` each rank
+    decomposes the layers that it was sent, and the numbers are sent to all ranks. Every rank makes the same collective
+    calls in both steps, whatever its layers have seen.
+
+    Args:
+        accumulators: The statistics of each layer, by its key.
+        metrics: Names of the catalogue.
+        failed: Keys of layers that this rank could not read.
+        executor: If given, matrices are copied to the CPU and it decomposes them there, until :meth:`result` is called.
+        solver: How matrices are decomposed.
+        local: Use the statistics of this rank alone, without any collective call.
     """
 
     def __init__(
@@ -87,16 +96,8 @@ class PendingReadings:
             self._found = executor.submit(self._decompose, matrices, self._names)
 
     def result(self) -> Readings:
-        """The numbers, on every rank the same, bit by bit."""
-        error: Exception | None = None
-        found: dict[_Unit, Tensor] = {}
-        try:
-            found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
-        except Exception as raised:
-            if not self._distributed:
-                raise
-            # The other ranks wait for this one's numbers.
-            error = raised
+        """The numbers, which are bitwise the same on every rank."""
+        found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
         own_sequences = not self._distributed or dist.get_rank() == 0
         for mean in self._gathered.sequences.values():
@@ -110,6 +111,19 @@ class PendingReadings:
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
         return self._read_back(numbers)
+
+    def _decomposed(self) -> tuple[dict[_Unit, Tensor], Exception | None]:
+        """The numbers of this rank. In a distributed run an error is returned: the other ranks wait for this one."""
+        try:
+            found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
+        except Exception as error:
+            # The traceback refers to this object. If this object referred to the error in turn, through the future, the
+            # matrices would stay in memory until the garbage collector runs.
+            self._found, self._gathered = None, self._gathered._replace(matrices={})
+            if not self._distributed:
+                raise
+            return {}, error
+        return found, None
 
     def _piece(self, numbers: Tensor | None, length: int) -> Tensor:
         # MPS has no float64.
@@ -133,9 +147,9 @@ class PendingReadings:
 
 class _Gathered(NamedTuple):
     widths: dict[_Unit, int]
-    """d of every unit that is not left out."""
+    """Number of features of every unit that is not left out."""
     matrices: dict[_Unit, Matrix]
-    """Of those, what this rank decomposes."""
+    """Those that this rank decomposes."""
     sequences: dict[str, SequenceMean]
     failed: set[str]
 
@@ -180,7 +194,7 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
 
 
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
-    """The numbers of a layer that come from one source, in their order on the way between ranks."""
+    """Names of the numbers that one source of a layer gives, in the order in which ranks exchange them."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
@@ -188,9 +202,9 @@ def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra:
 
 
 def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """The numbers of each unit, ``(names,)``, in one table for all of one shape; NaN where no token was seen.
+    """The numbers of each unit, ``(names,)``; NaN where no token was seen.
 
-    Each matrix is taken out, so that it is gone once it is decomposed.
+    Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
     """
     alike: dict[tuple[int, int, Source], list[_Unit]] = defaultdict(list)
     for unit in matrices:
@@ -207,7 +221,7 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
             summary = {
                 **summarized(eigenvalues, [name for name in wanted if name in CATALOGUE], num_features=num_features),
                 **_shares(eigenvalues, wanted),
-                _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # there is none
+                _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
             }
             table = torch.stack([summary[name] for name in wanted], -1)
         table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
@@ -217,7 +231,7 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
 
 
 def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """As :func:`_decompose`, wide matrices without their eigenvalues."""
+    """As :func:`_decompose`, but with the approximate solver for wide matrices."""
     wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
     estimated = {unit: _estimated(matrices.pop(unit), names[unit]) for unit in wide}
     return {**_decompose(matrices, names), **estimated}
@@ -225,7 +239,7 @@ def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -
 
 def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
     full = matrix.full()
-    # Only there does the process compute with less, and in the background there is no such matrix.
+    # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
     with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
         entropy, error = estimate_entropy(full)
     usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens > 0)
@@ -240,7 +254,10 @@ def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
 
 
 def _eigenvalues(matrices: list[Matrix]) -> Tensor:
-    """``(matrices, k)``, few at a time, and on the host several times few side by side. The list is empty after it."""
+    """``(matrices, k)``: unit-trace spectra. The list is emptied, so that each matrix is freed once it is decomposed.
+
+    A few small matrices are decomposed in one call; on the CPU large ones are, one on each thread.
+    """
     size = matrices[0].size
     threads = matrices[0].moments.num_tokens.device.type == "cpu" and size >= _WORTH_A_THREAD
     most = 1 if threads else max(1, _BATCH_NUMBERS // size**2)
@@ -257,13 +274,13 @@ def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
 
 
 def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """The share of the spread in the strongest 1, 2, 4, ... directions of a unit-trace spectrum ``(..., k)``."""
+    """Sums of the largest 1, 2, 4, ... eigenvalues of a unit-trace spectrum ``(..., k)``, under their names."""
     directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
     if not directions:
         return {}
     cumulative = eigenvalues.cumsum(-1)
     last = eigenvalues.shape[-1] - 1
-    # A Gram matrix has no more than k directions: beyond them the share is 1.
+    # A Gram matrix may have fewer than that many eigenvalues: the others are 0.
     return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
 
 

@@ -1,4 +1,4 @@
-"""Threads that decompose matrices, side by side or in the background."""
+"""Threads that decompose matrices, several at a time or in the background."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import torch
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Each holds two matrices while it works.
+# Threads at a time, at most: each holds two matrices while it works.
 _MOST = 8
 _OMP_PAUSE_SOFT = 1
 
 
 def side_by_side(solve: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Results of all items, as many at once as torch may use threads, each of which keeps to itself.
+    """Apply ``solve`` to all items on as many threads as torch may use, and return the results in order.
 
-    LAPACK gains little from several threads a matrix, and several matrices at once would want as many each. Only where
-    a last round would leave half of the threads or more without work, its items have all of them, one after the other.
+    LAPACK gains little from several threads for one matrix. So each item has one thread, on which OpenMP and MKL start
+    no further ones. If the last round would leave half of the threads or more idle, its items are solved one after the
+    other instead, each with all threads.
     """
     count = min(torch.get_num_threads(), _MOST, len(items))
     native = _native()
@@ -50,17 +51,19 @@ def side_by_side(solve: Callable[[_Item], _Result], items: Sequence[_Item]) -> l
             work()
         finally:
             wait(helpers)
-    for helper in helpers:
-        helper.result()
+    while helpers:
+        # An error that is raised here refers to this frame through its traceback. If the frame referred to the future
+        # and so to the error in turn, what its traceback holds would stay until the garbage collector runs.
+        helpers.pop().result()
     return [results[index] for index in range(len(items))]
 
 
 def background() -> Executor:
-    """One thread for what has time."""
+    """An executor with a single thread, for decompositions in the background."""
     return _background(os.getpid())
 
 
-# By process: a fork has the executor of its parent, but not its threads.
+# Cached by process id: a forked process inherits the executor of its parent, but not the threads of the executor.
 
 
 @functools.cache
@@ -76,9 +79,9 @@ def _helpers(process: int) -> Executor:
 
 
 class _Native:
-    """How many threads OpenMP and MKL use when they are called from the calling thread, and only from there.
+    """Sets how many threads OpenMP and MKL use for calls from the current thread, and only for those.
 
-    ``torch.set_num_threads`` would not do: it changes what other threads run with, too.
+    ``torch.set_num_threads`` would change that number for other threads as well.
     """
 
     def __init__(self) -> None:
@@ -89,15 +92,15 @@ class _Native:
         self._pause = getattr(library, "omp_pause_resource_all", lambda kind: None)
 
     def keep_to_itself(self) -> None:
-        """One thread from here on."""
-        torch.get_num_threads()  # torch sets both once in each thread: it must have done so
+        """Use one thread for all calls from the current thread from now on."""
+        torch.get_num_threads()  # torch sets both numbers when it is first used in a thread, so this comes first
         self._set_mkl(1)
         self._set_openmp(1)
 
     @contextmanager
     def single_threaded(self) -> Iterator[None]:
-        """One thread inside, and afterwards as many as before."""
-        # Those of the last parallel region would go on looking for work for milliseconds, each on a core of its own.
+        """Use one thread in the block, and as many as before afterwards."""
+        # After a parallel region the threads of OpenMP spin for milliseconds, each on a core that is needed now.
         self._pause(_OMP_PAUSE_SOFT)
         openmp = self._openmp()
         mkl = self._set_mkl(1)
