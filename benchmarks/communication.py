@@ -1,4 +1,4 @@
-"""What goes between the ranks, and what a rank holds meanwhile: ours / torchmetrics' default.
+"""What ranks send each other, and the memory that this takes: ours / torchmetrics' default.
 
 *Torchmetrics* is a metric with the same statistics (a count, a mean, a d x d sum) and `dist_reduce_fx="sum"`. Real
 processes over gloo. *State* is how many numbers a metric keeps between updates. *Numbers* is what a rank hands to the
@@ -27,7 +27,7 @@ from benchmarks._timing import interleaved, mebibytes, peak_bytes, ratio
 from matent_callbacks import EntropyMonitor, MatrixEntropy
 from tests.ranks import run_on_ranks
 
-# Of what a rank hands in, the share that each other rank's traffic brings to it, as a function of the world size.
+# How much a rank receives for each number that it hands in, by the world size.
 RECEIVED: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda world: 2 * (world - 1) / world,
     "reduce": lambda world: (world - 1) / world,
@@ -45,7 +45,7 @@ LAYERS = 4
 
 
 class SummedMoments(Metric):
-    """The same state, left to torchmetrics."""
+    """The same statistics, reduced by torchmetrics."""
 
     num_tokens: Tensor
     mean: Tensor
@@ -145,7 +145,7 @@ def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
         metrics[name].unsync()
 
     ways = {name: functools.partial(sync, name) for name in metrics}
-    # The order is drawn alike on every rank.
+    # Every rank draws the same order.
     seconds = interleaved(ways, rounds=rounds)
     found: dict[str, Any] = {name: (*traffic(way)[:2], peak_bytes(way)) for name, way in ways.items()}
 
@@ -159,7 +159,7 @@ def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
 
 
 def traffic(function: Callable[[], Any]) -> tuple[int, float, Counter[str]]:
-    """Numbers that this rank hands to collectives in a call, those that reach it, and how often it calls which."""
+    """Numbers that this rank hands to collectives in a call, numbers that it receives, and how often it calls which."""
     sent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     with _listening(sent, calls):

@@ -2,7 +2,8 @@
 
 `EntropyMonitor` on layers that do nothing: all the time and memory are the monitor's. Times are relative to the
 leftmost point of their curve, all points measured in turn; memory is the peak during a reading on one thread: each
-further one has a layer's matrix, twice, of its own. Beside them slopes of 1, 2 and 3 on the logarithmic axes.
+further one has a layer's matrix, twice, of its own. Beside them slopes of 1, 2 and 3 on the logarithmic axes. Over
+tokens memory is flat from where a batch has as many numbers as are worked on at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main() -> None:
     base = Shape(128, 32, 2) if quick else Shape()
     rounds = 3 if quick else 9
     axes: dict[str, list[int]] = {
-        "tokens": [base.tokens * factor // 4 for factor in ((1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64))],
+        "tokens": [
+            base.tokens * factor // 4 for factor in ((1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        ],
         "width": [base.width * factor // 4 for factor in ((1, 4) if quick else (1, 2, 4, 8, 16))],
         "layers": [1, 2, 4, 8, 16],
     }
@@ -122,7 +125,8 @@ def draw(curves: list[Curve]) -> None:
                     ends, [values[0] * (end / ends[0]) ** slope for end in ends], color="0.85", linewidth=1, zorder=0
                 )
             ax.set_ylim(min(values) / 1.5, max(values) * 1.5)
-            ax.set_xticks(own.points, [str(point) for point in own.points])
+            ticks = own.points[:: 2 if len(own.points) > 6 else 1]
+            ax.set_xticks(ticks, [str(point) for point in ticks])
             ax.minorticks_off()
         column[1].set_xlabel({"width": "d"}.get(own.axis, own.axis))
     axes[0, 0].set_ylabel("time / leftmost")
