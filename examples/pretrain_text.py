@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.plot import training_overview
-from matent_callbacks.transformers import MatrixEntropyCallback
+from matent_callbacks.transformers import MatrixEntropyCallback, ReadingPrinter
 
 LENGTH = 128
 VOCABULARY = 2048
@@ -84,7 +84,7 @@ def main() -> None:
         ),
         train_dataset=train,
         eval_dataset=held_out,
-        callbacks=[MatrixEntropyCallback(arguments.every, layers="all", probe=probe)],
+        callbacks=[MatrixEntropyCallback(arguments.every, layers="all", probe=probe), ReadingPrinter()],
     )
     trainer.train()
     trainer.save_model()

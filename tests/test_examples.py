@@ -35,6 +35,10 @@ def text(tmp_path: Path) -> Path:
 def test_pretrain_text(tmp_path: Path, text: Path):
     output = tmp_path / "out"
     printed = run("pretrain_text.py", text, "--size", "small", "--steps", 5, "--every", 2, "--output", output)
+    lines = [line.strip() for line in printed.splitlines() if "effective_rank: layer_00 " in line]
+    assert [line.split()[1] for line in lines if " loss " in line] == ["2", "4", "5"]
+    assert [line.split()[1] for line in lines if " eval_loss " in line] == ["1", "2", "3", "4", "5"]
+    assert "matrix_entropy/" not in printed
     table = [line.split() for line in printed.splitlines() if line.startswith(("layer_", "last"))]
     assert [row[0] for row in table] == ["layer_00", "layer_01", "layer_02", "layer_03", "last"]
     for _, _, _, start, end, difference in table:

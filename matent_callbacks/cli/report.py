@@ -1,42 +1,56 @@
-"""``matent report``: one page for one run."""
+"""``matent report``: one page for one run, or for several side by side."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from matent_callbacks.report import Run
+
 
 def report(
-    run: Annotated[
-        Path,
+    runs: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="RUN",
+            metavar="RUN...",
             help="Output folder of a Hugging Face Trainer, or the folder of Lightning's CSV log, of a TensorBoard log, "
-            "or of a W&B run on this disk.",
+            "or of a W&B run on this disk. Several: one page with the runs side by side.",
         ),
     ],
+    every: Annotated[
+        bool, typer.Option("--all", help="RUN is a folder of runs: all runs in it, side by side.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("report.html"),
 ) -> None:
-    """Write one HTML page about a finished run, or one that was cut off: what moved, in pictures and in words.
+    """Write one HTML page about a finished run, or one that was cut off, or about several side by side.
+
+    What moved, in pictures and in words; of several runs each has one colour, the same in every picture.
 
     The page needs nothing else: no network, no script, no other file.
     """
-    from matent_callbacks.report import RunError, page, read_run
+    from matent_callbacks.report import RunError, comparison, page, read_run
 
     if out.is_dir():
         raise typer.BadParameter(f"{str(out)!r} is a folder; expected the file to write.", param_hint="'--out'")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"There is no folder {str(out.parent)!r} to write into.", param_hint="'--out'")
+    damaged: list[str] = []
     try:
-        found = read_run(run)
+        found = [run for folder in runs for run in _all_in(folder, damaged)] if every else [*map(read_run, runs)]
     except RunError as error:
         raise typer.BadParameter(str(error), param_hint="'RUN'") from error
+    for sentence in damaged:
+        typer.echo(f"Left out: {sentence}", err=True)
+    if not found:
+        raise typer.BadParameter(f"There is no run that can be read in {str(runs[0])!r}.", param_hint="'RUN'")
     try:
-        html = page(found)
+        html = page(found[0]) if len(found) == 1 else comparison(found)
     except ImportError as error:
         typer.echo(f"{error}: the pictures need matplotlib: pip install 'matent-callbacks[plot]'", err=True)
         raise typer.Exit(1) from error
@@ -44,7 +58,32 @@ def report(
         _write(out, html)
     except OSError as error:
         raise typer.BadParameter(f"{str(out)!r} cannot be written: {error.strerror}.", param_hint="'--out'") from error
-    typer.echo(f"{out}: steps {found.steps[0]} to {found.steps[-1]} of {found.name}")
+    for run in found:
+        typer.echo(f"{out}: steps {run.steps[0]} to {run.steps[-1]} of {run.name}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
+    """The runs in the subfolders, in the order of their names with numbers as numbers; why others are left out."""
+    from matent_callbacks.report import RunError, read_run
+    from matent_callbacks.report._run import NoRunError
+
+    if not folder.is_dir():
+        raise RunError(f"{str(folder)!r} is no folder of runs.")
+    found: dict[Path, Run] = {}
+    inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    for path in sorted(inside, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)]):
+        # W&B links to the latest of its runs.
+        if path.resolve() in found:
+            continue
+        try:
+            found[path.resolve()] = read_run(path)
+        except NoRunError:
+            continue
+        except RunError as error:
+            damaged.append(str(error))
+    return [*found.values()]
 
 
 def _write(out: Path, html: str) -> None:

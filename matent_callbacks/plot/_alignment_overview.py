@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, UNITS, series
+from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, UNITS, rank_scale, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +70,7 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
 def _readings(axis: Axes, records: _Records) -> None:
     for stage, colour in zip(STAGES, FIVE, strict=True):
         axis.plot(*series(records, f"effective_rank/{stage}"), color=colour, label=stage.replace("_", " "))
+    rank_scale(axis)
     axis.set_ylabel(UNITS["effective_rank"])
     axis.set_title("Where the image goes")
     axis.legend(frameon=False, fontsize="small")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from matent_callbacks.plot._style import BLUE, FIVE, ORANGE
+from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, mark, rank_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,8 @@ def step_curves(
     unit: str,
     points: Iterable[str] = (),
     stop: float | None = None,
+    alarms: Iterable[float] = (),
+    ranks: bool = False,
 ) -> None:
     """Draw quantities over the steps of training.
 
@@ -30,6 +32,9 @@ def step_curves(
         unit: What the vertical axis shows, and in which unit.
         points: Names of the curves that are drawn as points, such as evaluations.
         stop: The step that is marked as the one at which a plateau was reached.
+        alarms: Steps that are marked as those at which an alarm of a collapse was raised.
+        ranks: Whether factors between the values matter and not differences, as between effective ranks: the axis is
+            logarithmic where they span more than a decade.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -52,8 +57,9 @@ def step_curves(
         ax.plot(
             *curves[name], color=(ORANGE, *FIVE)[i % 6], linestyle="none", marker="osD^v<"[i % 6], ms=size, label=name
         )
-    if stop is not None:
-        ax.axvline(stop, color="black", linestyle="--", linewidth=1, label=f"plateau, step {stop:g}")
+    mark(ax, stop=stop, alarm_steps=alarms)
+    if ranks:
+        rank_scale(ax)
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, in_order, series
+from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, in_order, rank_scale, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,8 @@ _PROFILES = 12  # more lines than that are no longer told apart
 def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
     """Draw the metric through the layers, one line for each step that was read, the latest standing out.
 
-    Of many readings twelve are drawn, evenly spread, the first and the latest among them.
+    Of many readings twelve are drawn, evenly spread, the first and the latest among them. Ranks that span more than a
+    decade are on a logarithmic axis.
 
     Args:
         records: What a Trainer logged.
@@ -52,6 +53,8 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
             markersize=4 if latest else 2,
             label=f"step {steps[index]}",
         )
+    if metric in LOGARITHMIC:
+        rank_scale(ax)
     every = -(-len(layers) // 16)
     ax.set_xticks(range(0, len(layers), every), layers[::every], rotation=45, ha="right")
     ax.set_ylabel(UNITS.get(metric, metric))

@@ -1,10 +1,14 @@
-"""Shared by all pictures: axis units, colours, and reading a logged key as a curve."""
+"""Shared by all pictures: axis units and scales, colours, and reading a logged key as a curve."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 UNITS = {
     "matrix_entropy": "matrix entropy (nats)",
@@ -24,6 +28,8 @@ LOGARITHMIC = {
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
+_DECADE = 10
+_ALARM = "collapse/"
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
@@ -52,3 +58,47 @@ def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float],
     """
     found = {record["step"]: record[key] for record in records if key in record}
     return sorted(found), [found[step] for step in sorted(found)]
+
+
+def alarms(records: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Steps at which the alarm on each logged key was raised, from what was logged as ``collapse/<key>``."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith(_ALARM) and value > 0:
+                found.setdefault(key.removeprefix(_ALARM), []).append(record["step"])
+    return found
+
+
+def mark(ax: Axes, *, stop: float | None = None, alarm_steps: Iterable[float] = ()) -> None:
+    """Draw vertical lines where a plateau was reached and where alarms were raised, with their names for the legend."""
+    steps = sorted(set(alarm_steps))
+    for i, step in enumerate(steps):
+        label = f"_{i}" if i else f"collapse, {'from ' * (len(steps) > 1)}step {step:g}"
+        ax.axvline(step, color=ORANGE, linestyle=(0, (1, 1)), linewidth=1.8, label=label)
+    if stop is not None:
+        ax.axvline(stop, color="black", linestyle="--", linewidth=1, label=f"plateau, step {stop:g}")
+
+
+def rank_scale(ax: Axes) -> None:
+    """Make the vertical axis logarithmic if the curves on it span more than a decade and none goes down to zero."""
+    import numpy as np
+
+    # Not those across the whole axis, such as marks.
+    curves = [line.get_ydata() for line in ax.get_lines() if line.get_transform() is ax.transData]
+    values = np.concatenate([np.asarray(values, dtype=float) for values in curves] or [np.empty(0)])
+    finite = values[np.isfinite(values)].tolist()
+    if finite and min(finite) > 0 and max(finite) > _DECADE * min(finite):
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Write the numbers on a logarithmic axis as people do, not as powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 8 * low else MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_minor_formatter(NullFormatter())

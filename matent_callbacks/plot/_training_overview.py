@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.plot._layers import layer_heatmap
-from matent_callbacks.plot._style import BLUE, ORANGE, UNITS, series
+from matent_callbacks.plot._style import BLUE, ORANGE, UNITS, alarms, mark, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") -> Figure:
     """One picture of a run: effective rank of every layer over steps, beside the loss and the last layer's entropy.
+
+    Where alarms of a collapse were logged (``collapse/<key>``), their steps are marked.
 
     Args:
         records: What a Trainer logged with ``MatrixEntropyCallback(layers="all")``.
@@ -46,7 +48,11 @@ def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") 
     entropy.plot(*series(records, "matrix_entropy/last"), color=ORANGE, label="matrix entropy, last layer")
     entropy.set_ylabel(UNITS["matrix_entropy"], color=ORANGE)
     right.set_title("Loss and the entropy of the last layer")
+    raised = [step for steps in alarms(records).values() for step in steps]
+    for axis in (left, right):
+        mark(axis, alarm_steps=raised)
     lines = [line for axis in (right, entropy) for line in axis.get_lines() if len(line.get_xdata())]
+    lines = [line for line in lines if not str(line.get_label()).startswith("_")]
     figure.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False)
     if title:
         figure.suptitle(title)

@@ -1,17 +1,19 @@
-"""One page for one finished run, in pictures and words: what ``matent report`` writes.
+"""One page for a finished run, or for several side by side, in pictures and words: what ``matent report`` writes.
 
 Reads what Trainers and loggers leave on disk; nothing is asked of any server, and no code or pickle of a run is loaded.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from matent_callbacks.report import _csv_log, _huggingface, _tensorboard, _wandb
+from matent_callbacks.report._comparison_page import comparison
 from matent_callbacks.report._page import page
-from matent_callbacks.report._run import Run, RunError, Stop
+from matent_callbacks.report._run import NoRunError, Run, RunError, Stop
 
-__all__ = ["Run", "RunError", "Stop", "page", "read_run"]
+__all__ = ["Run", "RunError", "Stop", "comparison", "page", "read_run"]
 
 _READERS = (
     (_huggingface.find, _huggingface.read),
@@ -50,12 +52,12 @@ def read_run(path: str | Path) -> Run:
         for find, read in _READERS:
             files = find(folder)
             if files:
-                return read(folder, files)
+                return replace(read(folder, files), path=folder)
     except RunError as error:
         raise RunError(f"{str(path)!r} {error}.") from error
     except OSError as error:
         raise RunError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    raise RunError(
+    raise NoRunError(
         f"{str(path)!r} is no run that can be read: expected trainer_state.json or checkpoint-* (Hugging Face), "
         "metrics.csv (Lightning), event files (TensorBoard) or run-*.wandb (W&B) in it."
     )

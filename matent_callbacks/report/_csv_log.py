@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from matent_callbacks.report._run import Part, Run, RunError, join, to_record
+from matent_callbacks.report._settings import first_known
 from matent_callbacks.report._words import step as at
 
 _METRICS = "metrics.csv"
@@ -43,7 +44,9 @@ def read(path: Path, files: list[Path]) -> Run:
     joined, notes = join(parts)
     end = f"The log ends at step {at(joined[-1]['step'])}; a CSV log does not tell whether the run was finished."
     name = path.name if path.is_dir() else path.parent.name
-    return Run(name, f"Lightning, {_METRICS}", joined, [end, *notes, *cut])
+    return Run(
+        name, f"Lightning, {_METRICS}", joined, [end, *notes, *cut], None, first_known(f.parent for f in files[::-1])
+    )
 
 
 def _filled(row: dict[str, str]) -> dict[str, str]:

@@ -55,6 +55,7 @@ def summary(run: Run) -> dict[str, list[str]]:
     """Sentences on the quantities of the run by their topic, in the order of the pictures."""
     topics = {
         "Stop": _plateau(run),
+        "Collapse": [f"The alarm was raised: {text}." for text in collapses(run)],
         "Loss": [
             moved("training loss", run.curve(Quantity("loss"))),
             *(moved(f"{_on(name)}loss", run.curve(Quantity("loss", "", name))) for name in run.held_out_sets("loss")),
@@ -111,6 +112,15 @@ def best_source(run: Run, metric: str, place: str) -> str | None:
     if Quantity(metric, place) in run.keys:
         return None
     return next(iter(run.held_out_sets(metric, place)), None)
+
+
+def collapses(run: Run) -> list[str]:
+    """Where which alarm of a collapse was raised: the first four keys, since a model may collapse in all its layers."""
+    told = []
+    for key, steps in sorted(run.alarms.items(), key=lambda item: item[1][0]):
+        more = f", {len(steps)} times until step {step(steps[-1])}" if len(steps) > 1 else ""
+        told.append(f"{key} at step {step(steps[0])}{more}")
+    return told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more, the last {told[-1]}"]
 
 
 def _pairs(run: Run) -> list[str]:

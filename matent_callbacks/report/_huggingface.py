@@ -9,6 +9,7 @@ from typing import Any
 
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.report._run import Part, Run, RunError, Stop, join, to_record
+from matent_callbacks.report._settings import first_known
 from matent_callbacks.report._words import step as at
 
 _STATE = "trainer_state.json"
@@ -53,7 +54,9 @@ def read(path: Path, files: list[Path]) -> Run:
     stop, end = _end(state, history)
     name = path.name if path.is_dir() else path.parent.name
     where = file.relative_to(path) if path.is_dir() else file.name
-    return Run(name, f"Hugging Face Trainer, {where}", joined, [end, *_started_again(history), *told, *notes], stop)
+    told = [end, *_started_again(history), *told, *notes]
+    settings = first_known([file.parent, *(other.parent for other in files)])
+    return Run(name, f"Hugging Face Trainer, {where}", joined, told, stop, settings)
 
 
 def _load(file: Path) -> dict[str, Any]:

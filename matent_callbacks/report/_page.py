@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from matent_callbacks.report._figures import pictures
 from matent_callbacks.report._findings import missing, summary
+from matent_callbacks.report._picture import Picture
 from matent_callbacks.report._run import Run
 from matent_callbacks.report._words import number, step
 
@@ -29,22 +33,9 @@ def page(run: Run) -> str:
     """
     if not run.records:
         raise ValueError("`run` must have at least one record, and it has none.")
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("matent_callbacks.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    sections = {
-        title: [picture._replace(svg=Markup(picture.svg)) for picture in found]
-        for title, found in pictures(run).items()
-        if found
-    }
-    return environment.get_template("page.html").render(
+    sections = {title: safe(found) for title, found in pictures(run).items() if found}
+    return render(
+        "page.html",
         run=run,
         steps=(step(run.steps[0]), step(run.steps[-1])),
         summary=summary(run),
@@ -62,3 +53,24 @@ def _logged(run: Run) -> list[list[str]]:
         shown = [finite[0], finite[-1], min(finite), max(finite)] if finite else []
         rows.append([key, f"{len(curve.values):,}", *(map(number, shown) if shown else [""] * 4)])
     return rows
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this folder; all values are escaped, except pictures that are :func:`safe`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("matent_callbacks.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def safe(pictures: Sequence[Picture]) -> list[Picture]:
+    """Pictures whose SVG is put into the page as it is: all text in them was escaped when they were written."""
+    from markupsafe import Markup
+
+    return [picture._replace(svg=Markup(picture.svg)) for picture in pictures]

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from matent_callbacks.plot._style import in_order
+from matent_callbacks.plot._style import alarms, in_order
 from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse
 from matent_callbacks.report._words import step as at
 
@@ -17,6 +18,10 @@ Record = dict[str, float]
 
 class RunError(ValueError):
     """A folder that is no run, or a run that cannot be read; the message is one sentence for the user."""
+
+
+class NoRunError(RunError):
+    """A folder in which no log was found."""
 
 
 class Part(NamedTuple):
@@ -59,6 +64,20 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What the log tells about itself, in sentences: its end, its parts, what is damaged."""
     stop: Stop | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    """The settings of the run, as far as its log knows them."""
+    path: Path | None = None
+    """Where it was read."""
+
+    @cached_property
+    def alarms(self) -> dict[str, list[float]]:
+        """The steps at which an alarm of a collapse was raised, by the key that had collapsed."""
+        return alarms(self.records)
+
+    @cached_property
+    def alarm_steps(self) -> list[float]:
+        """The steps at which any alarm of a collapse was raised."""
+        return sorted({step for steps in self.alarms.values() for step in steps})
 
     @cached_property
     def keys(self) -> dict[Quantity, str]:

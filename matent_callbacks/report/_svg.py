@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from matent_callbacks.plot._style import BLUE, FIVE, ORANGE
+from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, plain_numbers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SIZE = (4.2, 3.1)
@@ -62,7 +64,14 @@ def style() -> Iterator[None]:
         yield
 
 
-def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
+def css_colour(colour: str) -> str:
+    """A colour of the pictures as the page has it."""
+    return _COLOURS[colour.lower()]
+
+
+def to_svg(
+    figure: Figure, *, name: str, title: str, description: str, tooltips: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """The figure as an ``svg`` element, with a title and a description for those who do not see it.
 
     Args:
@@ -70,9 +79,10 @@ def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
         name: Comes before every id, so that several pictures can be in one page.
         title: Read out as the picture's name.
         description: Read out after it.
+        tooltips: What is shown where the pointer rests on a part of the figure, by the part's ``gid``.
     """
     for axis in figure.axes:
-        _plain_numbers(axis)
+        _write_plainly(axis)
         for collection in axis.collections:
             collection.set_rasterized(True)  # each cell of a heat map would be an element
     file = io.StringIO()
@@ -83,6 +93,10 @@ def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
                 parent.remove(child)
     for element in root.iter():
+        if element.get("id") in tooltips:
+            hint = ElementTree.Element("title")
+            hint.text = tooltips[element.get("id", "")]
+            element.insert(0, hint)
         element.tag = element.tag.rpartition("}")[2]
         for key in list(element.attrib):
             value = _REFERENCE.sub(rf"url(#{name}-\1)", element.attrib.pop(key))
@@ -107,16 +121,10 @@ def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
-def _plain_numbers(axis: object) -> None:
-    """Numbers on logarithmic axes as people write them: matplotlib's are mathematics, which is switched off."""
-    from matplotlib.axes import Axes
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+def _write_plainly(axis: Axes) -> None:
+    """Where numbers on a logarithmic axis are matplotlib's own, they are mathematics, which is switched off."""
+    from matplotlib.ticker import NullFormatter
 
-    assert isinstance(axis, Axes)
     for side in (axis.xaxis, axis.yaxis):
-        if side.get_scale() != "log" or isinstance(side.get_minor_formatter(), NullFormatter):
-            continue
-        low, high = side.get_view_interval()
-        side.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(4))
-        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        side.set_minor_formatter(NullFormatter())
+        if side.get_scale() == "log" and not isinstance(side.get_minor_formatter(), NullFormatter):
+            plain_numbers(side)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+from matent_callbacks.report._settings import first_known, from_json
 from matent_callbacks.report._words import step as at
+
+# What the Hugging Face Trainer writes beside its numbers.
+_SETTINGS = ("model_config/text_summary", "args/text_summary")
 
 
 def find(path: Path) -> list[Path]:
@@ -23,11 +27,16 @@ def read(path: Path, files: list[Path]) -> Run:
     except ImportError as error:
         raise RunError("is a TensorBoard log, which needs TensorBoard to be read: pip install tensorboard") from error
     parts = []
+    settings: dict[str, str] = {}
     for file in files:
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
         merged: dict[float, Record] = {}
-        for tag in events.Tags()["scalars"]:
+        tags = events.Tags()
+        for tag in tags["tensors"]:
+            if tag in _SETTINGS:
+                settings.update(from_json(events.Tensors(tag)[-1].tensor_proto.string_val[0]))
+        for tag in tags["scalars"]:
             for event in events.Scalars(tag):
                 record = to_record(event.step, {tag: event.value})
                 if record is not None:
@@ -39,4 +48,6 @@ def read(path: Path, files: list[Path]) -> Run:
     end = (
         f"The log ends at step {at(joined[-1]['step'])}; a TensorBoard log does not tell whether the run was finished."
     )
-    return Run(path.name if path.is_dir() else path.parent.name, "TensorBoard event files", joined, [end, *notes])
+    name = path.name if path.is_dir() else path.parent.name
+    settings = settings or first_known(file.parent for file in files[::-1])
+    return Run(name, "TensorBoard event files", joined, [end, *notes], None, settings)

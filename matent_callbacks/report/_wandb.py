@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+from matent_callbacks.report._settings import of_wandb
 from matent_callbacks.report._words import step as at
 
 _BLOCK, _FILE_HEADER, _RECORD_HEADER = 32 * 1024, 7, 7
@@ -41,7 +42,8 @@ def read(path: Path, files: list[Path]) -> Run:
         names = ", ".join(str(file.parent.relative_to(path)) for file in files)
         raise RunError(f"holds {len(identities)} W&B runs: name one of {names}")
     parts: list[Part] = []
-    name, planned, end = files[0].stem, None, None
+    name, end = files[0].stem, None
+    config: dict[str, Any] = {}
     for file in files:
         records: list[Record] = []
         end = None
@@ -61,23 +63,23 @@ def read(path: Path, files: list[Path]) -> Run:
                 records += [found] if found and len(found) > 1 else []
             elif kind == "run":
                 name = record.run.display_name or name
-                config = {i.key: _value(i.value_json) for i in record.run.config.update}
-                planned = config.get("max_steps", planned)
+                config.update({i.key: _value(i.value_json) for i in record.run.config.update})
             elif kind == "config":
-                config = {i.key: _value(i.value_json) for i in record.config.update}
-                planned = config.get("max_steps", planned)
+                config.update({i.key: _value(i.value_json) for i in record.config.update})
             elif kind == "exit":
                 end = record.exit.exit_code
         parts.append(Part(file.parent.name, records))
     joined, notes = join(parts)
-    last = at(joined[-1]["step"])
+    last, planned = at(joined[-1]["step"]), config.get("max_steps")
     of = f" of {at(planned)}" if isinstance(planned, int) and planned > 0 else ""
     told = {
         None: f"The log ends at step {last}{of} without an end mark: the run was cut off, or is still running.",
         0: f"The log ends at step {last}{of}, and the program went on to its end.",
     }
     failed = f"The log ends at step {last}{of}, where the program failed with exit code {end}."
-    return Run(name, "Weights & Biases run folder", joined, [told.get(end, failed), *notes])
+    return Run(
+        name, "Weights & Biases run folder", joined, [told.get(end, failed), *notes], None, of_wandb(files[-1], config)
+    )
 
 
 def _value(text: str) -> Any:

@@ -82,6 +82,11 @@ def place_name(place: str) -> str:
     return _STAGES.get(place, place)
 
 
+def pair_unit(place: str) -> str:
+    """What the vertical axis shows of a measure of pairs."""
+    return {"image_text": "mean / max (1: aligned)", "mutual_information": "nats"}.get(place, PAIRS[place])
+
+
 def held_out_name(name: str) -> str:
     """What held-out data are called in a sentence."""
     return f"held out ({name})" if name else "held out"

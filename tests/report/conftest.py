@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ import torch
 
 from tests.conftest import VOCABULARY, collate, text_examples
 from tests.pairs import collate_pairs, llava_examples, make_llava
+from tests.report.browser import POLICY
 from tests.versions import require
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -138,3 +142,44 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit(20, None)
     fit(24, folder / "step=12.ckpt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        executable = None
+    if executable is None:
+        reason = "needs playwright and a chromium on the PATH"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a page from disk; afterwards there must have been no dialog, no error, no request."""
+    contexts, troubles = [], list[str]()
+
+    def open_page(html: str, *, width: int = 1440, scheme: str = "light", policy: bool = True) -> Any:
+        file = tmp_path / "report.html"
+        assert html.count(POLICY) == 1
+        file.write_text(html if policy else html.replace(POLICY, ""), encoding="utf-8")
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: troubles.append(message.text))
+        tab.on("pageerror", lambda error: troubles.append(str(error)))
+        tab.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        tab.on("request", lambda r: r.url.startswith("data:") or r.url == file.as_uri() or troubles.append(r.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []

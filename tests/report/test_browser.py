@@ -3,92 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from matent_callbacks.report import Run, page, read_run
+from tests.report.browser import BOTH_SCHEMES, BOTH_WIDTHS, BOXES, CONTRAST
 from tests.report.conftest import HOSTILE, Logged
-
-BOTH_WIDTHS = pytest.mark.parametrize("width", [390, 1440])
-BOTH_SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
-POLICY = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-)
-# The boxes of all that is drawn in a picture: lines, cells, text.
-BOXES = """() => [...document.querySelectorAll('figure svg')].map(svg => {
-  const box = svg.getBoundingClientRect();
-  const text = [...svg.querySelectorAll('text')].map(t => t.getBoundingClientRect());
-  const drawn = [...svg.querySelectorAll('path, image')].filter(p => p.getBoundingClientRect().width > 20);
-  return {left: box.left, right: box.right, width: box.width, height: box.height, drawn: drawn.length,
-          left_text: Math.min(...text.map(b => b.left)), right_text: Math.max(...text.map(b => b.right)),
-          card: svg.parentElement.getBoundingClientRect()};
-})"""
-CONTRAST = """() => {
-  const lab = c => { const d = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-    d.fillStyle = c; d.fillRect(0, 0, 1, 1); return [...d.getImageData(0, 0, 1, 1).data].slice(0, 3); };
-  const light = c => { const [r, g, b] = lab(c).map(v => v / 255).map(
-    v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const card = getComputedStyle(document.querySelector('figure')).backgroundColor;
-  const text = [...document.querySelectorAll('svg text')].map(t => ratio(getComputedStyle(t).fill, card));
-  const lines = [...document.querySelectorAll('svg [id*="line2d"]:not([id^=heatmap]) path')]
-    .map(p => getComputedStyle(p)).filter(s => s.stroke !== 'none' && +s.strokeOpacity > .5)
-    .map(s => ratio(s.stroke, card));
-  return {card, text: Math.min(...text), lines: Math.min(...lines), number: lines.length};
-}"""
 
 
 @functools.cache
 def page_of(folder: Path) -> str:
     return page(read_run(folder))
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        executable = None
-    if executable is None:
-        reason = "needs playwright and a chromium on the PATH"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a page from disk; afterwards there must have been no dialog, no error, no request."""
-    contexts, troubles = [], list[str]()
-
-    def open_page(html: str, *, width: int = 1440, scheme: str = "light", policy: bool = True) -> Any:
-        file = tmp_path / "report.html"
-        assert html.count(POLICY) == 1
-        file.write_text(html if policy else html.replace(POLICY, ""), encoding="utf-8")
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: troubles.append(message.text))
-        tab.on("pageerror", lambda error: troubles.append(str(error)))
-        tab.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        tab.on("request", lambda r: r.url.startswith("data:") or r.url == file.as_uri() or troubles.append(r.url))
-        tab.goto(file.as_uri())
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
 
 
 @BOTH_WIDTHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from matent_callbacks.cli.report import report
-from tests.report.conftest import Logged
+from tests.report.conftest import HOSTILE, Logged
 
 app = typer.Typer()
 app.command()(report)
@@ -72,3 +73,50 @@ def test_no_space_left(stopped: Logged) -> None:
     result = invoke(stopped.folder, "--out", "/dev/full")
     assert result.exit_code == 2
     assert "cannot be written: No space left on device" in result.output
+
+
+def test_several_runs_are_one_page(stopped: Logged, resumed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    result = invoke(stopped.folder, resumed / "csv", stopped.wandb, "--out", out)
+    assert result.exit_code == 0, result.output
+    html = out.read_text(encoding="utf-8")
+    assert "<h1>3 runs side by side</h1>" in html
+    assert "http://" not in html.replace("http://www.w3.org/", "")
+    assert "https://" not in html
+    assert "<script" not in html
+    assert len(result.output.splitlines()) == 3
+    invoke(stopped.folder, resumed / "csv", stopped.wandb, "--out", out)
+    assert out.read_text(encoding="utf-8") == html
+    result = invoke(stopped.folder, tmp_path / "none", "--out", out)
+    assert result.exit_code == 2
+    assert "does not exist" in result.output
+
+
+def test_all_runs_of_a_folder(stopped: Logged, resumed: Path, tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "report.html"
+    for name in ("seed_10", "seed_2"):
+        shutil.copytree(stopped.folder / "checkpoint-6", runs / name / "checkpoint-6")
+    shutil.copytree(stopped.wandb, runs / stopped.wandb.name)
+    (runs / "latest-run").symlink_to(runs / stopped.wandb.name)
+    (runs / "notes").mkdir()
+    (runs / ".hidden").mkdir()
+    result = invoke(runs, "--all", "--out", out)
+    assert result.exit_code == 0, result.output
+    # With numbers as numbers; what is no run is passed over, and no run is there twice.
+    assert [line.rpartition(" of ")[2] for line in result.output.splitlines()] == [HOSTILE, "seed_2", "seed_10"]
+    # One that is damaged is told, and the others are shown.
+    (runs / "broken").mkdir()
+    (runs / "broken" / "trainer_state.json").write_text("{")
+    result = invoke(runs, "--all", "--out", out)
+    assert result.exit_code == 1
+    assert "Left out: " in result.output
+    assert "damaged or was cut off" in result.output
+    assert "3 runs side by side" in out.read_text(encoding="utf-8")
+    for folder, told in ((runs / "notes", "There is no run that can be read in"), (out, "is no folder of runs")):
+        result = invoke(folder, "--all", "--out", out)
+        assert result.exit_code == 2
+        assert told in result.output
+    # A single one has the page of a single one.
+    shutil.copytree(runs / "seed_2", tmp_path / "one" / "seed_2")
+    assert invoke(tmp_path / "one", "--all", "--out", out).exit_code == 0
+    assert "<h1>seed_2</h1>" in out.read_text(encoding="utf-8")

@@ -1,0 +1,276 @@
+"""What a page on several runs shows: their names and colours, and the pictures in which all of them are."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, rank_scale
+from matent_callbacks.report._findings import moved
+from matent_callbacks.report._keys import Quantity
+from matent_callbacks.report._picture import Picture, empty_figure, finish, table_over_steps
+from matent_callbacks.report._run import Curve, Run
+from matent_callbacks.report._svg import style, to_svg
+from matent_callbacks.report._thin import peaks
+from matent_callbacks.report._words import (
+    AXES,
+    ENTROPIES,
+    PAIRS,
+    RANKS,
+    capital,
+    held_out_name,
+    layers_only,
+    metric_name,
+    number,
+    pair_unit,
+    place_name,
+    step,
+)
+
+MOST_RUNS = 12
+_POINTS = 2400  # of all curves of a picture together
+_MARKS = 4  # that a caption lists
+# Six colours that are told apart also by those who do not see all colours; then the same again, dashed.
+_COLOURS = (BLUE, ORANGE, FIVE[3], FIVE[4], FIVE[0], FIVE[1])
+_DASHED = (0, (4.0, 1.6))
+_Item = TypeVar("_Item")
+
+
+class Shared(NamedTuple):
+    """One quantity of several runs: a curve for each of them, empty where it was not logged."""
+
+    name: str
+    title: str
+    unit: str
+    curves: list[Curve]
+    ranks: bool = False
+    lower_is_better: bool = False
+    about: str = ""
+
+
+def look(place: int) -> tuple[str, bool]:
+    """Colour of the run at a place of the page, and whether its lines are dashed."""
+    return _COLOURS[place % len(_COLOURS)], place >= len(_COLOURS)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """The names of the runs; where two have the same, with as much of their paths as tells them apart."""
+    names = [run.name for run in runs]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    parts = [run.path.parts if run.path else () for run in runs]
+    found = []
+    for i, (name, own) in enumerate(zip(names, parts, strict=True)):
+        if name not in repeated:
+            found.append(name)
+            continue
+        same = [other for j, other in enumerate(parts) if names[j] == name and j != i]
+        enough = next((n for n in range(1, len(own) + 1) if all(own[-n:] != other[-n:] for other in same)), None)
+        found.append(f"{name} ({'/'.join(own[-enough:])})" if enough else f"{name} ({names[: i + 1].count(name)})")
+    return found
+
+
+def quantities(runs: Sequence[Run]) -> list[Shared]:
+    """What is compared, as far as any of the runs has logged it."""
+    found = [_losses(runs, None, "loss", "Training loss")]
+    for i, name in enumerate(sorted({name for run in runs for name in run.held_out_sets("loss")})):
+        found.append(_losses(runs, name, f"loss-{i}", f"Loss, {held_out_name(name)}"))
+    found += [shared for metrics in (ENTROPIES, RANKS) for shared in _last_layer(runs, metrics)]
+    for place, title in PAIRS.items():
+        source = _most(runs, functools.partial(_sources_of, place))
+        curves = [run.curve(Quantity("alignment", place, source)) for run in runs]
+        about = "" if source is None else f"Data: {held_out_name(source)}."
+        found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about))
+    finite = [shared._replace(curves=[curve.finite() for curve in shared.curves]) for shared in found]
+    return [shared for shared in finite if any(curve.steps for curve in shared.curves)]
+
+
+def pictures(runs: Sequence[Run], names: Sequence[str], shared: Sequence[Shared]) -> list[Picture]:
+    """One picture of each quantity over steps, and the profile through the depth at the end."""
+    with style():
+        found = [_over_steps(runs, names, quantity) for quantity in shared]
+        # Behind the rank of the last layer.
+        place = next((i + 1 for i, quantity in enumerate(shared) if quantity.ranks), len(found))
+        found[place:place] = _profile(runs, names)
+    return found
+
+
+def first_at_best(curves: Sequence[Curve]) -> tuple[float, list[float | None]] | None:
+    """The lowest value of the first run, and the step at which each run first was as low; none without a value."""
+    if not curves[0].values:
+        return None
+    best = min(curves[0].values)
+    return best, [next((s for s, v in zip(*curve, strict=True) if v <= best), None) for curve in curves]
+
+
+def _losses(runs: Sequence[Run], held_out: str | None, name: str, title: str) -> Shared:
+    curves = [run.curve(Quantity("loss", "", held_out)) for run in runs]
+    return Shared(name, title, AXES["loss"], curves, lower_is_better=True)
+
+
+def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]:
+    """The quantity of the last layer that most runs have, on the data on which most have it."""
+    metric = _most(runs, lambda run: [m for m in metrics for source in run.sources(m) if _layers(run, m, source)])
+    if metric is None:
+        return
+    source = _most(runs, lambda run: [source for source in run.sources(metric) if _layers(run, metric, source)])
+    last = [(_layers(run, metric, source) or [""])[-1] for run in runs]
+    curves = [run.curve(Quantity(metric, layer, source)) for run, layer in zip(runs, last, strict=True)]
+    about = "" if source is None else f"Data: {held_out_name(source)}."
+    different = sorted({layer for layer in last if layer})
+    if different != ["last"]:
+        about += f" The last layer that was read: {', '.join(different)}."
+    title = f"{capital(metric_name(metric))}, last layer"
+    yield Shared(metric, title, AXES.get(metric, metric), curves, metric in LOGARITHMIC, about=about.strip())
+
+
+def _sources_of(place: str, run: Run) -> list[str | None]:
+    return [q.held_out for q in run.keys if q[:2] == ("alignment", place)]
+
+
+def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Item | None:
+    """Of what ``having`` lists for each run, what most runs have; of those the one that comes first."""
+    counts: Counter[_Item] = Counter()
+    for run in runs:
+        counts.update(list(dict.fromkeys(having(run))))
+    return max(counts, key=counts.__getitem__, default=None)
+
+
+def _layers(run: Run, metric: str, source: str | None) -> list[str]:
+    return layers_only(run.places(metric, source))
+
+
+def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Picture:
+    figure, ax = empty_figure()
+    drawn = [i for i, curve in enumerate(shared.curves) if curve.steps]
+    limit = max(100, _POINTS // len(drawn))
+    for i in drawn:
+        colour, dashed = look(i)
+        curve = peaks(shared.curves[i], limit)
+        marker = "." if len(curve.steps) < 12 else ""
+        (line,) = ax.plot(*curve, color=colour, linestyle=_DASHED if dashed else "-", linewidth=1.5, marker=marker)
+        line.set_gid(f"run{i}")
+        for at in runs[i].alarm_steps:
+            ax.axvline(at, color=colour, linestyle=(0, (1, 1)), linewidth=1.6)
+        stop = runs[i].stop
+        if stop:
+            ax.axvline(stop.step, color=colour, linestyle=(0, (5, 3)), linewidth=1)
+    ax.set_xlabel("step")
+    ax.set_ylabel(shared.unit)
+    if shared.ranks:
+        rank_scale(ax)
+    finish(figure, ax, legend=False)
+    marks = [f"{names[i]}, {text}" for i in drawn for text in marked(runs[i])]
+    told = (
+        "; ".join(marks)
+        if len(marks) <= _MARKS
+        else "alarms of a collapse (dotted) and plateaus (dashed), listed above"
+    )
+    absent = [names[i] for i in range(len(runs)) if i not in drawn]
+    caption = [
+        shared.about,
+        f"Not in the log of {_listed(absent)}." if absent else "",
+        "Of the longest only peaks and ends are drawn." if _is_thinned(shared, limit) else "",
+        f"Marked: {told}." if marks else "",
+    ]
+    description = " ".join(moved(names[i], shared.curves[i]) for i in drawn)
+    svg = to_svg(
+        figure,
+        name=shared.name,
+        title=shared.title,
+        description=description,
+        tooltips={f"run{i}": names[i] for i in drawn},
+    )
+    table = table_over_steps({names[i]: shared.curves[i] for i in drawn})
+    return Picture(shared.name, shared.title, " ".join(filter(None, caption)), svg, *table, runs=drawn)
+
+
+def _is_thinned(shared: Shared, limit: int) -> bool:
+    return any(len(curve.steps) > limit for curve in shared.curves)
+
+
+def marked(run: Run) -> list[str]:
+    """What is marked in a run: alarms dotted, the plateau dashed."""
+    found = []
+    if run.alarm_steps:
+        more = f" to {step(run.alarm_steps[-1])}" if len(run.alarm_steps) > 1 else ""
+        found.append(f"collapse at step {step(run.alarm_steps[0])}{more} ({_listed(list(run.alarms))}), dotted")
+    return [*found, f"plateau at step {step(run.stop.step)}, dashed"] if run.stop else found
+
+
+def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
+    """The rank through the layers at each run's last reading of all of them."""
+    wanted = [m for metrics in (RANKS, ENTROPIES) for m in metrics]
+    metric = _most(runs, lambda run: [m for m in wanted for s in run.sources(m) if len(_layers(run, m, s)) > 1])
+    if metric is None:
+        return
+    source = _most(runs, lambda run: [s for s in run.sources(metric) if len(_layers(run, metric, s)) > 1])
+    profiles: dict[int, dict[str, float]] = {}
+    at: dict[int, float] = {}
+    for i, run in enumerate(runs):
+        columns = {
+            n: dict(zip(*run.curve(Quantity(metric, n, source)).finite(), strict=True))
+            for n in _layers(run, metric, source)
+        }
+        steps = Counter(s for column in columns.values() for s in column)
+        if steps and max(steps.values()) > 1:
+            at[i] = max(s for s, count in steps.items() if count == max(steps.values()))
+            profiles[i] = {layer: column[at[i]] for layer, column in columns.items() if at[i] in column}
+    if not profiles:
+        return
+    figure, ax = empty_figure()
+    layers = list(dict.fromkeys(layer for profile in profiles.values() for layer in profile))
+    alike = all(list(profile) == layers for profile in profiles.values())
+    for i, profile in profiles.items():
+        colour, dashed = look(i)
+        places = [j if alike else j / (len(profile) - 1) for j in range(len(profile))]
+        (line,) = ax.plot(
+            places,
+            list(profile.values()),
+            color=colour,
+            linestyle=_DASHED if dashed else "-",
+            linewidth=1.5,
+            marker=".",
+            ms=6,
+        )
+        line.set_gid(f"run{i}")
+    if alike:
+        every = -(-len(layers) // 10)
+        ax.set_xticks(
+            range(0, len(layers), every), [_brief(layer) for layer in layers[::every]], rotation=40, ha="right"
+        )
+    else:
+        ax.set_xlabel("depth: 0 the first layer, 1 the last")
+    ax.set_ylabel(AXES.get(metric, metric))
+    if metric in LOGARITHMIC:
+        rank_scale(ax)
+    finish(figure, ax, legend=False)
+    ends = {step(value) for value in at.values()}
+    absent = [name for i, name in enumerate(names) if i not in profiles]
+    caption = [
+        f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading.",
+        "" if source is None else f"Data: {held_out_name(source)}.",
+        f"Not in the log of {_listed(absent)}." if absent else "",
+    ]
+    title = f"{capital(metric_name(metric))} by depth, at the end"
+    description = " ".join(
+        f"{names[i]}, step {step(at[i])}: "
+        + ", ".join(f"{place_name(n)} {number(v)}" for n, v in profile.items())
+        + "."
+        for i, profile in profiles.items()
+    )
+    svg = to_svg(
+        figure, name="profile", title=title, description=description, tooltips={f"run{i}": names[i] for i in profiles}
+    )
+    columns_of = ["layer", *(f"{names[i]}, step {step(at[i])}" for i in profiles)]
+    rows = [[place_name(n), *(number(p[n]) if n in p else "" for p in profiles.values())] for n in layers[::-1]]
+    yield Picture("profile", title, " ".join(filter(None, caption)), svg, columns_of, rows, "", runs=list(profiles))
+
+
+def _brief(layer: str) -> str:
+    return layer.removeprefix("layer_") if len(layer) <= 12 else f"{layer[:4]}…{layer[-6:]}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items) if len(items) <= 3 else f"{', '.join(items[:2])} and {len(items) - 2} more"

@@ -1,0 +1,83 @@
+"""Printing one short line for each log record of a Hugging Face Trainer, in place of all its numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.reading_line import reading_line
+from matent_callbacks.transformers._attach import AttachedCallback
+
+
+class ReadingPrinter(AttachedCallback):
+    """Prints one short line for each log record: the step, the losses, and the first, the middle and the last layer.
+
+    ``step    10  loss 6.512  effective_rank: layer_00 33.2, layer_02 3.44, last 3.46``
+
+    It takes the place of what the Trainer's ``ProgressCallback`` or ``PrinterCallback`` would print of such a record,
+    which with all layers are dozens of numbers. The progress bar stays; so does the table in a notebook. Records
+    without a loss or a reading, such as that of the run time at the end, are printed as ever. What is logged does not
+    change. The lines are printed while the Trainer trains.
+
+    Args:
+        metric: The metric of which three layers are printed, as it is logged.
+        on_error: ``"warn"``: what goes wrong is said once and the Trainer prints as ever; ``"raise"``.
+
+    Example:
+        >>> from matent_callbacks.transformers import MatrixEntropyCallback, ReadingPrinter
+        >>> callbacks = [MatrixEntropyCallback(every_n_steps=10, layers="all"), ReadingPrinter()]
+    """
+
+    order = 2
+
+    def __init__(self, metric: str = "effective_rank", *, on_error: Literal["warn", "raise"] = "warn") -> None:
+        self.guard = Guard(type(self).__name__, on_error)
+        self.metric = metric
+        self.start_over()
+
+    def start_over(self) -> None:
+        self._quiet: list[Any] = []
+
+    @property
+    def state_key(self) -> str:
+        """Under this name a checkpoint would keep a state, of which there is none."""
+        return type(self).__name__
+
+    def begin(self, state: TrainerState) -> None:
+        for printer in self.trainer.callback_handler.callbacks:
+            # Not where a user's subclass does something of its own.
+            if type(printer).on_log in (ProgressCallback.on_log, PrinterCallback.on_log):
+                # Its class stays as it is, and it has its own method again when training is over.
+                printer.on_log = functools.partial(self._print, printer, type(printer).on_log.__get__(printer))
+                self._quiet.append(printer)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for printer in self._quiet:
+            vars(printer).pop("on_log", None)
+        self._quiet = []
+
+    def _print(
+        self,
+        printer: Any,
+        usual: Callable[..., Any],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        line = None
+        with self.guard("its lines") as attempt:
+            if self.is_attached_to(self.trainer):
+                line = reading_line(state.global_step, logs or {}, self.metric)
+            if line is not None and state.is_world_process_zero:
+                bar = getattr(printer, "training_bar", None)
+                print(line, flush=True) if bar is None else bar.write(line)
+        if line is None or attempt.failed:
+            usual(args, state, control, logs=logs, **kwargs)
