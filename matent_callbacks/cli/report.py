@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +65,7 @@ def report(
 
 def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
     """The runs in the subfolders, in the order of their names with numbers as numbers; why others are left out."""
+    from matent_callbacks.plot._style import numbers_as_numbers
     from matent_callbacks.report import RunError, read_run
     from matent_callbacks.report._run import NoRunError
 
@@ -73,7 +73,7 @@ def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
         raise RunError(f"{str(folder)!r} is no folder of runs.")
     found: dict[Path, Run] = {}
     inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    for path in sorted(inside, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)]):
+    for path in sorted(inside, key=lambda p: numbers_as_numbers(p.name)):
         # W&B links to the latest of its runs.
         if path.resolve() in found:
             continue

@@ -34,11 +34,14 @@ _ALARM = "collapse/"
 
 def in_order(layers: Iterable[str]) -> list[str]:
     """Sort layer names with numbers as numbers, and ``last`` last."""
+    return sorted(layers, key=lambda name: (name == "last", numbers_as_numbers(name)))
 
-    def place(name: str) -> tuple[bool, list[tuple[int, str]]]:
-        return name == "last", [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]
 
-    return sorted(layers, key=place)
+def numbers_as_numbers(name: str) -> list[tuple[int, str]]:
+    """Sort key for names: ``layer_9`` before ``layer_10``."""
+    # By length and digits: a number from a log may be too long for `int`.
+    parts = (part.lstrip("0") if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    return [(len(part), part) if part.isdigit() else (0, part) for part in parts]
 
 
 def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
