@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, rank_scale
 from matent_callbacks.report._findings import moved
@@ -19,6 +19,7 @@ from matent_callbacks.report._words import (
     ENTROPIES,
     PAIRS,
     RANKS,
+    about_data,
     capital,
     held_out_name,
     layers_only,
@@ -28,6 +29,9 @@ from matent_callbacks.report._words import (
     place_name,
     step,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_RUNS = 12
 _POINTS = 2400  # of all curves of a picture together
@@ -80,8 +84,7 @@ def quantities(runs: Sequence[Run]) -> list[Shared]:
     for place, title in PAIRS.items():
         source = _most(runs, functools.partial(_sources_of, place))
         curves = [run.curve(Quantity("alignment", place, source)) for run in runs]
-        about = "" if source is None else f"Data: {held_out_name(source)}."
-        found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about))
+        found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about_data(source)))
     finite = [shared._replace(curves=[curve.finite() for curve in shared.curves]) for shared in found]
     return [shared for shared in finite if any(curve.steps for curve in shared.curves)]
 
@@ -117,7 +120,7 @@ def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]
     source = _most(runs, lambda run: [source for source in run.sources(metric) if _layers(run, metric, source)])
     last = [(_layers(run, metric, source) or [""])[-1] for run in runs]
     curves = [run.curve(Quantity(metric, layer, source)) for run, layer in zip(runs, last, strict=True)]
-    about = "" if source is None else f"Data: {held_out_name(source)}."
+    about = about_data(source)
     different = sorted({layer for layer in last if layer})
     if different != ["last"]:
         about += f" The last layer that was read: {', '.join(different)}."
@@ -146,11 +149,8 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
     drawn = [i for i, curve in enumerate(shared.curves) if curve.steps]
     limit = max(100, _POINTS // len(drawn))
     for i in drawn:
-        colour, dashed = look(i)
         curve = peaks(shared.curves[i], limit)
-        marker = "." if len(curve.steps) < 12 else ""
-        (line,) = ax.plot(*curve, color=colour, linestyle=_DASHED if dashed else "-", linewidth=1.5, marker=marker)
-        line.set_gid(f"run{i}")
+        colour = _draw(ax, i, *curve, marker="." if len(curve.steps) < 12 else "")
         for at in runs[i].alarm_steps:
             ax.axvline(at, color=colour, linestyle=(0, (1, 1)), linewidth=1.6)
         stop = runs[i].stop
@@ -167,10 +167,9 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
         if len(marks) <= _MARKS
         else "alarms of a collapse (dotted) and plateaus (dashed), listed above"
     )
-    absent = [names[i] for i in range(len(runs)) if i not in drawn]
     caption = [
         shared.about,
-        f"Not in the log of {_listed(absent)}." if absent else "",
+        _absent(names, drawn),
         "Of the longest only peaks and ends are drawn." if _is_thinned(shared, limit) else "",
         f"Marked: {told}." if marks else "",
     ]
@@ -184,6 +183,20 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
     )
     table = table_over_steps({names[i]: shared.curves[i] for i in drawn})
     return Picture(shared.name, shared.title, " ".join(filter(None, caption)), svg, *table, runs=drawn)
+
+
+def _draw(ax: Axes, place: int, x: Sequence[float], y: Sequence[float], **style: Any) -> str:
+    """Draw a curve of the run at a place of the page, in its look, and return its colour."""
+    colour, dashed = look(place)
+    (line,) = ax.plot(x, y, color=colour, linestyle=_DASHED if dashed else "-", linewidth=1.5, **style)
+    line.set_gid(f"run{place}")
+    return colour
+
+
+def _absent(names: Sequence[str], drawn: Container[int]) -> str:
+    """A sentence on the runs that are not in a picture; empty if all are."""
+    absent = [name for i, name in enumerate(names) if i not in drawn]
+    return f"Not in the log of {_listed(absent)}." if absent else ""
 
 
 def _is_thinned(shared: Shared, limit: int) -> bool:
@@ -223,18 +236,8 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
     layers = list(dict.fromkeys(layer for profile in profiles.values() for layer in profile))
     alike = all(list(profile) == layers for profile in profiles.values())
     for i, profile in profiles.items():
-        colour, dashed = look(i)
         places = [j if alike else j / (len(profile) - 1) for j in range(len(profile))]
-        (line,) = ax.plot(
-            places,
-            list(profile.values()),
-            color=colour,
-            linestyle=_DASHED if dashed else "-",
-            linewidth=1.5,
-            marker=".",
-            ms=6,
-        )
-        line.set_gid(f"run{i}")
+        _draw(ax, i, places, list(profile.values()), marker=".", ms=6)
     if alike:
         every = -(-len(layers) // 10)
         ax.set_xticks(
@@ -247,11 +250,10 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         rank_scale(ax)
     finish(figure, ax, legend=False)
     ends = {step(value) for value in at.values()}
-    absent = [name for i, name in enumerate(names) if i not in profiles]
     caption = [
         f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading.",
-        "" if source is None else f"Data: {held_out_name(source)}.",
-        f"Not in the log of {_listed(absent)}." if absent else "",
+        about_data(source),
+        _absent(names, profiles),
     ]
     title = f"{capital(metric_name(metric))} by depth, at the end"
     description = " ".join(

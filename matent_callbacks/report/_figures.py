@@ -21,6 +21,7 @@ from matent_callbacks.report._words import (
     PAIRS,
     RANKS,
     TOWERS,
+    about_data,
     capital,
     held_out_name,
     layers_only,
@@ -150,8 +151,7 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     records = [{"step": s, **{f"{metric}/{n}": c[s] for n, c in cells.items() if s in c}} for s in shown]
     title = f"{capital(metric_name(metric))} of every layer"
     caption = "Embeddings at the bottom, the last layer on top." if "last" in layers else ""
-    if source is not None:
-        caption += f" Data: {held_out_name(source)}."
+    caption += f" {about_data(source)}".rstrip()
     if len(shown) < len(steps):
         caption += f" Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced."
     if run.stop:
@@ -187,8 +187,7 @@ def _spectrum(run: Run) -> Iterator[Picture]:
     finish(figure, ax)
     title = f"Spectrum of {place_name(layer) if layer != 'last' else 'the last layer'}"
     caption = "Which share of the variance the k strongest directions hold together."
-    if source is not None:
-        caption += f" Data: {held_out_name(source)}."
+    caption += f" {about_data(source)}".rstrip()
     description = " ".join(
         f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(readings[layer][s].items())) + "."
         for s in chosen

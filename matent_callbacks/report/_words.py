@@ -87,6 +87,11 @@ def pair_unit(place: str) -> str:
     return {"image_text": "mean / max (1: aligned)", "mutual_information": "nats"}.get(place, PAIRS[place])
 
 
+def about_data(source: str | None) -> str:
+    """A sentence on the data set that a picture shows; empty if that is the training data."""
+    return "" if source is None else f"Data: {held_out_name(source)}."
+
+
 def held_out_name(name: str) -> str:
     """What held-out data are called in a sentence."""
     return f"held out ({name})" if name else "held out"
