@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 BOTH_WIDTHS = pytest.mark.parametrize("width", [390, 1440])
@@ -32,3 +34,12 @@ CONTRAST = """() => {
     .map(s => ratio(s.stroke, card));
   return {card, text: Math.min(...text), lines: Math.min(...lines), number: lines.length};
 }"""
+
+
+def assert_fits(box: dict[str, Any], width: int) -> None:
+    """One of :data:`BOXES` is large enough and on the page, and no label sticks out of its card."""
+    assert box["width"] > 250
+    assert box["height"] > 150
+    assert 0 <= box["left"] < box["right"] <= width
+    assert box["card"]["left"] <= box["left_text"]
+    assert box["right_text"] <= box["card"]["right"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from matent_callbacks.report import Run, Stop, comparison, page, read_run
-from tests.report.browser import BOTH_SCHEMES, BOTH_WIDTHS, BOXES, CONTRAST
+from tests.report.browser import BOTH_SCHEMES, BOTH_WIDTHS, BOXES, CONTRAST, assert_fits
 from tests.report.conftest import HOSTILE, Logged
 
 
@@ -46,11 +46,7 @@ def test_runs_side_by_side_fit(opened: Callable[..., Any], width: int, scheme: s
     boxes = tab.evaluate(BOXES)
     assert len(boxes) == 6
     for box in boxes:
-        assert box["width"] > 250
-        assert box["height"] > 150
-        assert 0 <= box["left"] < box["right"] <= width
-        assert box["card"]["left"] <= box["left_text"]
-        assert box["right_text"] <= box["card"]["right"]
+        assert_fits(box, width)
     contrast = tab.evaluate(CONTRAST)
     assert contrast["text"] >= 7
     assert contrast["lines"] >= 3.5
