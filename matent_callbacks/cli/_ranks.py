@@ -40,9 +40,9 @@ class Ranks:
 
     def __exit__(self, *exc_info: object) -> None:
         if self.size > 1:
-            if torch.__version__ < "2.8":
-                # It joins gloo's threads under the lock that one of them may need to let go of the last tensor.
-                time.sleep(0.5)
+            # A thread of gloo may still need the interpreter's lock to let go of the last tensor. Before torch 2.8
+            # the next line waits for that thread with the lock held; later releases abort the process when it ends.
+            time.sleep(0.5)
             dist.destroy_process_group()
 
     def agree(self, *flags: bool) -> list[int | None]:
