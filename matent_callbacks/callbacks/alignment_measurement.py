@@ -264,7 +264,9 @@ def measure_alignment(
             ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
             ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
             has enough pairs and labels. Without the last two there is no second forward.
-        stages: For a model whose stages are not found.
+        stages: For a model whose stages are not found: a function from (model, batch) to the five
+            :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
+            mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
         k: Neighbours of ``mutual_knn`` and ``mutual_knn_z``.
         alpha: Order of ``mutual_information``.

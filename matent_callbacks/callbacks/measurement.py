@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
-from matent_callbacks.callbacks.guard import Guard, OnError
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 
@@ -26,30 +25,27 @@ def check_every_n_steps(every_n_steps: int) -> None:
 
 
 class Measurement:
-    """The arguments of a callback, the monitors that carry them out, and the reference values of a run."""
+    """The monitors of a callback, with the arguments that it was given, and the reference values of a run.
+
+    ``settings`` are more arguments of :class:`~matent_callbacks.EntropyMonitor`.
+    """
 
     def __init__(
         self,
-        every_n_steps: int,
         layers: LayerSpec,
         *,
         metrics: str | Iterable[str],
         probe: Any,
         reference: Literal["start"] | nn.Module | None,
-        max_tokens: int | None,
-        on_error: OnError,
-        guard: Guard,
-        module: str | None,
-        dtype: torch.dtype,
-        solver: Solver,
         background: bool,
+        guard: Guard,
+        solver: Solver,
+        **settings: Any,
     ) -> None:
-        check_every_n_steps(every_n_steps)
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
             raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
         if reference is not None and probe is None:
             raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
-        self.every_n_steps = every_n_steps
         self.layers = layers
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
@@ -58,8 +54,7 @@ class Measurement:
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
         self._guard = guard
-        self._on_error = on_error
-        self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype, "solver": solver}
+        self.settings = {"solver": solver, **settings}
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
@@ -118,9 +113,7 @@ class Measurement:
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
-        return EntropyMonitor(
-            model, self.layers, metrics=metrics or self.metrics, on_error=self._on_error, **self._settings
-        )
+        return EntropyMonitor(model, self.layers, metrics=metrics or self.metrics, **self.settings)
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """What a monitor has read since the last call."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Solver
-from matent_callbacks.callbacks.guard import Guard, unguarded
-from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
-from matent_callbacks.callbacks.measurement import Measurement
-from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
+from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.layer_pictures import thinned
 from matent_callbacks.lightning._loggers import show, takes_pictures
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 from matent_callbacks.lightning._sampler_padding import counted_samples
@@ -23,7 +21,8 @@ from matent_callbacks.lightning._trainer import draws_its_batches, log, logging_
 from matent_callbacks.monitor import EntropyMonitor
 
 
-class MatrixEntropyCallback(MeasuringCallback):
+@with_arguments_of(SharedEntropyCallback)
+class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
 
     The values are logged with the module's own ``log``, so that every logger, the progress bar,
@@ -49,93 +48,15 @@ class MatrixEntropyCallback(MeasuringCallback):
     What fails on one rank costs its share of the reading; but under FSDP a probe whose forward fails on one rank only
     leaves the others waiting in theirs.
 
-    Args:
-        every_n_steps: Optimizer steps between two readings.
-        layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
-            names or globs, or a list of these.
-        metrics: Names of the catalogue of :class:`~matent_callbacks.EntropyMonitor`.
-        probe: One batch (a mapping of keyword arguments of the Hugging Face model inside, or else of the
-            LightningModule's forward; or a tensor) or a list of them.
-        during_eval: Also read validation and test forwards.
-        max_tokens: Upper bound on the tokens that one reading accumulates per layer.
-        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
-        mask: From a batch to its mask ``(B, T)``, for models that are given none; ``None``: the batch's own
-            ``attention_mask``, if it has one.
-        prog_bar: Show the values in the progress bar.
-        module: Path of the part of the LightningModule whose layers these are.
-        dtype: Of the statistics, float32 or float64.
-        solver: ``"exact"``, or ``"approximate"`` for models of width 1,024 and more, as in
-            :class:`~matent_callbacks.EntropyMonitor`.
-        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
-            values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give the loggers of W&B, TensorBoard, MLflow and Comet two panels of all
-            layers: the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
-
-    Raises:
-        ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near
-            matches.
-
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
         >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last")]).fit(module, data)
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 100,
-        layers: LayerSpec = "last",
-        *,
-        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
-        probe: Any = None,
-        during_eval: bool = True,
-        max_tokens: int | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
-        reference: Literal["start"] | nn.Module | None = None,
-        mask: Callable[[Any], Tensor | None] | None = None,
-        prog_bar: bool = False,
-        module: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        solver: Solver = "exact",
-        background: bool = False,
-        pictures: bool = True,
-    ) -> None:
-        self.guard = Guard(type(self).__name__, on_error)
-        self.every_n_steps = every_n_steps
-        self.during_eval = during_eval
-        self.prog_bar = prog_bar
-        self._mask = mask
-        self._measurement = Measurement(
-            every_n_steps,
-            layers,
-            metrics=metrics,
-            probe=probe,
-            reference=reference,
-            max_tokens=max_tokens,
-            on_error=on_error,
-            guard=self.guard,
-            module=module,
-            dtype=dtype,
-            solver=solver,
-            background=background,
-        )
-        self._with_pictures = pictures
-        self._settings = {
-            "every_n_steps": every_n_steps,
-            "layers": layers,
-            "metrics": self._measurement.metrics,
-            "module": module,
-            "probe": probe is not None,
-        }
-        self.start_over()
-
     def start_over(self) -> None:
         super().start_over()
-        self._measurement = self._measurement.renewed(self.guard)
         self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
-        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
         self._records: list[dict[str, float]] = []
         self._open: EntropyMonitor | None = None
         self._skipped = False
@@ -144,7 +65,15 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        return str(self._generate_state_key(**self._settings))
+        return str(
+            self._generate_state_key(
+                every_n_steps=self.every_n_steps,
+                layers=self._measurement.layers,
+                metrics=self._measurement.metrics,
+                module=self._measurement.settings["module"],
+                probe=self._measurement.probe is not None,
+            )
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._measurement.state_dict(), "records": self._records}
@@ -291,18 +220,10 @@ class MatrixEntropyCallback(MeasuringCallback):
     ) -> None:
         # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
         with self.guard("batches that no mask could be made of") as making:
-            mask = self._mask_of(batch)
+            mask = self.mask_of(batch) if self.mask is not None else _own_mask(batch)
         if not making.failed:
             self._open = monitor()
-            self._open.start(attention_mask=mask, sample_mask=samples())
-
-    def _mask_of(self, batch: Any) -> Tensor | None:
-        if self._mask is not None:
-            if batch is None:
-                raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
-            return self._mask(batch)
-        own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return own if isinstance(own, Tensor) and own.ndim == 2 else None
+            self._open.start(same_adapters=True, attention_mask=mask, sample_mask=samples())
 
     def _stop(self) -> None:
         monitor, self._open = self._open, None
@@ -361,6 +282,12 @@ class MatrixEntropyCallback(MeasuringCallback):
                 else:
                     log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
+
+
+def _own_mask(batch: Any) -> Tensor | None:
+    """The mask that a batch carries, which the module need not hand on to the model."""
+    own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return own if isinstance(own, Tensor) and own.ndim == 2 else None
 
 
 def _compiled_whole(pl_module: Any) -> bool:

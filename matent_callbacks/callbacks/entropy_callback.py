@@ -1,0 +1,96 @@
+"""What both frameworks' ``MatrixEntropyCallback`` take and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.layer_pictures import LayerPictures
+from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps
+from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.monitor import EntropyMonitor
+
+
+@with_arguments_of(EntropyMonitor)
+class SharedEntropyCallback(GuardedHooks):
+    """Arguments of ``MatrixEntropyCallback`` and their checks; the adapters translate events and log.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
+            in evaluation mode in place of the training forwards.
+        during_eval: Also read the forwards of evaluation.
+        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
+        mask: From a batch to its mask ``(B, T)``, for models that are given none; it goes before the model's own.
+        prog_bar: Show the values in the progress bar.
+        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
+            values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+
+    Raises:
+        ValueError: Here for an argument out of range or an unknown metric; before training for an unknown layer, with
+            near matches.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        probe: Any = None,
+        during_eval: bool = True,
+        max_tokens: int | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        prog_bar: bool = False,
+        module: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
+        background: bool = False,
+        pictures: bool = True,
+    ) -> None:
+        check_every_n_steps(every_n_steps)
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.mask = mask
+        self._with_pictures = pictures
+        self._measurement = Measurement(
+            layers,
+            metrics=metrics,
+            probe=probe,
+            reference=reference,
+            background=background,
+            guard=self.guard,
+            on_error=on_error,
+            module=module,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            solver=solver,
+        )
+        self.start_over()
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._measurement = self._measurement.renewed(self.guard)
+        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
+
+    def mask_of(self, batch: Any) -> Tensor | None:
+        """What ``mask`` makes of a batch; None without ``mask``."""
+        if self.mask is None:
+            return None
+        if batch is None:
+            raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
+        return self.mask(batch)
