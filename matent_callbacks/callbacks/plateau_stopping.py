@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.unlogged import warn_never_logged
 from matent_callbacks.plateau import PlateauDetector
 
 
@@ -61,11 +60,5 @@ class SharedPlateauStopping(GuardedHooks):
 
     def warn_if_never_logged(self, logged: Iterable[str]) -> None:
         """Tell that the name was never seen, with the names that were."""
-        if self.observed:
-            return
-        names = sorted(logged)
-        near = difflib.get_close_matches(self.monitor, names, n=4, cutoff=0.4) or names
-        warnings.warn(
-            f"`monitor` {self.monitor!r} was never logged, so training could not stop on it. Near: {', '.join(near)}.",
-            stacklevel=3,
-        )
+        if not self.observed:
+            warn_never_logged(self.monitor, logged, "training could not stop on it")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
+from matent_callbacks.lightning._logged_values import LoggedValues
 from matent_callbacks.lightning._trainer import GuardedCallback, publish
 
 
@@ -32,7 +31,7 @@ class PlateauStopping(SharedPlateauStopping, GuardedCallback):
 
     def start_over(self) -> None:
         super().start_over()
-        self._last: Tensor | None = None
+        self._logged = LoggedValues()
 
     @property
     def state_key(self) -> str:
@@ -58,10 +57,10 @@ class PlateauStopping(SharedPlateauStopping, GuardedCallback):
         self.warn_if_never_logged(trainer.callback_metrics)
 
     def _observe(self, trainer: Any) -> None:
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None or self._is_old(value):
+        value = self._logged.new(trainer.callback_metrics, [self.monitor]).get(self.monitor)
+        if value is None:
             return
-        self._last, self.observed = value, True
+        self.observed = True
         stop = False
         with self.guard("the observation of a value"):
             stop = self.detector.update(trainer.global_step, float(value))
@@ -72,10 +71,3 @@ class PlateauStopping(SharedPlateauStopping, GuardedCallback):
         publish(trainer, self.logged_values(), self.guard)
         if stops_now and self.verbose and trainer.is_global_zero:
             self.say_stop()
-
-    def _is_old(self, value: Tensor) -> bool:
-        """Whether this was observed before: ``callback_metrics`` keeps a value until it is logged again.
-
-        The tensor that was observed is held, so one that was logged since lies elsewhere in memory.
-        """
-        return self._last is not None and value.data_ptr() == self._last.data_ptr()
