@@ -12,6 +12,7 @@ from torch import nn
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
 from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.probe import probes_by_prefix
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 
@@ -27,7 +28,8 @@ def check_every_n_steps(every_n_steps: int) -> None:
 class Measurement:
     """The monitors of a callback, with the arguments that it was given, and the reference values of a run.
 
-    ``settings`` are more arguments of :class:`~matent_callbacks.EntropyMonitor`.
+    All values have ``prefix`` before their names, and those of one of several probes its name. ``settings`` are more
+    arguments of :class:`~matent_callbacks.EntropyMonitor`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Measurement:
         probe: Any,
         reference: Literal["start"] | nn.Module | None,
         background: bool,
+        prefix: str,
         guard: Guard,
         solver: Solver,
         **settings: Any,
@@ -49,8 +52,9 @@ class Measurement:
         self.layers = layers
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
-        self.probe = probe
+        self.probes = probes_by_prefix(probe, prefix)
         self.background = background
+        self._prefix = prefix
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
         self._guard = guard
@@ -68,13 +72,33 @@ class Measurement:
         return self._monitor(model, probing=False)
 
     @property
+    def is_on_a_model(self) -> bool:
+        """Whether the model is known, and the names of its layers with it."""
+        return False in self._monitors
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """As they stand in the keys."""
         return self._monitors[False].layers
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the names of the values of a step."""
+        return tuple(self.probes) or (self._prefix,)
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of the values of a step, but for what one metric logs under several."""
+        return {
+            f"{prefix}{metric}/{layer}"
+            for prefix in self.prefixes
+            for metric in self.metrics
+            for layer in self.layer_names
+        }
+
     def from_forwards(self) -> Callable[[], dict[str, float]]:
         """What the monitor has read since the last call, once it is asked for."""
-        return self._values(self._monitors[False])
+        return self._values(self._monitors[False], self._prefix)
 
     def reset(self) -> None:
         """Forget what the monitor has read."""
@@ -83,13 +107,19 @@ class Measurement:
     def from_probe(
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Callable[[], dict[str, float]]:
-        """The chosen metrics on the probe, and the difference from the reference; ``around`` each set of forwards."""
+        """The chosen metrics on each probe, and the difference from the reference; ``around`` each set of forwards."""
+        readings = [self._from_one_probe(prefix, probe, model, around) for prefix, probe in self.probes.items()]
+        return lambda: {key: value for values in readings for key, value in values().items()}
+
+    def _from_one_probe(
+        self, prefix: str, probe: Any, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]
+    ) -> Callable[[], dict[str, float]]:
         values: Callable[[], dict[str, float]] = dict
         with self._guard("the reading of the probe"):
             monitor = self._monitor(model, probing=True)
-            self._read_probe(monitor, around)
-            values = self._values(monitor)
-        return lambda: self._with_difference(values())
+            self._read_probe(monitor, probe, around)
+            values = self._values(monitor, prefix)
+        return lambda: self._with_difference(values(), prefix)
 
     def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
@@ -106,8 +136,11 @@ class Measurement:
 
         def measure() -> dict[str, float]:
             monitor = self.new_monitor(reference, (_DATA_SET_RANK,))
-            self._read_probe(monitor, around)
-            return monitor.compute()
+            ranks: dict[str, float] = {}
+            for prefix, probe in self.probes.items():
+                self._read_probe(monitor, probe, around)
+                ranks |= _prefixed(prefix, monitor.compute())
+            return ranks
 
         self._reference_ranks = self._guard.values("the reference", measure)
 
@@ -117,7 +150,7 @@ class Measurement:
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """What a monitor has read since the last call."""
-        return self._guard.values("the numbers of a reading", monitor.compute)
+        return self._values(monitor, self._prefix, at_once=True)()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -132,28 +165,31 @@ class Measurement:
         ranks = state["reference_ranks"]
         self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
 
-    def _values(self, monitor: EntropyMonitor) -> Callable[[], dict[str, float]]:
-        if not self.background:
-            values = self.values(monitor)
+    def _values(self, monitor: EntropyMonitor, prefix: str, *, at_once: bool = False) -> Callable[[], dict[str, float]]:
+        if at_once or not self.background:
+            values = _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
             return lambda: values
         finish: Callable[[], dict[str, float]] = dict
         with self._guard("the beginning of a reading in the background"):
             finish = monitor.compute_later()
-        return lambda: self._guard.values("the numbers of a reading in the background", finish)
+        return lambda: _prefixed(prefix, self._guard.values("the numbers of a reading in the background", finish))
 
-    def _with_difference(self, values: dict[str, float]) -> dict[str, float]:
+    def _with_difference(self, values: dict[str, float], prefix: str) -> dict[str, float]:
+        ranks = f"{prefix}{_DATA_SET_RANK}/"
         difference = {
             key.replace(_DATA_SET_RANK, "diff_erank"): before - values[key]
             for key, before in (self._reference_ranks or {}).items()
             if key in values
         }
-        unasked = () if _DATA_SET_RANK in self.metrics else (f"{_DATA_SET_RANK}/",)
+        unasked = () if _DATA_SET_RANK in self.metrics else (ranks,)
         return {key: value for key, value in values.items() if not key.startswith(unasked)} | difference
 
-    def _read_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> None:
+    def _read_probe(
+        self, monitor: EntropyMonitor, probe: Any, around: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         # Where the forwards fail on one rank, the others still wait for it in `compute`.
         with self._guard("the forwards of the probe"), around():
-            monitor.read(self.probe)
+            monitor.read(probe)
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
         # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.
@@ -162,3 +198,7 @@ class Measurement:
             extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()
             monitor = self._monitors[probing] = self.new_monitor(model, (*self.metrics, *extra))
         return monitor
+
+
+def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}{key}": value for key, value in values.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.capture.stack import hugging_face_models
@@ -30,7 +29,13 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics))
+        name = {} if self.name is None else {"name": self.name}
+        return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics, **name))
+
+    @unguarded
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.check_against(trainer.callbacks)
 
     @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -38,7 +43,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         if self.off:
             return
         with self.guard("the greatest values in W&B's table of runs"):
-            summarize_by_maximum(trainer, self.guard, *SUMMARIZED_BY_MAXIMUM)
+            summarize_by_maximum(trainer, self.guard, *self.summarized_by_maximum)
         # A probe or a model that cannot be read is told now, not in the middle of the run.
         self._measure(trainer, pl_module)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
 from torch import Tensor
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
@@ -17,7 +15,14 @@ from matent_callbacks.callbacks.layer_pictures import thinned
 from matent_callbacks.lightning._loggers import show, takes_pictures
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 from matent_callbacks.lightning._sampler_padding import counted_samples
-from matent_callbacks.lightning._trainer import draws_its_batches, log, logging_step, publish
+from matent_callbacks.lightning._trainer import (
+    compiled_whole,
+    draws_its_batches,
+    log,
+    logging_step,
+    publish,
+    takes_names_with_a_loader,
+)
 from matent_callbacks.monitor import EntropyMonitor
 
 
@@ -71,7 +76,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
                 layers=self._measurement.layers,
                 metrics=self._measurement.metrics,
                 module=self._measurement.settings["module"],
-                probe=self._measurement.probe is not None,
+                probe=bool(self._measurement.probes),
+                **({} if self.name is None else {"name": self.name}),
             )
         )
 
@@ -87,9 +93,10 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().setup(trainer, pl_module, stage)
         if self.off:
             return
-        # Unknown layers are told before training.
+        # Unknown layers, and names that another callback logs as well, are told before training.
         self._measurement.monitor(pl_module)
-        if self._measurement.probe is None and _compiled_whole(pl_module):
+        self.check_against(trainer.callbacks)
+        if not self._measurement.probes and compiled_whole(pl_module):
             self.off = True
             warnings.warn(
                 "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
@@ -102,19 +109,21 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._late = None
         self._skipped = self._overdue = False
         if not self.off:
+            self._measurement.reset()
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
-        # discarded as well.
+        # discarded as well. A window of several steps goes on across the end of an epoch.
         if not self.off:
             self._skipped = False
-            self._measurement.reset()
+            if self.window_steps == 1:
+                self._measurement.reset()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.off or self._measurement.probe is not None:
+        if self.off or self._measurement.probes:
             return
-        if self._overdue or self.may_become_due(trainer, pl_module):
+        if self._overdue or self.may_become_due(trainer, pl_module, ahead=self.window_steps - 1):
             given = None if draws_its_batches(pl_module.training_step) else batch
             self._start(lambda: self._measurement.monitor(pl_module), given)
         else:
@@ -132,8 +141,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().on_train_epoch_end(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
-        if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if self._is_read(due=due) else None
+        if not self._measurement.probes:
+            values = self._measurement.from_forwards() if self._is_read(trainer, due=due) else None
         elif due or last:
             # Also at the end, so that the last record describes the model that is saved.
             values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
@@ -199,7 +208,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
     # Inside
 
-    def _is_read(self, *, due: bool) -> bool:
+    def _is_read(self, trainer: Any, *, due: bool) -> bool:
         """Whether a reading of the optimizer step that is over is due and covers all of it.
 
         One that is due and was not expected to be, since more steps were made in a batch than ever before, is taken
@@ -208,7 +217,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         due = due or self._overdue
         skipped, self._skipped = self._skipped, False
         self._overdue = due and skipped
-        if not (due or skipped):
+        in_window = -trainer.global_step % self.every_n_steps < self.window_steps
+        if not (due or skipped or in_window):
             self._measurement.reset()
         return due and not skipped
 
@@ -248,7 +258,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             show(trainer, pictures, self.guard, step=logging_step(trainer))
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
-        return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))
+        return self.during_eval and not (self.off or trainer.sanity_checking or compiled_whole(pl_module))
 
     def _start_evaluation_batch(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
@@ -277,7 +287,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             values = self._measurement.values(monitor)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
             with self.guard("the readings of an evaluation"):
-                if suffix and not _takes_names_with_a_loader(trainer):
+                if suffix and not takes_names_with_a_loader(trainer):
                     publish(trainer, named, self.guard)
                 else:
                     log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
@@ -288,14 +298,3 @@ def _own_mask(batch: Any) -> Tensor | None:
     """The mask that a batch carries, which the module need not hand on to the model."""
     own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return own if isinstance(own, Tensor) and own.ndim == 2 else None
-
-
-def _compiled_whole(pl_module: Any) -> bool:
-    """Whether ``torch.compile`` was called on the LightningModule itself."""
-    return getattr(pl_module, "_compiler_ctx", None) is not None
-
-
-def _takes_names_with_a_loader(trainer: Any) -> bool:
-    """Whether ``self.log`` takes a name that ends in ``/dataloader_idx_0``: Lightning before 2.5.3 raises."""
-    package = type(trainer.fit_loop).__module__.partition(".")[0]
-    return Version(version(package)) >= Version("2.5.3")

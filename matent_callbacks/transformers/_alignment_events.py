@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
@@ -56,10 +55,15 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         super().start_over()
         self._summarized = False
 
+    def attach(self, trainer: Trainer) -> None:
+        super().attach(trainer)
+        self.check_against(trainer.callback_handler.callbacks)
+
     @property
     def state_key(self) -> str:
         """Tells this callback's state from that of others in the checkpoint."""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps})"
+        name = f", name={self.name}" if self.name is not None else ""
+        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}{name})"
 
     def check(self) -> None:
         # A probe or a model that cannot be read is told now, not in the middle of the run.
@@ -75,7 +79,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     ) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
         if not self._summarized and logs is not None:
-            self._summarized = summarize_by_maximum(self.trainer, self.guard, *SUMMARIZED_BY_MAXIMUM)
+            self._summarized = summarize_by_maximum(self.trainer, self.guard, *self.summarized_by_maximum)
 
     def is_due(self, state: TrainerState) -> bool:
         return bool(state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps)

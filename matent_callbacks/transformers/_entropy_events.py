@@ -60,13 +60,15 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        # Unknown layers are told before training.
+        # Unknown layers, and names that another callback logs as well, are told before training.
         self._measurement.monitor(trainer.model)
+        self.check_against(trainer.callback_handler.callbacks)
 
     @property
     def state_key(self) -> str:
         """Tells this callback's state from that of others in the checkpoint."""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers})"
+        name = f", name={self.name}" if self.name is not None else ""
+        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers}{name})"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -87,10 +89,10 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
     def is_due(self, state: TrainerState) -> bool:
         due = state.global_step % self.every_n_steps == 0
-        return due or (self._measurement.probe is not None and state.global_step == state.max_steps)
+        return due or (bool(self._measurement.probes) and state.global_step == state.max_steps)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        values = self._measurement.from_forwards() if self._measurement.probe is None else self._probe(state)
+        values = self._probe(state) if self._measurement.probes else self._measurement.from_forwards()
         if not self._measurement.background:
             return values()
         self._log_late()
@@ -130,7 +132,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._log_late()
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         unseen = best_was_loaded or self._probed_step != state.global_step
-        if self._measurement.probe is not None and unseen:
+        if self._measurement.probes and unseen:
             values = self._probe(state)()
             with self.guard("the record of the last reading"):
                 if values:
@@ -140,7 +142,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     def _around_training_step(
         self, training_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Halves:
-        if self._measurement.probe is not None or (self.trainer.state.global_step + 1) % self.every_n_steps:
+        left = -(self.trainer.state.global_step + 1) % self.every_n_steps
+        if self._measurement.probes or left >= self.window_steps:
             yield
         else:
             yield from self._reading(model, inputs, training_only=True)
