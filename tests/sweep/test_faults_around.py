@@ -96,9 +96,9 @@ def stopping(framework: str, **arguments: Any) -> list[Any]:
 
 
 def alarmed(framework: str, **arguments: Any) -> list[Any]:
-    """An alarm at the third reading."""
+    """An alarm at the fourth reading."""
     alarm = PACKAGES[framework].CollapseAlarm("matrix_entropy/last", relative_to=1e9, patience=2, **arguments)
-    return [make_callback(framework, **arguments), alarm]
+    return [FRAMEWORKS[framework][1](1, **arguments), alarm]
 
 
 def alarmed_by_nothing(framework: str, **arguments: Any) -> list[Any]:
