@@ -42,7 +42,7 @@ class LayerAccumulator:
         self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
-        self._dtype = dtype
+        self.dtype = dtype
         self._forget()
 
     def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
@@ -74,27 +74,27 @@ class LayerAccumulator:
             raise
 
     def _forget(self) -> None:
-        nothing = empty_moments(dtype=self._dtype, device=self.device)
+        nothing = empty_moments(dtype=self.dtype, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
             source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
         }
-        of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
+        of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
         self.sequences: SequenceMean | None = of_none if "sequence" in self._sources else None
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
         if self.sequences is not None:
-            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self._dtype, pooled=pooled)
+            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self.dtype, pooled=pooled)
             batch = mean_of_sequences(found, states.shape[-1], center=True)
             # The layers of a model that is spread over several devices come together on one.
             home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
             self.sequences = merge_sequence_means(self.sequences, home)
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
-            pooled.update(states, mask, normalize=True, dtype=self._dtype)
+            pooled.update(states, mask, normalize=True, dtype=self.dtype)
         if raw is not None:
-            raw.update(states, mask, normalize=False, dtype=self._dtype)
+            raw.update(states, mask, normalize=False, dtype=self.dtype)
         return entropy
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:

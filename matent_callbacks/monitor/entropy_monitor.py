@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.reduction import check_group
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
@@ -55,9 +57,12 @@ class EntropyMonitor:
             is ``matrix_entropy_error/<layer>``. It gives ``matrix_entropy``, ``normalized_matrix_entropy`` and
             ``effective_rank``, and what is of sequences, which stays exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
+        process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
+            those that hold the same part of it. Ranks of one group have to read the same layers.
 
     Raises:
         ValueError: If a layer, metric or module is not known (with near matches), or an argument is out of range.
+        TypeError: If ``process_group`` is not a process group that this rank is in.
 
     Example:
         >>> import torch
@@ -83,6 +88,7 @@ class EntropyMonitor:
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
@@ -97,10 +103,13 @@ class EntropyMonitor:
         self._max_tokens = max_tokens
         self._dtype = dtype
         self._on_error = on_error
+        check_group("process_group", process_group)
+        self._process_group = process_group
         self._layers = resolve_layers(model, layers, module=module)
         self._capture = Capture(model, self._layers, self._record, self._guarded)
         self._failed: set[str] = set()
         self._unmasked: set[str] = set()
+        self._told_unlike: set[str] = set()
         self.reset()
 
     @property
@@ -158,7 +167,8 @@ class EntropyMonitor:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
 
         ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out, with a warning that says why. Where the model is handed a mask that marks
+        saw no valid token is left out, with a warning that says why. Where ranks do not read the same layers,
+        nothing is computed, and a warning tells what each side reads. Where the model is handed a mask that marks
         padding, and neither it nor one that a module inside is handed fits a layer, a warning says so once.
         """
         return self._begin(None)()
@@ -176,11 +186,21 @@ class EntropyMonitor:
         accumulators, seen = self._accumulators, self._capture.seen
         self.reset()
         pending = PendingReadings(
-            accumulators, self.metrics, failed=self._failed, executor=executor, solver=self._solver
+            accumulators,
+            self.metrics,
+            failed=self._failed,
+            executor=executor,
+            solver=self._solver,
+            group=self._process_group,
         )
         return lambda: self._named(pending.result(), seen)
 
     def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
+        if readings.unlike:
+            if readings.unlike not in self._told_unlike:
+                self._told_unlike.add(readings.unlike)
+                warnings.warn(readings.unlike, stacklevel=3)
+            return {}
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
