@@ -9,12 +9,14 @@ from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
+    SequenceEntropies,
     SequenceMean,
     empty_sequence_mean,
     mean_of_sequences,
     merge_sequence_means,
     sequence_entropies,
 )
+from matent_callbacks.accumulate.split_sequences import Groups, SequenceParts
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
@@ -73,6 +75,33 @@ class LayerAccumulator:
             self._forget()
             raise
 
+    def parts(self, hidden_states: Tensor | None, attention_mask: Tensor | None, groups: Groups) -> SequenceParts:
+        """The part of each sequence that this rank has of one forward pass, for :meth:`update_by_parts`.
+
+        Raises:
+            TypeError, ValueError: As :meth:`update`.
+        """
+        states, mask = check_hidden_states(hidden_states, attention_mask)
+        for tokens in self.tokens.values():
+            tokens.check_width(states.shape[-1])
+        return SequenceParts(states, mask, groups, dtype=self.dtype, sequences=self.sequences is not None)
+
+    def update_by_parts(self, parts: SequenceParts) -> None:
+        """Add the tokens of one forward pass whose sequences are spread over ranks; each of them has to call this.
+
+        ``max_tokens`` is a bound for each rank, as it is without such parts. An error frees all that was accumulated.
+        """
+        if self._max_tokens is not None:
+            parts.mask = self._first_tokens(parts.mask, self._max_tokens)
+        try:
+            with full_precision(parts.states.device):
+                self._merge(parts.add_to(self.tokens.get("pooled")), parts.states.shape[-1])
+                if "raw" in self.tokens:
+                    self.tokens["raw"].update(parts.states, parts.mask, normalize=False, dtype=self.dtype)
+        except BaseException:
+            self._forget()
+            raise
+
     def _forget(self) -> None:
         nothing = empty_moments(dtype=self.dtype, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
@@ -86,10 +115,7 @@ class LayerAccumulator:
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
         if self.sequences is not None:
             found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self.dtype, pooled=pooled)
-            batch = mean_of_sequences(found, states.shape[-1], center=True)
-            # The layers of a model that is spread over several devices come together on one.
-            home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
-            self.sequences = merge_sequence_means(self.sequences, home)
+            self._merge(found, states.shape[-1])
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
             pooled.update(states, mask, normalize=True, dtype=self.dtype)
@@ -97,14 +123,24 @@ class LayerAccumulator:
             raw.update(states, mask, normalize=False, dtype=self.dtype)
         return entropy
 
+    def _merge(self, found: SequenceEntropies | None, num_features: int) -> None:
+        if found is None or self.sequences is None:
+            return
+        batch = mean_of_sequences(found, num_features, center=True)
+        # The layers of a model that is spread over several devices come together on one.
+        home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
+        self.sequences = merge_sequence_means(self.sequences, home)
+
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
 
         By shape and not by what the mask holds, since a look into it would make the host wait for the device.
         """
+        sequences = -(-max(budget - self._slots, 0) // states.shape[1])
+        return states[:sequences], self._first_tokens(mask[:sequences], budget)
+
+    def _first_tokens(self, mask: Tensor, budget: int) -> Tensor:
         left = max(budget - self._slots, 0)
-        sequences = -(-left // states.shape[1])
-        states, mask = states[:sequences], mask[:sequences]
         self._slots += mask.numel()
         position = mask.flatten().cumsum(0).view_as(mask)
-        return states, mask & (position <= left)
+        return mask & (position <= left)

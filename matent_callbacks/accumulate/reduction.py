@@ -38,8 +38,21 @@ def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def check_group(name: str, group: Any) -> None:
-    """Raise unless ``group`` is ``None`` or a process group that this rank is in; ``name`` is that of the argument."""
+def check_groups(process_group: Any, context_group: Any) -> None:
+    """Raise unless each is ``None`` or a process group with this rank in it, and the first holds all of the second."""
+    _check_group("process_group", process_group)
+    _check_group("context_group", context_group)
+    if process_group is None or context_group is None:
+        return
+    members, parts = (dist.get_process_group_ranks(group) for group in (process_group, context_group))
+    if not set(parts) <= set(members):
+        raise ValueError(
+            f"`process_group` must hold all ranks of `context_group`, {parts}, since their tokens belong together, "
+            f"got {members}."
+        )
+
+
+def _check_group(name: str, group: Any) -> None:
     if group is None:
         return
     # `new_group` gives this number to the ranks that are not in the group.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.reduction import check_group
+from matent_callbacks.accumulate.reduction import agreed_failures, check_groups, is_distributed
+from matent_callbacks.accumulate.split_sequences import SequenceParts, agreed_parts
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
@@ -59,10 +60,14 @@ class EntropyMonitor:
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
         process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
             those that hold the same part of it. Ranks of one group have to read the same layers.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; they are in
+            ``process_group``, too. They exchange a sum of each sequence and layer in the middle of the forward, so all
+            of them have to run it, and a second moment of each for what is of sequences. Packed batches are refused.
 
     Raises:
-        ValueError: If a layer, metric or module is not known (with near matches), or an argument is out of range.
-        TypeError: If ``process_group`` is not a process group that this rank is in.
+        ValueError: If a layer, metric or module is not known (with near matches), an argument is out of range, or a
+            group does not hold the ranks that it has to.
+        TypeError: If a group is not a process group.
 
     Example:
         >>> import torch
@@ -89,6 +94,7 @@ class EntropyMonitor:
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
         process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
@@ -103,11 +109,14 @@ class EntropyMonitor:
         self._max_tokens = max_tokens
         self._dtype = dtype
         self._on_error = on_error
-        check_group("process_group", process_group)
+        check_groups(process_group, context_group)
         self._process_group = process_group
+        self._context = [context_group] if is_distributed(context_group) and context_group is not None else []
         self._layers = resolve_layers(model, layers, module=module)
-        self._capture = Capture(model, self._layers, self._record, self._guarded)
+        self._capture = Capture(model, self._layers, self._record, self._guarded, whole_sequences=not self._context)
         self._failed: set[str] = set()
+        self._failed_everywhere: set[str] = set()
+        self._met = False
         self._unmasked: set[str] = set()
         self._told_unlike: set[str] = set()
         self.reset()
@@ -116,6 +125,10 @@ class EntropyMonitor:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are read, as they stand in the keys."""
         return tuple(point.key for point in self._layers.points)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     def __enter__(self) -> EntropyMonitor:
         self.start()
@@ -148,6 +161,11 @@ class EntropyMonitor:
             attention_mask=attention_mask,
             sample_mask=sample_mask,
         )
+        for group in self._context:
+            # A rank without its hooks would not meet the others in the forward.
+            nothing_is_read = self._failed.issuperset(self.layers)
+            if agreed_failures([nothing_is_read], self._device, group)[0]:
+                self._failed_everywhere |= set(self.layers)
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""
@@ -201,6 +219,7 @@ class EntropyMonitor:
                 self._told_unlike.add(readings.unlike)
                 warnings.warn(readings.unlike, stacklevel=3)
             return {}
+        self._failed_everywhere |= readings.failed
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
@@ -227,22 +246,41 @@ class EntropyMonitor:
     def reset(self) -> None:
         """Forget what was read since the last ``compute``."""
         self._capture.seen = Seen()
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         sources = frozenset(CATALOGUE[name] for name in self.metrics)
         self._accumulators = {
-            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device)
+            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=self._device)
             for layer in self.layers
         }
 
     def _record(self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
-        if layer not in self._failed:
+        if self._context:
+            self._record_parts(
+                layer, lambda: self._accumulators[layer].parts(hidden_states, attention_mask, self._context)
+            )
+        elif layer not in self._failed:
             self._accumulators[layer].update(hidden_states, attention_mask)
+
+    def _record_parts(self, layer: str, prepare: Callable[[], SequenceParts]) -> None:
+        """Read a layer together with the ranks that hold the other parts of its sequences, until it fails on one."""
+        if layer in self._failed_everywhere:
+            return
+        accumulator, self._met = self._accumulators[layer], True
+        try:
+            parts = agreed_parts(_failing if layer in self._failed else prepare, self._context, accumulator.device)
+        except Exception:
+            self._failed_everywhere.add(layer)
+            raise
+        accumulator.update_by_parts(parts)
 
     @contextmanager
     def _guarded(self, layer: str) -> Iterator[None]:
+        self._met = False
         try:
             yield
         except Exception as error:
+            if self._context and layer in self.layers and not self._met:
+                with suppress(Exception):
+                    self._record_parts(layer, _failing)
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error
@@ -250,3 +288,7 @@ class EntropyMonitor:
             if not failing <= self._failed:
                 warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
             self._failed |= failing
+
+
+def _failing() -> SequenceParts:
+    raise RuntimeError("it failed before.")
