@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,29 +77,53 @@ class LayerAccumulator:
             self._forget()
             raise
 
-    def parts(self, hidden_states: Tensor | None, attention_mask: Tensor | None, groups: Groups) -> SequenceParts:
+    def parts(
+        self,
+        count: int,
+        width: int,
+        local: Callable[[], tuple[Tensor, Tensor | None]],
+        groups: Groups,
+        *,
+        device: torch.device,
+    ) -> SequenceParts:
         """The part of each sequence that this rank has of one forward pass, for :meth:`update_by_parts`.
 
+        Args:
+            count: Number of sequences B.
+            width: Number of features d.
+            local: Gives hidden states and mask of this rank.
+            groups: Whose ranks hold the other parts.
+            device: Of the hidden states.
+
         Raises:
-            TypeError, ValueError: As :meth:`update`.
+            ValueError: If d is not that of the forward passes before.
         """
-        states, mask = check_hidden_states(hidden_states, attention_mask)
         for tokens in self.tokens.values():
-            tokens.check_width(states.shape[-1])
-        return SequenceParts(states, mask, groups, dtype=self.dtype, sequences=self.sequences is not None)
+            tokens.check_width(width)
+        return SequenceParts(
+            count,
+            width,
+            lambda: check_hidden_states(*local()),
+            groups,
+            dtype=self.dtype,
+            device=device,
+            sequences=self.sequences is not None,
+        )
 
     def update_by_parts(self, parts: SequenceParts) -> None:
         """Add the tokens of one forward pass whose sequences are spread over ranks; each of them has to call this.
 
         ``max_tokens`` is a bound for each rank, as it is without such parts. An error frees all that was accumulated.
         """
-        if self._max_tokens is not None:
-            parts.mask = self._first_tokens(parts.mask, self._max_tokens)
+        budget = self._max_tokens
         try:
-            with full_precision(parts.states.device):
-                self._merge(parts.add_to(self.tokens.get("pooled")), parts.states.shape[-1])
-                if "raw" in self.tokens:
-                    self.tokens["raw"].update(parts.states, parts.mask, normalize=False, dtype=self.dtype)
+            with full_precision(parts.device):
+                found = parts.add_to(
+                    self.tokens.get("pooled"),
+                    self.tokens.get("raw"),
+                    limited=lambda mask: mask if budget is None else self._first_tokens(mask, budget),
+                )
+                self._merge(found, parts.width)
         except BaseException:
             self._forget()
             raise

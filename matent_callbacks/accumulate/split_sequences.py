@@ -32,49 +32,79 @@ class SequenceParts:
     """One batch of sequences of which this rank holds a part, with memory for what ranks exchange about it.
 
     Args:
-        states: ``(B, T, d)``: T is that of this rank, and may be 0.
-        mask: ``(B, T)`` bool.
+        count: Number of sequences B.
+        width: Number of features d.
+        local: Gives states ``(B, T, d)`` and mask ``(B, T)`` bool: T is that of this rank, and may be 0.
         groups: Whose ranks hold the other parts.
         dtype: Of the statistics.
+        device: Of the states.
         sequences: Whether the entropy of each sequence is asked for.
     """
 
-    def __init__(self, states: Tensor, mask: Tensor, groups: Groups, *, dtype: torch.dtype, sequences: bool) -> None:
-        self.states = states
-        self.mask = mask
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        local: Callable[[], tuple[Tensor, Tensor]],
+        groups: Groups,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequences: bool,
+    ) -> None:
+        self.count = count
+        self.width = width
+        self.device = device
+        self._local = local
         self._groups = groups
         self._dtype = dtype
-        count, _, d = states.shape
-        self._valid = torch.empty_like(mask)
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=mask.device)
+        self._states = torch.empty(count, 0, width, dtype=dtype, device=device)
+        self._mask = self._valid = torch.empty(count, 0, dtype=torch.bool, device=device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         # The sum of the tokens of each sequence, and their number. In float64: rounding of a mean that dwarfs the
         # spread would show, and a second mean of what is left would have to be exchanged as well.
-        self._totals = states.new_zeros(count, d + 1, dtype=torch.float64)
-        self._scatter = states.new_zeros((d + 1) // 2, d + 1, dtype=dtype) if sequences else None
+        self._totals = torch.zeros(count, width + 1, dtype=torch.float64, device=device)
+        half = (width + 1) // 2 if sequences else 0
+        self._scatter = torch.zeros(half, width + 1, dtype=dtype, device=device)
 
-    def add_to(self, pooled: PooledTokens | None) -> SequenceEntropies | None:
-        """Add the tokens of this rank to ``pooled``, centred and normalised.
+    def add_to(
+        self,
+        pooled: PooledTokens | None,
+        raw: PooledTokens | None,
+        *,
+        limited: Callable[[Tensor], Tensor],
+    ) -> SequenceEntropies | None:
+        """Add the tokens of this rank: centred and normalised to ``pooled``, and as they are to ``raw``.
 
         To be called by all ranks of the groups, with autocast and TF32 switched off. They exchange one sum a sequence,
-        d + 1 numbers, and for entropies of sequences one half of a second moment each, d(d + 1)/2 numbers.
+        d + 1 numbers, and for entropies of sequences one half of a second moment each, d(d + 1)/2 numbers. ``limited``
+        is given the mask and leaves out what is not to count.
 
         Returns:
             The entropies of a share of the sequences: each is decomposed on one rank. ``None`` if not asked for.
         """
         attempt = _Attempt()
+        attempt(self._bring, limited)
         attempt(self._sum_up)
         for group in self._groups:
             dist.all_reduce(self._totals, group=group)
         if pooled is not None:
             attempt(self._add_tokens, pooled)
-        found = None if self._scatter is None else self._entropies(self._scatter, attempt)
+        if raw is not None:
+            attempt(functools.partial(raw.update, self._states, self._mask, normalize=False, dtype=self._dtype))
+        found = self._entropies(attempt) if self._scatter.numel() else None
         attempt.end()
         return found
 
+    def _bring(self, limited: Callable[[Tensor], Tensor]) -> None:
+        self._states, mask = self._local()
+        self._mask = limited(mask)
+        self._valid = torch.empty_like(mask)
+
     def _sum_up(self) -> None:
         for some, part in self._places(torch.float64):
-            x = self.states[some, part].to(self._dtype)
-            finite, counts = torch.isfinite(x.sum(-1)), self.mask[some, part]
+            x = self._states[some, part].to(self._dtype)
+            finite, counts = torch.isfinite(x.sum(-1)), self._mask[some, part]
             valid = self._valid[some, part] = counts & finite
             self._nonfinite += (counts & ~finite).sum()
             self._totals[some, :-1] += torch.where(valid.unsqueeze(-1), x, 0.0).sum(1, dtype=torch.float64)
@@ -82,7 +112,7 @@ class SequenceParts:
             del x
 
     def _add_tokens(self, pooled: PooledTokens) -> None:
-        pooled.reserve(self.states)
+        pooled.reserve(self._states)
         is_first = all(dist.get_rank(group) == 0 for group in self._groups)
         for some, part in self._places(self._dtype):
             # What is of whole sequences is counted with the first part of one rank.
@@ -91,40 +121,39 @@ class SequenceParts:
             nonfinite = self._nonfinite * int(some.start == 0) * begins
             pooled.add(Piece(Tokens(self._prepared(some, part), self._valid[some, part], nonfinite), num_sequences))
 
-    def _entropies(self, scatter: Tensor, attempt: _Attempt) -> SequenceEntropies:
+    def _entropies(self, attempt: _Attempt) -> SequenceEntropies:
+        scatter = self._scatter
         owned, entropies, lower = [], [scatter.new_zeros(0)], None
         sizes = [dist.get_world_size(group) for group in self._groups]
-        for number in range(len(self.states)):
-            if attempt(self._add_up, scatter, number) is None:
-                scatter.zero_()
+        for number in range(self.count):
+            scatter.zero_()
+            attempt(self._add_up, scatter, number)
             turn = number % math.prod(sizes)
             if _reduced(scatter, self._groups, _place(turn, sizes)):
                 owned.append(number)
                 lower = attempt(lower_triangle, scatter)
             # Only when each rank has one: while one decomposes, none waits for it to take part in the next sum.
-            if lower is not None and (turn == math.prod(sizes) - 1 or number == len(self.states) - 1):
+            if lower is not None and (turn == math.prod(sizes) - 1 or number == self.count - 1):
                 entropy = attempt(functools.partial(entropy_of_lower, lower, alpha=1.0))
                 entropies += [] if entropy is None else [entropy.unsqueeze(0)]
                 lower = None
         counts = self._totals[owned, -1].to(torch.int64)
         return SequenceEntropies(torch.cat(entropies), counts, self._nonfinite)
 
-    def _add_up(self, scatter: Tensor, number: int) -> Tensor:
-        scatter.zero_()
-        for part in slices(self.states.shape[1], rows_of_a_piece(self.states.shape[2], self._dtype)):
+    def _add_up(self, scatter: Tensor, number: int) -> None:
+        for part in slices(self._states.shape[1], rows_of_a_piece(self._states.shape[2], self._dtype)):
             add_second_moment(scatter, self._prepared(slice(number, number + 1), part)[0])
-        return scatter
 
     def _prepared(self, some: slice, part: slice) -> Tensor:
         mean = self._totals[some, :-1] / self._totals[some, -1:].clamp(min=1)
         rounded = mean.to(self._dtype)
-        x = self.states[some, part].to(self._dtype) - rounded.unsqueeze(1)
+        x = self._states[some, part].to(self._dtype) - rounded.unsqueeze(1)
         x -= (mean - rounded).to(self._dtype).unsqueeze(1)
         return scaled_to_unit_length_(x.masked_fill_(~self._valid[some, part].unsqueeze(-1), 0.0))
 
     def _places(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
         """Sequences, and the part of them, that fit into the work space at a time."""
-        count, length, d = self.states.shape
+        count, length, d = self._states.shape
         rows = rows_of_a_piece(d, dtype)
         for some in slices(count, max(1, rows // max(1, length))):
             for part in slices(length, rows):
@@ -143,8 +172,7 @@ def agreed_parts(prepare: Callable[[], SequenceParts], groups: Groups, device: t
     error, table = None, [0, 0, 0, 0, 1]
     try:
         parts = prepare()
-        count, _, width = parts.states.shape
-        table = [count, -count, width, -width, 0]
+        table = [parts.count, -parts.count, parts.width, -parts.width, 0]
     except Exception as raised:
         error = raised
     agreed = torch.tensor(table, dtype=torch.int64, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.reduction import agreed_failures, check_groups, is_distributed
-from matent_callbacks.accumulate.split_sequences import SequenceParts, agreed_parts
+from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.explanations import counted_padding, why_unread
+from matent_callbacks.monitor.joint_reading import JointReading
 from matent_callbacks.monitor.readings import PendingReadings, Readings
 from matent_callbacks.monitor.solvers import background
 
@@ -111,12 +111,12 @@ class EntropyMonitor:
         self._on_error = on_error
         check_groups(process_group, context_group)
         self._process_group = process_group
-        self._context = [context_group] if is_distributed(context_group) and context_group is not None else []
+        self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module)
-        self._capture = Capture(model, self._layers, self._record, self._guarded, whole_sequences=not self._context)
+        self._capture = Capture(
+            model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
+        )
         self._failed: set[str] = set()
-        self._failed_everywhere: set[str] = set()
-        self._met = False
         self._unmasked: set[str] = set()
         self._told_unlike: set[str] = set()
         self.reset()
@@ -125,10 +125,6 @@ class EntropyMonitor:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are read, as they stand in the keys."""
         return tuple(point.key for point in self._layers.points)
-
-    @property
-    def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     def __enter__(self) -> EntropyMonitor:
         self.start()
@@ -161,11 +157,7 @@ class EntropyMonitor:
             attention_mask=attention_mask,
             sample_mask=sample_mask,
         )
-        for group in self._context:
-            # A rank without its hooks would not meet the others in the forward.
-            nothing_is_read = self._failed.issuperset(self.layers)
-            if agreed_failures([nothing_is_read], self._device, group)[0]:
-                self._failed_everywhere |= set(self.layers)
+        self._joint.begin(self._accumulators, self._failed)
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""
@@ -219,7 +211,7 @@ class EntropyMonitor:
                 self._told_unlike.add(readings.unlike)
                 warnings.warn(readings.unlike, stacklevel=3)
             return {}
-        self._failed_everywhere |= readings.failed
+        self._joint.failed |= readings.failed
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
@@ -246,41 +238,25 @@ class EntropyMonitor:
     def reset(self) -> None:
         """Forget what was read since the last ``compute``."""
         self._capture.seen = Seen()
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         sources = frozenset(CATALOGUE[name] for name in self.metrics)
         self._accumulators = {
-            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=self._device)
+            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device)
             for layer in self.layers
         }
 
     def _record(self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
-        if self._context:
-            self._record_parts(
-                layer, lambda: self._accumulators[layer].parts(hidden_states, attention_mask, self._context)
-            )
-        elif layer not in self._failed:
-            self._accumulators[layer].update(hidden_states, attention_mask)
-
-    def _record_parts(self, layer: str, prepare: Callable[[], SequenceParts]) -> None:
-        """Read a layer together with the ranks that hold the other parts of its sequences, until it fails on one."""
-        if layer in self._failed_everywhere:
-            return
-        accumulator, self._met = self._accumulators[layer], True
-        try:
-            parts = agreed_parts(_failing if layer in self._failed else prepare, self._context, accumulator.device)
-        except Exception:
-            self._failed_everywhere.add(layer)
-            raise
-        accumulator.update_by_parts(parts)
+        accumulator, failed = self._accumulators[layer], layer in self._failed
+        self._joint.record(layer, accumulator, hidden_states, attention_mask, failed=failed)
 
     @contextmanager
     def _guarded(self, layer: str) -> Iterator[None]:
-        self._met = False
+        self._joint.expect()
         try:
             yield
         except Exception as error:
-            if self._context and layer in self.layers and not self._met:
-                with suppress(Exception):
-                    self._record_parts(layer, _failing)
+            if layer in self._accumulators:
+                self._joint.excuse(layer, self._accumulators[layer])
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error
@@ -288,7 +264,3 @@ class EntropyMonitor:
             if not failing <= self._failed:
                 warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
             self._failed |= failing
-
-
-def _failing() -> SequenceParts:
-    raise RuntimeError("it failed before.")
