@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,14 @@ from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
+    SequenceEntropies,
     SequenceMean,
     empty_sequence_mean,
     mean_of_sequences,
     merge_sequence_means,
     sequence_entropies,
 )
+from matent_callbacks.accumulate.split_sequences import Groups, SequenceParts
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
@@ -42,7 +46,7 @@ class LayerAccumulator:
         self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
-        self._dtype = dtype
+        self.dtype = dtype
         self._forget()
 
     def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
@@ -73,38 +77,96 @@ class LayerAccumulator:
             self._forget()
             raise
 
+    def parts(
+        self,
+        count: int,
+        width: int,
+        local: Callable[[], tuple[Tensor, Tensor | None]],
+        groups: Groups,
+        *,
+        device: torch.device,
+    ) -> SequenceParts:
+        """The part of each sequence that this rank has of one forward pass, for :meth:`update_by_parts`.
+
+        Args:
+            count: Number of sequences B.
+            width: Number of features d.
+            local: Gives hidden states and mask of this rank.
+            groups: Whose ranks hold the other parts.
+            device: Of the hidden states.
+
+        Raises:
+            ValueError: If d is not that of the forward passes before.
+        """
+        for tokens in self.tokens.values():
+            tokens.check_width(width)
+        return SequenceParts(
+            count,
+            width,
+            lambda: check_hidden_states(*local()),
+            groups,
+            dtype=self.dtype,
+            device=device,
+            sequences=self.sequences is not None,
+        )
+
+    def update_by_parts(self, parts: SequenceParts) -> None:
+        """Add the tokens of one forward pass whose sequences are spread over ranks; each of them has to call this.
+
+        ``max_tokens`` is a bound for each rank, as it is without such parts. An error frees all that was accumulated.
+        """
+        budget = self._max_tokens
+        try:
+            with full_precision(parts.device):
+                found = parts.add_to(
+                    self.tokens.get("pooled"),
+                    self.tokens.get("raw"),
+                    limited=lambda mask: mask if budget is None else self._first_tokens(mask, budget),
+                )
+                self._merge(found, parts.width)
+        except BaseException:
+            self._forget()
+            raise
+
     def _forget(self) -> None:
-        nothing = empty_moments(dtype=self._dtype, device=self.device)
+        nothing = empty_moments(dtype=self.dtype, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
             source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
         }
-        of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
+        of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
         self.sequences: SequenceMean | None = of_none if "sequence" in self._sources else None
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
         if self.sequences is not None:
-            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self._dtype, pooled=pooled)
-            batch = mean_of_sequences(found, states.shape[-1], center=True)
-            # The layers of a model that is spread over several devices come together on one.
-            home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
-            self.sequences = merge_sequence_means(self.sequences, home)
+            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self.dtype, pooled=pooled)
+            self._merge(found, states.shape[-1])
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
-            pooled.update(states, mask, normalize=True, dtype=self._dtype)
+            pooled.update(states, mask, normalize=True, dtype=self.dtype)
         if raw is not None:
-            raw.update(states, mask, normalize=False, dtype=self._dtype)
+            raw.update(states, mask, normalize=False, dtype=self.dtype)
         return entropy
+
+    def _merge(self, found: SequenceEntropies | None, num_features: int) -> None:
+        if found is None or self.sequences is None:
+            return
+        batch = mean_of_sequences(found, num_features, center=True)
+        # The layers of a model that is spread over several devices come together on one.
+        home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
+        self.sequences = merge_sequence_means(self.sequences, home)
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
 
         By shape and not by what the mask holds, since a look into it would make the host wait for the device.
         """
+        sequences = -(-max(budget - self._slots, 0) // states.shape[1])
+        return states[:sequences], self._first_tokens(mask[:sequences], budget)
+
+    def _first_tokens(self, mask: Tensor, budget: int) -> Tensor:
         left = max(budget - self._slots, 0)
-        sequences = -(-left // states.shape[1])
-        states, mask = states[:sequences], mask[:sequences]
         self._slots += mask.numel()
         position = mask.flatten().cumsum(0).view_as(mask)
-        return states, mask & (position <= left)
+        return mask & (position <= left)

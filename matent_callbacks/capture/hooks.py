@@ -38,15 +38,19 @@ class Capture:
     where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
     (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
     unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
-    counts, nor does what another reader runs on the side. Compiled modules are read beside their graph.
+    counts, nor does what another reader runs on the side. Compiled modules are read beside their graph. Without
+    ``whole_sequences`` a packed batch is an error: which document a token is of cannot be told from a part of a row.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard, *, whole_sequences: bool = True
+    ) -> None:
         self.seen = Seen()
         self._model = model
         self._layers = layers
         self._reader = reader
         self._guard = guard
+        self._whole_sequences = whole_sequences
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
         self._adapters: AdapterState | None = None
@@ -170,6 +174,10 @@ class Capture:
                 mask = arguments.get("attention_mask")
                 is_flat = isinstance(mask, Tensor) and mask.ndim == 2
                 forward.packing = find_packing(arguments, mask if is_flat else None)
+                if forward.packing is not None and not self._whole_sequences:
+                    raise ValueError(
+                        "a batch is packed, so `context_group` does not tell whose tokens are one document."
+                    )
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = None if torch.compiler.is_compiling() else self._forward

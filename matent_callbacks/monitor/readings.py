@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solve
 from matent_callbacks.accumulate.layer_statistics import CENTERS, LayerAccumulator
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
+    agree,
     agreed_failures,
     agreed_widths,
     all_reduce_sequence_means,
@@ -28,6 +30,7 @@ from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional.entropy import summarized
 from matent_callbacks.functional.spectrum import over_trace, solved
+from matent_callbacks.monitor.explanations import how_ranks_differ
 from matent_callbacks.monitor.solvers import side_by_side
 
 # So many numbers may be in the matrices that are decomposed in one call. Large matrices gain nothing from a common
@@ -54,12 +57,15 @@ class Readings(NamedTuple):
     """Tokens that were left out because of NaN or Inf, by layer."""
     failed: set[str]
     """Layers that were left out: on all ranks, because some rank could not read them."""
+    unlike: str = ""
+    """How ranks differ in what they read, so that nothing could be computed."""
 
 
 class PendingReadings:
     """Computes the readings of all layers in two steps: the constructor collects statistics, :meth:`result` decomposes.
 
-    In a distributed run the constructor sends the moments of each layer to one rank. In :meth:`result` each rank
+    In a distributed run ranks agree first that they read the same, or else nothing is computed on any of them. Then the
+    constructor sends the moments of each layer to one rank. In :meth:`result` each rank
     decomposes the layers that it was sent, and the numbers are sent to all ranks. Every rank makes the same collective
     calls in both steps, whatever its layers have seen.
 
@@ -70,6 +76,7 @@ class PendingReadings:
         executor: If given, matrices are copied to the CPU and it decomposes them there, until :meth:`result` is called.
         solver: How matrices are decomposed.
         local: Use the statistics of this rank alone, without any collective call.
+        group: The ranks whose tokens belong together; ``None``: all.
     """
 
     def __init__(
@@ -81,10 +88,15 @@ class PendingReadings:
         executor: Executor | None = None,
         solver: Solver = "exact",
         local: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._device = next(iter(accumulators.values())).device
-        self._distributed = is_distributed() and not local
-        gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
+        self._distributed = is_distributed(group) and not local
+        self._group = group
+        if self._distributed:
+            gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
+        else:
+            gathered = _gather(accumulators, failed)
         self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
         self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}
         self._sequence_names = _names("sequence", metrics)
@@ -97,16 +109,18 @@ class PendingReadings:
 
     def result(self) -> Readings:
         """The numbers, which are bitwise the same on every rank."""
+        if self._gathered.unlike:
+            return Readings({}, {}, self._gathered.failed, self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
-        own_sequences = not self._distributed or dist.get_rank() == 0
+        own_sequences = not self._distributed or dist.get_rank(self._group) == 0
         for mean in self._gathered.sequences.values():
             of_sequences = _sequence_numbers(mean, self._sequence_names) if own_sequences else None
             pieces.append(self._piece(of_sequences, len(self._sequence_names)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
-            dist.all_reduce(table)
+            dist.all_reduce(table, group=self._group)
         *numbers, num_failed = table.tolist()
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
@@ -152,6 +166,7 @@ class _Gathered(NamedTuple):
     """Those that this rank decomposes."""
     sequences: dict[str, SequenceMean]
     failed: set[str]
+    unlike: str = ""
 
 
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
@@ -169,22 +184,34 @@ def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str
     )
 
 
-def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
-    device = next(iter(accumulators.values())).device
-    flags = agreed_failures([layer in failed for layer in accumulators], device)
-    everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
+def _gather_over_ranks(
+    accumulators: Mapping[str, LayerAccumulator],
+    failed: Collection[str],
+    settings: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+) -> _Gathered:
+    first = next(iter(accumulators.values()))
+    device = first.device
+    described = json.dumps({"layers": list(accumulators), **settings, "dtype": str(first.dtype)})
+    agreement = agree(described, any(layer in failed for layer in accumulators), device, group)
+    if agreement.descriptions:
+        return _Gathered({}, {}, {}, set(failed), how_ranks_differ(agreement.descriptions, group))
+    everywhere: set[str] = set()
+    if agreement.any_failed:
+        flags = agreed_failures([layer in failed for layer in accumulators], device, group)
+        everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
     units = [(source, layer) for layer, a in used.items() for source in a.tokens]
     moments = [used[layer].tokens[source].moments().to(device) for source, layer in units]
-    widths = agreed_widths(moments, device)
+    widths = agreed_widths(moments, device, group)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices = {
         unit: Matrix(common, add_mean=CENTERS[unit[0]] is None)
-        for unit, common in zip(units, reduce_moments(moments, widths, share_out=True), strict=True)
+        for unit, common in zip(units, reduce_moments(moments, widths, share_out=True, group=group), strict=True)
         if common is not None
     }
     sequences = {layer: a.sequences for layer, a in used.items() if a.sequences is not None}
-    common = all_reduce_sequence_means(list(sequences.values()))
+    common = all_reduce_sequence_means(list(sequences.values()), group)
     return _Gathered(
         {unit: width.num_features for unit, width in zip(units, widths, strict=True) if width is not None},
         matrices,
