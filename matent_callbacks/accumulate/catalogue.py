@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
-Source = Literal["pooled", "raw", "sequence"]
+Source = Literal["pooled", "raw", "sequence", "embedding", "raw_embedding"]
 """What a metric is computed from.
 
 - ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
 - ``raw``: one covariance of all tokens as they are;
-- ``sequence``: one covariance of each sequence.
+- ``sequence``: one covariance of each sequence;
+- ``embedding``: one covariance of one vector a sequence, each scaled to unit length, centred by the mean of all;
+- ``raw_embedding``: one covariance of one vector a sequence as they are.
 """
+
+Embedding = Literal["mean", "last", "first"]
+"""Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
 
 CATALOGUE: dict[str, Source] = {
     "matrix_entropy": "pooled",
@@ -28,15 +33,36 @@ CATALOGUE: dict[str, Source] = {
     "rankme": "raw",
     "sequence_matrix_entropy": "sequence",
     "sequence_effective_rank": "sequence",
+    "embedding_matrix_entropy": "embedding",
+    "embedding_effective_rank": "embedding",
+    "embedding_participation_ratio": "embedding",
+    "embedding_rankme": "raw_embedding",
+    "embedding_alpha_req": "raw_embedding",
 }
-
 
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
 
 Solver = Literal["exact", "approximate"]
 # What the approximate solver can compute: it estimates the entropy of a covariance, and has no eigenvalues.
-_WITHOUT_EIGENVALUES = ("matrix_entropy", "normalized_matrix_entropy", "effective_rank")
+_WITHOUT_EIGENVALUES = (
+    "matrix_entropy",
+    "normalized_matrix_entropy",
+    "effective_rank",
+    "embedding_matrix_entropy",
+    "embedding_effective_rank",
+)
+
+
+def quantity(name: str) -> str:
+    """The quantity of a spectrum that a metric is, whatever the spectrum is of."""
+    return name.removeprefix("embedding_")
+
+
+def check_embedding(embedding: str) -> None:
+    """Raise if ``embedding`` is not known."""
+    if embedding not in get_args(Embedding):
+        raise ValueError(f"`embedding` must be 'mean', 'last' or 'first', got {embedding!r}.")
 
 
 def check_solver(solver: str, metrics: Iterable[str]) -> None:

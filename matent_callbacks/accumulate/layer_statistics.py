@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Source
+from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
+from matent_callbacks.accumulate.pieces import whole_sequences
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
@@ -18,8 +20,10 @@ from matent_callbacks.accumulate.sequence_mean import (
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
-CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None}
-"""The sources that are one set of tokens, and what is subtracted from these tokens."""
+CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
+"""The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
+
+_OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
 
 
 class LayerAccumulator:
@@ -33,20 +37,34 @@ class LayerAccumulator:
         max_tokens: Upper bound on the number of tokens; the first ones count.
         dtype: Of the statistics.
         device: Where the statistics of all layers come together.
+        embedding: Which vector stands for a sequence of tokens.
     """
 
     def __init__(
-        self, sources: frozenset[Source], *, max_tokens: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        sources: frozenset[Source],
+        *,
+        max_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        embedding: Embedding = "mean",
     ) -> None:
         self.device = device
+        self._embedding = embedding
         self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
         self._dtype = dtype
         self._forget()
 
-    def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """Add the tokens of one forward pass.
+    def update(
+        self, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None = None
+    ) -> Tensor | None:
+        """Add the tokens of one forward pass: ``(B, T, d)``, or ``(N, d)``.
+
+        The latter are one sequence of N tokens to all sources but those of one vector a sequence, to which they are N
+        vectors; of ``(B, T, d)`` the B vectors are ``vectors`` ``(B, d')`` if given. Of a sequence that ``max_tokens``
+        cuts there is no such vector.
 
         An error in the middle, such as running out of memory, frees all that was accumulated: half of a batch is no
         statistic. Hidden states that are refused, see below, leave it as it was.
@@ -57,17 +75,26 @@ class LayerAccumulator:
 
         Raises:
             TypeError: If ``hidden_states`` is not a floating point tensor.
-            ValueError: If a shape is wrong, or d is not that of the forward passes before.
+            ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
-        states, mask = check_hidden_states(hidden_states, attention_mask)
+        states, given = check_hidden_states(hidden_states, attention_mask)
+        mask = given
+        is_one_row = hidden_states is not None and hidden_states.ndim == 2
+        if is_one_row:
+            vectors = hidden_states
+        elif vectors is not None and len(vectors) != len(states):
+            raise ValueError(f"`vectors` must be one for each of {len(states)} sequences, got {tuple(vectors.shape)}.")
         if self._max_tokens is not None:
-            states, mask = self._within_budget(states, mask, self._max_tokens)
+            states, mask = self._within_budget(states, given, self._max_tokens)
         if mask.numel() == 0:
             return None
-        for tokens in self.tokens.values():
-            tokens.check_width(states.shape[-1])
+        for source, tokens in self.tokens.items():
+            of = states if vectors is None or source not in _OF_VECTORS else vectors
+            tokens.check_width(of.shape[-1])
         try:
             with full_precision(states.device):
+                if self.tokens.keys() & _OF_VECTORS:
+                    self._embed(states, mask, given[: len(mask)], vectors, is_one_row=is_one_row)
                 return self._accumulate(states, mask)
         except BaseException:
             self._forget()
@@ -96,6 +123,27 @@ class LayerAccumulator:
         if raw is not None:
             raw.update(states, mask, normalize=False, dtype=self._dtype)
         return entropy
+
+    def _embed(self, states: Tensor, mask: Tensor, given: Tensor, vectors: Tensor | None, *, is_one_row: bool) -> None:
+        """Add one vector for each sequence of ``(B, T, d)``, if ``mask`` has all of its tokens in that were given."""
+        whole = mask & ~(given & ~mask).any(1, keepdim=True)
+        if vectors is None:
+            found = embeddings_at_a_time(states, whole, self._embedding, dtype=self._dtype)
+        else:
+            counts = mask[0] if is_one_row else whole.any(1)
+            found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self._dtype)
+        for some in found:
+            for source in self.tokens.keys() & _OF_VECTORS:
+                self._add_embeddings(source, some)
+            del some
+
+    def _add_embeddings(self, source: Source, some: Embeddings) -> None:
+        tokens, vectors = self.tokens[source], some.values.unsqueeze(1)
+        tokens.reserve(vectors)
+        normalize = source == "embedding"
+        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=self._dtype)
+        found = piece.tokens
+        tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.

@@ -24,7 +24,7 @@ from matent_callbacks.capture.packing import find_packing
 # Of attention, and of Mamba and its like.
 _CACHES = ("past_key_values", "cache_params")
 
-Reader = Callable[[str, Tensor | None, Tensor | None], None]
+Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
 
 # The threads of nn.DataParallel read into the same statistics.
@@ -32,10 +32,11 @@ _reading = threading.RLock()
 
 
 class Capture:
-    """Calls ``reader(key, hidden_states, attention_mask)`` for each read point of each forward that counts.
+    """Calls ``reader(key, hidden_states, attention_mask, vectors)`` for each read point of each forward that counts.
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
-    where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
+    where a module gave something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a
+    module gives it beside its tokens. A forward counts unless a key-value cache is handed to it
     (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
     unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
     counts. Compiled modules are read beside their graph.
@@ -241,7 +242,7 @@ class Capture:
                 arguments = functools.partial(_named_arguments, module, args, kwargs)
                 hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
             with _reading:
-                self._reader(point.key, hidden_states, mask)
+                self._reader(point.key, hidden_states, mask, _sentence_embedding(value))
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
@@ -280,6 +281,12 @@ def first_tensor(value: Any) -> Tensor | None:
         tensors = [item for item in value if isinstance(item, Tensor)]
         return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
     return None
+
+
+def _sentence_embedding(value: Any) -> Tensor | None:
+    """What the pooling layer of sentence-transformers, and each after it, gives beside the tokens."""
+    found = value.get("sentence_embedding") if isinstance(value, Mapping) else None
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

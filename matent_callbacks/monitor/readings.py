@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source, quantity
 from matent_callbacks.accumulate.layer_statistics import CENTERS, LayerAccumulator
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
@@ -86,7 +86,10 @@ class PendingReadings:
         self._distributed = is_distributed() and not local
         gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
         self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
-        self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}
+        self._names = {
+            unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
+            for unit, width in gathered.widths.items()
+        }
         self._sequence_names = _names("sequence", metrics)
         self._gathered = gathered
         self._found: Future[dict[_Unit, Tensor]] | None = None
@@ -139,7 +142,8 @@ class PendingReadings:
         for (layer, name), number in zip(columns, numbers, strict=True):
             values = readings.values.setdefault(layer, {})
             if name == _NONFINITE:
-                readings.nonfinite[layer] = int(number)
+                # What stands for a whole sequence may leave out fewer tokens than all of its tokens do.
+                readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif math.isfinite(number):
                 values[name] = number
         return readings
@@ -193,6 +197,10 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
     )
 
 
+def _prefix(source: Source) -> str:
+    return "embedding_" if source == "embedding" else ""
+
+
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """Names of the numbers that one source of a layer gives, in the order in which ranks exchange them."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
@@ -210,7 +218,7 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
     for unit in matrices:
         alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
     found: dict[_Unit, Tensor] = {}
-    for (size, num_features, _), units in alike.items():
+    for (size, num_features, source), units in alike.items():
         *wanted, _ = names[units[0]]
         num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
         nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
@@ -218,13 +226,14 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
             table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
         else:
             eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
+            quantities = {quantity(name) for name in wanted if name in CATALOGUE}
             summary = {
-                **summarized(eigenvalues, [name for name in wanted if name in CATALOGUE], num_features=num_features),
+                **summarized(eigenvalues, quantities, num_features=num_features),
                 **_shares(eigenvalues, wanted),
                 _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
             }
-            table = torch.stack([summary[name] for name in wanted], -1)
-        table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
+            table = torch.stack([summary[quantity(name)] for name in wanted], -1)
+        table = torch.where(num_tokens.unsqueeze(-1) >= _fewest(source), table, torch.nan)
         table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
         found.update(zip(units, table, strict=True))
     return found
@@ -233,23 +242,28 @@ def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) 
 def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
     """As :func:`_decompose`, but with the approximate solver for wide matrices."""
     wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
-    estimated = {unit: _estimated(matrices.pop(unit), names[unit]) for unit in wide}
+    estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
     return {**_decompose(matrices, names), **estimated}
 
 
-def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
+def _fewest(source: Source) -> int:
+    """How many tokens, or vectors, have a covariance. A single one has, where something else is subtracted from it."""
+    return 2 if CENTERS[source] == "global" else 1
+
+
+def _estimated(matrix: Matrix, names: Sequence[str], fewest: int) -> Tensor:
     full = matrix.full()
     # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
     with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
         entropy, error = estimate_entropy(full)
-    usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens > 0)
+    usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens >= fewest)
     values = {
         "matrix_entropy": entropy,
         "normalized_matrix_entropy": entropy / math.log(matrix.num_features),
         "effective_rank": entropy.exp(),
         _ERROR: error,
     }
-    numbers = [torch.where(usable, values[name], torch.nan) for name in names[:-1]]
+    numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-1]]
     return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
 
 
