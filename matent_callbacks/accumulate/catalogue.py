@@ -6,15 +6,20 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-Source = Literal["pooled", "raw", "sequence", "embedding", "raw_embedding"]
+Source = Literal["pooled", "raw", "embedding", "raw_embedding", "sequence", "sequence_by_tokens", "curvature"]
 """What a metric is computed from.
 
 - ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
 - ``raw``: one covariance of all tokens as they are;
-- ``sequence``: one covariance of each sequence;
 - ``embedding``: one covariance of one vector a sequence, each scaled to unit length, centred by the mean of all;
-- ``raw_embedding``: one covariance of one vector a sequence as they are.
+- ``raw_embedding``: one covariance of one vector a sequence as they are;
+- ``sequence``: one covariance of each sequence, whose entropies are averaged;
+- ``sequence_by_tokens``: the same, and a sequence counts as often as it has tokens;
+- ``curvature``: the angles along each sequence.
 """
+
+MEANS: tuple[Source, ...] = ("sequence", "sequence_by_tokens", "curvature")
+"""The sources that are one number a sequence, and their mean. All others are one covariance."""
 
 Embedding = Literal["mean", "last", "first"]
 """Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
@@ -38,6 +43,8 @@ CATALOGUE: dict[str, Source] = {
     "embedding_participation_ratio": "embedding",
     "embedding_rankme": "raw_embedding",
     "embedding_alpha_req": "raw_embedding",
+    "curvature": "curvature",
+    "holevo_information": "pooled",
 }
 
 SPECTRUM_TOP = "spectrum_top_"
@@ -55,8 +62,16 @@ _WITHOUT_EIGENVALUES = (
 
 
 def quantity(name: str) -> str:
-    """The quantity of a spectrum that a metric is, whatever the spectrum is of."""
-    return name.removeprefix("embedding_")
+    """The quantity of a spectrum that a metric is, or begins with, whatever the spectrum is of."""
+    return "matrix_entropy" if name == "holevo_information" else name.removeprefix("embedding_")
+
+
+def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
+    """All that has to be accumulated for ``metrics``."""
+    names = frozenset(metrics)
+    sources = frozenset(CATALOGUE[name] for name in names)
+    # It is the entropy of all tokens less that within the sequences.
+    return sources | {"sequence_by_tokens"} if "holevo_information" in names else sources
 
 
 def check_embedding(embedding: str) -> None:
@@ -70,7 +85,7 @@ def check_solver(solver: str, metrics: Iterable[str]) -> None:
     if solver not in ("exact", "approximate"):
         raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
     for name in metrics:
-        if solver == "approximate" and CATALOGUE[name] != "sequence" and name not in _WITHOUT_EIGENVALUES:
+        if solver == "approximate" and CATALOGUE[name] not in MEANS and name not in _WITHOUT_EIGENVALUES:
             raise ValueError(
                 f"`solver='approximate'` gives {', '.join(_WITHOUT_EIGENVALUES)}, and `metrics` asks for {name!r}."
             )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
+from matent_callbacks.accumulate.curvature import mean_curvature
 from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pieces import whole_sequences
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
+    SequenceEntropies,
     SequenceMean,
     empty_sequence_mean,
+    mean_by_tokens,
     mean_of_sequences,
     merge_sequence_means,
     sequence_entropies,
@@ -71,7 +74,7 @@ class LayerAccumulator:
 
         Returns:
             ``(B,)``: the entropy of each sequence, NaN where fewer than two tokens count. ``None`` where the sources
-            have no ``sequence``, or there is no token.
+            have no entropy of sequences, or there is no token.
 
         Raises:
             TypeError: If ``hidden_states`` is not a floating point tensor.
@@ -106,23 +109,33 @@ class LayerAccumulator:
             source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
         }
         of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
-        self.sequences: SequenceMean | None = of_none if "sequence" in self._sources else None
+        self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
-        if self.sequences is not None:
+        if self.means.keys() & {"sequence", "sequence_by_tokens"}:
             found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self._dtype, pooled=pooled)
-            batch = mean_of_sequences(found, states.shape[-1], center=True)
-            # The layers of a model that is spread over several devices come together on one.
-            home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
-            self.sequences = merge_sequence_means(self.sequences, home)
+            self._add_entropies(found, states.shape[-1])
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
             pooled.update(states, mask, normalize=True, dtype=self._dtype)
         if raw is not None:
             raw.update(states, mask, normalize=False, dtype=self._dtype)
+        if "curvature" in self.means:
+            self._merge("curvature", mean_curvature(states, mask, dtype=self._dtype))
         return entropy
+
+    def _add_entropies(self, found: SequenceEntropies, num_features: int) -> None:
+        if "sequence" in self.means:
+            self._merge("sequence", mean_of_sequences(found, num_features, center=True))
+        if "sequence_by_tokens" in self.means:
+            self._merge("sequence_by_tokens", mean_by_tokens(found))
+
+    def _merge(self, source: Source, batch: SequenceMean) -> None:
+        # The layers of a model that is spread over several devices come together on one.
+        home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
+        self.means[source] = merge_sequence_means(self.means[source], home)
 
     def _embed(self, states: Tensor, mask: Tensor, given: Tensor, vectors: Tensor | None, *, is_one_row: bool) -> None:
         """Add one vector for each sequence of ``(B, T, d)``, if ``mask`` has all of its tokens in that were given."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import (
-    CATALOGUE,
     Embedding,
     Solver,
     check_embedding,
     check_metrics,
     check_solver,
+    sources_of,
 )
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.capture.forward import Seen
@@ -55,7 +55,8 @@ class EntropyMonitor:
             ``sequence_effective_rank``. Of one vector a sequence, see ``embedding``, scaled to unit length and centred
             by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
             ``embedding_participation_ratio``; of these vectors as they are: ``embedding_rankme``,
-            ``embedding_alpha_req``.
+            ``embedding_alpha_req``. And ``holevo_information`` (nats): how much of the matrix entropy tells sequences
+            apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
@@ -224,7 +225,7 @@ class EntropyMonitor:
         """Forget what was read since the last ``compute``."""
         self._capture.seen = Seen()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        sources = frozenset(CATALOGUE[name] for name in self.metrics)
+        sources = sources_of(self.metrics)
         self._accumulators = {
             layer: LayerAccumulator(
                 sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device, embedding=self._embedding

@@ -24,6 +24,9 @@ from matent_callbacks.accumulate.reduction import (
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.monitor.decomposition import ERROR, NONFINITE, Unit, decompose, estimate
 
+# The mean of the entropies of sequences that is subtracted for the Holevo information, and not logged.
+_WITHIN = "entropy_within_sequences"
+
 
 class Readings(NamedTuple):
     """The numbers of all layers."""
@@ -70,7 +73,7 @@ class PendingReadings:
             unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
             for unit, width in gathered.widths.items()
         }
-        self._sequence_names = _names("sequence", metrics)
+        self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
         self._found: Future[dict[Unit, Tensor]] | None = None
         if executor is not None:
@@ -82,10 +85,10 @@ class PendingReadings:
         """The numbers, which are bitwise the same on every rank."""
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
-        own_sequences = not self._distributed or dist.get_rank() == 0
-        for mean in self._gathered.sequences.values():
-            of_sequences = _sequence_numbers(mean, self._sequence_names) if own_sequences else None
-            pieces.append(self._piece(of_sequences, len(self._sequence_names)))
+        own_means = not self._distributed or dist.get_rank() == 0
+        for unit, names in self._mean_names.items():
+            numbers_of_mean = _mean_numbers(self._gathered.means[unit], names) if own_means else None
+            pieces.append(self._piece(numbers_of_mean, len(names)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
@@ -116,8 +119,8 @@ class PendingReadings:
         return numbers.to(self._device, dtype)
 
     def _read_back(self, numbers: list[float]) -> Readings:
-        columns = [(layer, name) for (_, layer), names in self._names.items() for name in names]
-        columns += [(layer, name) for layer in self._gathered.sequences for name in self._sequence_names]
+        both = (*self._names.items(), *self._mean_names.items())
+        columns = [(layer, name) for (_, layer), names in both for name in names]
         readings = Readings({}, {}, self._gathered.failed)
         for (layer, name), number in zip(columns, numbers, strict=True):
             values = readings.values.setdefault(layer, {})
@@ -126,6 +129,10 @@ class PendingReadings:
                 readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif math.isfinite(number):
                 values[name] = number
+        for values in readings.values.values():
+            within, pooled = values.pop(_WITHIN, None), values.pop("holevo_information", None)
+            if within is not None and pooled is not None:
+                values["holevo_information"] = max(pooled - within, 0.0)  # it is not negative, but rounding is
         return readings
 
 
@@ -134,7 +141,7 @@ class _Gathered(NamedTuple):
     """Number of features of every unit that is not left out."""
     matrices: dict[Unit, Matrix]
     """Those that this rank decomposes."""
-    sequences: dict[str, SequenceMean]
+    means: dict[Unit, SequenceMean]
     failed: set[str]
 
 
@@ -148,7 +155,7 @@ def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str
     return _Gathered(
         {unit: matrix.num_features for unit, matrix in matrices.items()},
         matrices,
-        {layer: a.sequences for layer, a in used.items() if a.sequences is not None},
+        {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()},
         set(failed),
     )
 
@@ -167,12 +174,12 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
         for unit, common in zip(units, reduce_moments(moments, widths, share_out=True), strict=True)
         if common is not None
     }
-    sequences = {layer: a.sequences for layer, a in used.items() if a.sequences is not None}
-    common = all_reduce_sequence_means(list(sequences.values()))
+    means = {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()}
+    common = all_reduce_sequence_means(list(means.values()))
     return _Gathered(
         {unit: width.num_features for unit, width in zip(units, widths, strict=True) if width is not None},
         matrices,
-        dict(zip(sequences, common, strict=True)),
+        dict(zip(means, common, strict=True)),
         everywhere,
     )
 
@@ -184,16 +191,14 @@ def _prefix(source: Source) -> str:
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """Names of the numbers that one source of a layer gives, in the order in which ranks exchange them."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
+    if source == "sequence_by_tokens":
+        names.append(_WITHIN)
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
     return [*names, *extra, NONFINITE]
 
 
-def _sequence_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
-    entropy = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
-    of = {
-        "sequence_matrix_entropy": entropy,
-        "sequence_effective_rank": entropy.exp(),
-        NONFINITE: mean.num_nonfinite.to(entropy.dtype),
-    }
-    return torch.stack([of[name] for name in names])
+def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
+    value = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
+    of = {"sequence_effective_rank": value.exp(), NONFINITE: mean.num_nonfinite.to(value.dtype)}
+    return torch.stack([of.get(name, value) for name in names])

@@ -20,6 +20,8 @@ NAMES = {
     "embedding_participation_ratio": "participation ratio of sequence embeddings",
     "embedding_rankme": "RankMe of sequence embeddings",
     "embedding_alpha_req": "slope of the spectrum of sequence embeddings (alpha-ReQ)",
+    "holevo_information": "Holevo information: entropy that tells sequences apart",
+    "curvature": "curvature of sequences",
     "diff_erank": "Diff-eRank",
 }
 AXES = {
@@ -36,6 +38,8 @@ AXES = {
     "embedding_participation_ratio": "participation ratio (dimensions)",
     "embedding_rankme": "RankMe (dimensions)",
     "embedding_alpha_req": "alpha",
+    "holevo_information": "nats",
+    "curvature": "mean angle (radians)",
     "diff_erank": "Diff-eRank (dimensions)",
 }
 PAIRS = {

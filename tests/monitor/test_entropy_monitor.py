@@ -13,7 +13,7 @@ from torch import nn
 
 from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRank, SequenceMatrixEntropy
 from matent_callbacks.accumulate.catalogue import CATALOGUE
-from matent_callbacks.functional import spectral_summary, spectrum
+from matent_callbacks.functional import curvature, matrix_entropy, spectral_summary, spectrum
 from tests.conftest import collate, text_examples
 
 
@@ -47,7 +47,7 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
     expected = {
         name: of[source][name.removeprefix("embedding_")]
         for name, source in CATALOGUE.items()
-        if source in of and name != "spectrum"
+        if source in of and name not in ("spectrum", "holevo_information")
     }
     expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [
@@ -57,6 +57,10 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
         metric = cls(dtype=torch.float64)
         metric.update(hidden, mask)
         expected[name] = metric.compute()
+    counts = mask.sum(1).double()
+    within = (counts * matrix_entropy(hidden.double(), mask)).sum() / counts.sum()
+    expected["holevo_information"] = pooled["matrix_entropy"] - within
+    expected["curvature"] = curvature(hidden.double(), mask).mean()
     for name, value in expected.items():
         assert readings[f"{name}/last"] == pytest.approx(value.item(), rel=1e-8), name
     assert {f"{name}/last" for name in expected} == set(readings)
