@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
-Source = Literal["pooled", "raw", "sequence"]
+Source = Literal["pooled", "raw", "embedding", "raw_embedding", "sequence", "sequence_by_tokens", "curvature"]
 """What a metric is computed from.
 
 - ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
 - ``raw``: one covariance of all tokens as they are;
-- ``sequence``: one covariance of each sequence.
+- ``embedding``: one covariance of one vector a sequence, each scaled to unit length, centred by the mean of all;
+- ``raw_embedding``: one covariance of one vector a sequence as they are;
+- ``sequence``: one covariance of each sequence, whose entropies are averaged;
+- ``sequence_by_tokens``: the same, and a sequence counts as often as it has tokens;
+- ``curvature``: the angles along each sequence.
 """
+
+MEANS: tuple[Source, ...] = ("sequence", "sequence_by_tokens", "curvature")
+"""The sources that are one number a sequence, and their mean. All others are one covariance."""
+
+Embedding = Literal["mean", "last", "first"]
+"""Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
 
 CATALOGUE: dict[str, Source] = {
     "matrix_entropy": "pooled",
@@ -28,15 +38,46 @@ CATALOGUE: dict[str, Source] = {
     "rankme": "raw",
     "sequence_matrix_entropy": "sequence",
     "sequence_effective_rank": "sequence",
+    "embedding_matrix_entropy": "embedding",
+    "embedding_effective_rank": "embedding",
+    "embedding_participation_ratio": "embedding",
+    "embedding_rankme": "raw_embedding",
+    "embedding_alpha_req": "raw_embedding",
+    "curvature": "curvature",
+    "holevo_information": "pooled",
 }
-
 
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
 
 Solver = Literal["exact", "approximate"]
 # What the approximate solver can compute: it estimates the entropy of a covariance, and has no eigenvalues.
-_WITHOUT_EIGENVALUES = ("matrix_entropy", "normalized_matrix_entropy", "effective_rank")
+_WITHOUT_EIGENVALUES = (
+    "matrix_entropy",
+    "normalized_matrix_entropy",
+    "effective_rank",
+    "embedding_matrix_entropy",
+    "embedding_effective_rank",
+)
+
+
+def quantity(name: str) -> str:
+    """The quantity of a spectrum that a metric is, or begins with, whatever the spectrum is of."""
+    return "matrix_entropy" if name == "holevo_information" else name.removeprefix("embedding_")
+
+
+def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
+    """All that has to be accumulated for ``metrics``."""
+    names = frozenset(metrics)
+    sources = frozenset(CATALOGUE[name] for name in names)
+    # It is the entropy of all tokens less that within the sequences.
+    return sources | {"sequence_by_tokens"} if "holevo_information" in names else sources
+
+
+def check_embedding(embedding: str) -> None:
+    """Raise if ``embedding`` is not known."""
+    if embedding not in get_args(Embedding):
+        raise ValueError(f"`embedding` must be 'mean', 'last' or 'first', got {embedding!r}.")
 
 
 def check_solver(solver: str, metrics: Iterable[str]) -> None:
@@ -44,7 +85,7 @@ def check_solver(solver: str, metrics: Iterable[str]) -> None:
     if solver not in ("exact", "approximate"):
         raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
     for name in metrics:
-        if solver == "approximate" and CATALOGUE[name] != "sequence" and name not in _WITHOUT_EIGENVALUES:
+        if solver == "approximate" and CATALOGUE[name] not in MEANS and name not in _WITHOUT_EIGENVALUES:
             raise ValueError(
                 f"`solver='approximate'` gives {', '.join(_WITHOUT_EIGENVALUES)}, and `metrics` asks for {name!r}."
             )

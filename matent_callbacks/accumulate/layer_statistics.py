@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Source
+from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
+from matent_callbacks.accumulate.curvature import mean_curvature
+from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
+from matent_callbacks.accumulate.pieces import whole_sequences
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceEntropies,
     SequenceMean,
     empty_sequence_mean,
+    mean_by_tokens,
     mean_of_sequences,
     merge_sequence_means,
     sequence_entropies,
@@ -22,8 +26,13 @@ from matent_callbacks.accumulate.split_sequences import Groups, SequenceParts
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
-CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None}
-"""The sources that are one set of tokens, and what is subtracted from these tokens."""
+CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
+"""The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
+
+_OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
+_OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
+NEED_WHOLE_SEQUENCES: frozenset[Source] = _OF_VECTORS | {"curvature"}
+"""The sources that cannot be had from parts of sequences."""
 
 
 class LayerAccumulator:
@@ -37,41 +46,64 @@ class LayerAccumulator:
         max_tokens: Upper bound on the number of tokens; the first ones count.
         dtype: Of the statistics.
         device: Where the statistics of all layers come together.
+        embedding: Which vector stands for a sequence of tokens.
     """
 
     def __init__(
-        self, sources: frozenset[Source], *, max_tokens: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        sources: frozenset[Source],
+        *,
+        max_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        embedding: Embedding = "mean",
     ) -> None:
         self.device = device
+        self._embedding = embedding
         self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
         self.dtype = dtype
         self._forget()
 
-    def update(self, hidden_states: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """Add the tokens of one forward pass.
+    def update(
+        self, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None = None
+    ) -> Tensor | None:
+        """Add the tokens of one forward pass: ``(B, T, d)``, or ``(N, d)``.
+
+        The latter are one sequence of N tokens to all sources but those of one vector a sequence, to which they are N
+        vectors; of ``(B, T, d)`` the B vectors are ``vectors`` ``(B, d')`` if given. Of a sequence that ``max_tokens``
+        cuts there is no such vector.
 
         An error in the middle, such as running out of memory, frees all that was accumulated: half of a batch is no
         statistic. Hidden states that are refused, see below, leave it as it was.
 
         Returns:
             ``(B,)``: the entropy of each sequence, NaN where fewer than two tokens count. ``None`` where the sources
-            have no ``sequence``, or there is no token.
+            have no entropy of sequences, or there is no token.
 
         Raises:
             TypeError: If ``hidden_states`` is not a floating point tensor.
-            ValueError: If a shape is wrong, or d is not that of the forward passes before.
+            ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
-        states, mask = check_hidden_states(hidden_states, attention_mask)
+        states, given = check_hidden_states(hidden_states, attention_mask)
+        mask = given
+        is_one_row = hidden_states is not None and hidden_states.ndim == 2
+        if is_one_row:
+            vectors = hidden_states
+        elif vectors is not None and len(vectors) != len(states):
+            raise ValueError(f"`vectors` must be one for each of {len(states)} sequences, got {tuple(vectors.shape)}.")
         if self._max_tokens is not None:
-            states, mask = self._within_budget(states, mask, self._max_tokens)
+            states, mask = self._within_budget(states, given, self._max_tokens)
         if mask.numel() == 0:
             return None
-        for tokens in self.tokens.values():
-            tokens.check_width(states.shape[-1])
+        for source, tokens in self.tokens.items():
+            of = states if vectors is None or source not in _OF_VECTORS else vectors
+            tokens.check_width(of.shape[-1])
         try:
             with full_precision(states.device):
+                if self.tokens.keys() & _OF_VECTORS:
+                    self._embed(states, mask, given[: len(mask)], vectors, is_one_row=is_one_row)
                 return self._accumulate(states, mask)
         except BaseException:
             self._forget()
@@ -96,8 +128,12 @@ class LayerAccumulator:
             device: Of the hidden states.
 
         Raises:
-            ValueError: If d is not that of the forward passes before.
+            ValueError: If d is not that of the forward passes before, or a source needs whole sequences.
         """
+        if self._sources & NEED_WHOLE_SEQUENCES:
+            raise ValueError(
+                "embeddings and curvature are of whole sequences, and the hidden states are spread over ranks."
+            )
         for tokens in self.tokens.values():
             tokens.check_width(width)
         return SequenceParts(
@@ -107,7 +143,7 @@ class LayerAccumulator:
             groups,
             dtype=self.dtype,
             device=device,
-            sequences=self.sequences is not None,
+            sequences=bool(self.means.keys() & _OF_ENTROPIES),
         )
 
     def update_by_parts(self, parts: SequenceParts) -> None:
@@ -123,7 +159,8 @@ class LayerAccumulator:
                     self.tokens.get("raw"),
                     limited=lambda mask: mask if budget is None else self._first_tokens(mask, budget),
                 )
-                self._merge(found, parts.width)
+                if found is not None:
+                    self._add_entropies(found, parts.width)
         except BaseException:
             self._forget()
             raise
@@ -134,28 +171,54 @@ class LayerAccumulator:
             source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
         }
         of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
-        self.sequences: SequenceMean | None = of_none if "sequence" in self._sources else None
+        self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
-        if self.sequences is not None:
+        if self.means.keys() & _OF_ENTROPIES:
             found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self.dtype, pooled=pooled)
-            self._merge(found, states.shape[-1])
+            self._add_entropies(found, states.shape[-1])
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
             pooled.update(states, mask, normalize=True, dtype=self.dtype)
         if raw is not None:
             raw.update(states, mask, normalize=False, dtype=self.dtype)
+        if "curvature" in self.means:
+            self._merge("curvature", mean_curvature(states, mask, dtype=self.dtype))
         return entropy
 
-    def _merge(self, found: SequenceEntropies | None, num_features: int) -> None:
-        if found is None or self.sequences is None:
-            return
-        batch = mean_of_sequences(found, num_features, center=True)
+    def _add_entropies(self, found: SequenceEntropies, num_features: int) -> None:
+        if "sequence" in self.means:
+            self._merge("sequence", mean_of_sequences(found, num_features, center=True))
+        if "sequence_by_tokens" in self.means:
+            self._merge("sequence_by_tokens", mean_by_tokens(found))
+
+    def _merge(self, source: Source, batch: SequenceMean) -> None:
         # The layers of a model that is spread over several devices come together on one.
         home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
-        self.sequences = merge_sequence_means(self.sequences, home)
+        self.means[source] = merge_sequence_means(self.means[source], home)
+
+    def _embed(self, states: Tensor, mask: Tensor, given: Tensor, vectors: Tensor | None, *, is_one_row: bool) -> None:
+        """Add one vector for each sequence of ``(B, T, d)``, if ``mask`` has all of its tokens in that were given."""
+        whole = mask & ~(given & ~mask).any(1, keepdim=True)
+        if vectors is None:
+            found = embeddings_at_a_time(states, whole, self._embedding, dtype=self.dtype)
+        else:
+            counts = mask[0] if is_one_row else whole.any(1)
+            found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self.dtype)
+        for some in found:
+            for source in self.tokens.keys() & _OF_VECTORS:
+                self._add_embeddings(source, some)
+            del some
+
+    def _add_embeddings(self, source: Source, some: Embeddings) -> None:
+        tokens, vectors = self.tokens[source], some.values.unsqueeze(1)
+        tokens.reserve(vectors)
+        normalize = source == "embedding"
+        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=self.dtype)
+        found = piece.tokens
+        tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.

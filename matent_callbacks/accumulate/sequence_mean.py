@@ -24,17 +24,20 @@ class SequenceEntropies(NamedTuple):
     """``(B,)`` int64: tokens that are neither masked nor left out."""
     num_nonfinite: Tensor
     """``()`` int64: tokens left out because of NaN or Inf."""
+    trace: Tensor
+    """``(B,)``: the sum of the squared lengths of the tokens; for unit lengths, how many do not equal their mean."""
 
 
 class SequenceMean(NamedTuple):
-    """Mean entropy of the sequences seen so far."""
+    """Mean over the sequences seen so far, of their entropy or another number of each."""
 
     num_sequences: Tensor
-    """``()`` int64: sequences with a covariance (two valid tokens; one, without centring)."""
+    """``()`` int64: sequences that have one (a covariance takes two valid tokens; one, without centring). In a mean
+    that is weighted by tokens, the tokens."""
     num_nonfinite: Tensor
     """``()`` int64: tokens left out because of NaN or Inf."""
     mean: Tensor
-    """``()``, nats."""
+    """``()``, nats for an entropy."""
 
 
 def empty_sequence_mean(*, dtype: torch.dtype, device: torch.device | str = "cpu") -> SequenceMean:
@@ -72,18 +75,24 @@ def sequence_entropies(
         piece = whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype)
         if pooled is not None:
             pooled.add(piece)
-        entropy = entropy_of_matrix(second_moment(piece.tokens), alpha=alpha)
-        found.append(SequenceEntropies(entropy, piece.tokens.valid.sum(-1), piece.tokens.nonfinite))
+        matrix = second_moment(piece.tokens)
+        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        entropy = entropy_of_matrix(matrix, alpha=alpha)
+        found.append(SequenceEntropies(entropy, piece.tokens.valid.sum(-1), piece.tokens.nonfinite, trace))
+        del matrix
         del piece
     if len(found) == 1:
         return found[0]
-    entropies, counts, nonfinite = zip(*found, strict=True)
-    return SequenceEntropies(torch.cat(entropies), torch.cat(counts), torch.stack(nonfinite).sum())
+    entropies, counts, nonfinite, traces = zip(*found, strict=True)
+    return SequenceEntropies(torch.cat(entropies), torch.cat(counts), torch.stack(nonfinite).sum(), torch.cat(traces))
 
 
 def _of_long_sequence(sequence: LongSequence, alpha: float, pooled: PooledTokens | None) -> SequenceEntropies:
     if sequence.has_fewer_tokens_than_features:
-        entropy = entropy_of_lower(sequence.gram(), alpha=alpha)
+        lower = sequence.gram()
+        trace = lower.trace()
+        entropy = entropy_of_lower(lower, alpha=alpha)
+        del lower
         if pooled is not None:
             for piece in sequence.pieces():
                 pooled.add(piece)
@@ -94,20 +103,34 @@ def _of_long_sequence(sequence: LongSequence, alpha: float, pooled: PooledTokens
         if pooled is not None:
             pooled.add_moments(moments)
         del moments  # before the solver makes a copy of the matrix
+        trace = lower.trace()
         entropy = entropy_of_lower(lower, alpha=alpha)
-    return SequenceEntropies(entropy.unsqueeze(0), sequence.valid.sum().unsqueeze(0), sequence.nonfinite)
+    count = sequence.valid.sum().unsqueeze(0)
+    return SequenceEntropies(entropy.unsqueeze(0), count, sequence.nonfinite, trace.unsqueeze(0))
 
 
 def mean_of_sequences(
     found: SequenceEntropies, num_features: int, *, center: bool, normalize_by: str | None = None
 ) -> SequenceMean:
     """Mean over the sequences that have a covariance; ``normalize_by`` is as for :func:`divide_by_log`."""
-    entropy, num_tokens, num_nonfinite = found
+    entropy, num_tokens, num_nonfinite, _ = found
     if normalize_by is not None:
         entropy = divide_by_log(entropy, num_tokens - int(center), num_features, normalize_by=normalize_by)
     defined = num_tokens >= 1 + int(center)
     total = torch.where(defined, entropy, 0.0).sum()
     return SequenceMean(defined.sum(), num_nonfinite, total / defined.sum().clamp(min=1))
+
+
+def mean_by_tokens(found: SequenceEntropies) -> SequenceMean:
+    """Mean over the tokens of the entropies of their sequences, which were centred and scaled to unit length.
+
+    A token that equals the mean of its sequence has no part in any covariance, and does not count: so the covariance
+    of all tokens is the mean of those of the sequences, with the same weights.
+    """
+    weight = found.trace.round()
+    total = torch.where(weight > 0, found.entropy * weight, 0.0).sum()
+    count = weight.sum()
+    return SequenceMean(count.to(torch.int64), found.num_nonfinite, total / count.clamp(min=1))
 
 
 def stage_mean(hidden_states: Tensor, mask: Tensor, *, dtype: torch.dtype) -> SequenceMean:

@@ -123,7 +123,7 @@ class SequenceParts:
 
     def _entropies(self, attempt: _Attempt) -> SequenceEntropies:
         scatter = self._scatter
-        owned, entropies, lower = [], [scatter.new_zeros(0)], None
+        owned, found, lower = [], [scatter.new_zeros(2, 0)], None
         sizes = [dist.get_world_size(group) for group in self._groups]
         for number in range(self.count):
             scatter.zero_()
@@ -134,11 +134,12 @@ class SequenceParts:
                 lower = attempt(lower_triangle, scatter)
             # Only when each rank has one: while one decomposes, none waits for it to take part in the next sum.
             if lower is not None and (turn == math.prod(sizes) - 1 or number == self.count - 1):
-                entropy = attempt(functools.partial(entropy_of_lower, lower, alpha=1.0))
-                entropies += [] if entropy is None else [entropy.unsqueeze(0)]
+                both = attempt(_entropy_and_trace, lower)
+                found += [] if both is None else [both.unsqueeze(1)]
                 lower = None
         counts = self._totals[owned, -1].to(torch.int64)
-        return SequenceEntropies(torch.cat(entropies), counts, self._nonfinite)
+        entropies, traces = torch.cat(found, dim=1)
+        return SequenceEntropies(entropies, counts, self._nonfinite, traces)
 
     def _add_up(self, scatter: Tensor, number: int) -> None:
         for part in slices(self._states.shape[1], rows_of_a_piece(self._states.shape[2], self._dtype)):
@@ -158,6 +159,11 @@ class SequenceParts:
         for some in slices(count, max(1, rows // max(1, length))):
             for part in slices(length, rows):
                 yield some, part
+
+
+def _entropy_and_trace(lower: Tensor) -> Tensor:
+    trace = lower.trace()  # before the solver makes use of its memory
+    return torch.stack([entropy_of_lower(lower, alpha=1.0), trace])
 
 
 def agreed_parts(prepare: Callable[[], SequenceParts], groups: Groups, device: torch.device) -> SequenceParts:

@@ -74,18 +74,21 @@ class Forward:
             hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is not None:
             counted = self._of_samples(fitting)
-            return hidden_states, counted if hidden_states.ndim == 3 else counted.flatten()
+            if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
+                hidden_states = hidden_states.reshape(*counted.shape, -1)
+            return hidden_states, counted
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
-        if self.samples is None or hidden_states.ndim != 3:
+        if self.samples is None or hidden_states.ndim not in (2, 3):
             return hidden_states, None
         return hidden_states, self._of_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
 
     def _of_samples(self, mask: Tensor) -> Tensor:
         if self.samples is None or len(self.samples) != len(mask):
             return mask
-        return mask & self.samples.to(mask.device).unsqueeze(1)
+        samples = self.samples.to(mask.device)
+        return mask & (samples.unsqueeze(1) if mask.ndim == 2 else samples)
 
 
 def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:

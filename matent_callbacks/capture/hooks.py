@@ -19,12 +19,12 @@ from matent_callbacks.capture.inference import preserved, sides
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import find_packing
-from matent_callbacks.capture.values import first_tensor, named_arguments
+from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
 # Of attention, and of Mamba and its like.
 _CACHES = ("past_key_values", "cache_params")
 
-Reader = Callable[[str, Tensor | None, Tensor | None], None]
+Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
 
 # The threads of nn.DataParallel read into the same statistics.
@@ -32,10 +32,11 @@ _reading = threading.RLock()
 
 
 class Capture:
-    """Calls ``reader(key, hidden_states, attention_mask)`` for each read point of each forward that counts.
+    """Calls ``reader(key, hidden_states, attention_mask, vectors)`` for each read point of each forward that counts.
 
     Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
-    where a module gave something without a tensor in it. A forward counts unless a key-value cache is handed to it
+    where a module gave something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a
+    module gives it beside its tokens. A forward counts unless a key-value cache is handed to it
     (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
     unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
     counts, nor does what another reader runs on the side. Compiled modules are read beside their graph. Without
@@ -253,7 +254,7 @@ class Capture:
                 arguments = functools.partial(named_arguments, module, args, kwargs)
                 hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
             with _reading:
-                self._reader(point.key, hidden_states, mask)
+                self._reader(point.key, hidden_states, mask, sentence_embedding(value))
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward

@@ -29,6 +29,12 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def sentence_embedding(value: Any) -> Tensor | None:
+    """What the pooling layer of sentence-transformers, and each after it, gives beside the tokens."""
+    found = value.get("sentence_embedding") if isinstance(value, Mapping) else None
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """By name; those of a batch that is handed on as it is, too."""
     named = kwargs

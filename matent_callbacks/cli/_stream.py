@@ -246,7 +246,7 @@ class _Reader:
             raise ModelError(f"--layers asks for {silent[0]}, which the model does not run through on text.")
         return _Found({layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers}, self._moments)
 
-    def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None) -> None:
         if states is not None and states.ndim == 2:  # experts and their like see one long row of tokens
             states = states.reshape(*self._shape, -1) if states.shape[0] == self._shape.numel() else states
         if states is None or states.shape[:-1] != self._shape or attention_mask is None:
@@ -261,7 +261,7 @@ class _Reader:
         own = LayerAccumulator(
             self._sources | {"sequence"}, max_tokens=None, dtype=statistics_dtype(states), device=self._device
         )
-        entropies = own.update(states, mask)
+        entropies = own.update(states, mask, vectors)
         assert entropies is not None  # no batch is empty
         self._entropies[layer] = torch.where(finite, entropies, torch.nan)
         if own.tokens:

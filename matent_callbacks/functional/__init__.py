@@ -11,8 +11,10 @@ from matent_callbacks.functional.pairs import (
     mutual_knn,
 )
 from matent_callbacks.functional.spectrum import spectrum
+from matent_callbacks.functional.trajectory import curvature
 
 __all__ = [
+    "curvature",
     "debiased_cka",
     "effective_rank",
     "image_reduction_ratio",

@@ -12,7 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.catalogue import (
+    Embedding,
+    Solver,
+    check_embedding,
+    check_metrics,
+    check_solver,
+    sources_of,
+)
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.forward import Seen
@@ -48,15 +55,22 @@ class EntropyMonitor:
             ``top_share``, ``alpha_req``, and ``spectrum``, which is logged as ``spectrum_top_1``, ``_2``, ``_4``, ...:
             the share of the spread in so many of the strongest directions. Of the tokens as they are: ``rankme``. Of
             each sequence, then averaged, as in the paper: ``sequence_matrix_entropy`` (nats),
-            ``sequence_effective_rank``.
+            ``sequence_effective_rank``. Of one vector a sequence, see ``embedding``, scaled to unit length and centred
+            by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
+            ``embedding_participation_ratio``; of these vectors as they are: ``embedding_rankme``,
+            ``embedding_alpha_req``. And ``holevo_information`` (nats): how much of the matrix entropy tells sequences
+            apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
+        embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
+            that count. A layer that gives ``(B, d)``, such as a pooler or a projection, or ``sentence_embedding`` of
+            sentence-transformers, gives these vectors itself.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
             is ``matrix_entropy_error/<layer>``. It gives ``matrix_entropy``, ``normalized_matrix_entropy`` and
-            ``effective_rank``, and what is of sequences, which stays exact.
+            ``effective_rank``, the same two of embeddings, and what is of sequences, which stays exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
         process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
             those that hold the same part of it. Ranks of one group have to read the same layers.
@@ -90,6 +104,7 @@ class EntropyMonitor:
         metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
         module: str | None = None,
         max_tokens: int | None = None,
+        embedding: Embedding = "mean",
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
@@ -105,6 +120,8 @@ class EntropyMonitor:
         self.model = model
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
+        check_embedding(embedding)
+        self._embedding = embedding
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
@@ -239,15 +256,19 @@ class EntropyMonitor:
         """Forget what was read since the last ``compute``."""
         self._capture.seen = Seen()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        sources = frozenset(CATALOGUE[name] for name in self.metrics)
+        sources = sources_of(self.metrics)
         self._accumulators = {
-            layer: LayerAccumulator(sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device)
+            layer: LayerAccumulator(
+                sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device, embedding=self._embedding
+            )
             for layer in self.layers
         }
 
-    def _record(self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _record(
+        self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None
+    ) -> None:
         accumulator, failed = self._accumulators[layer], layer in self._failed
-        self._joint.record(layer, accumulator, hidden_states, attention_mask, failed=failed)
+        self._joint.record(layer, accumulator, hidden_states, attention_mask, vectors, failed=failed)
 
     @contextmanager
     def _guarded(self, layer: str) -> Iterator[None]:

@@ -46,7 +46,8 @@ def _listed(items: Any) -> str:
 
 def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
     """Why some layers have no reading, and which names would have one."""
-    told = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
+    unread = f"so there is no reading of: {', '.join(empty)}."
+    told = f"No valid token was seen, {unread}"
     silent = [key for key in empty if key not in seen.called]
     if not seen.ran and not seen.called:
         return (
@@ -58,7 +59,7 @@ def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Mod
                 f"{told} Their forwards are not counted: they were handed a key-value cache, or were not in training "
                 "mode with gradients."
             )
-        return told
+        return f"Too few valid tokens or sequences were seen, {unread}"
     names = ", ".join(dict.fromkeys(_names_that_would_work(silent, seen, layers, model))) or "none that is known"
     return (
         f"{told} No forward of {', '.join(silent)} ran, although {type(model).__name__} was run: a module is not "

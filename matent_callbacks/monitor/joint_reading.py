@@ -48,17 +48,21 @@ class JointReading:
         accumulator: LayerAccumulator,
         hidden_states: Tensor | None,
         mask: Tensor | None,
+        vectors: Tensor | None,
         *,
         failed: bool,
     ) -> None:
-        """Add the tokens of one forward pass; ``failed`` tells that this rank could not do so before."""
+        """Add the tokens of one forward pass; ``failed`` tells that this rank could not do so before.
+
+        ``vectors`` stand for whole sequences, of which no rank has a part only.
+        """
         if is_sharded(hidden_states):
             share = share_of(hidden_states, mask, self._members)
         elif self._context:
             share = Share(lambda: check_hidden_states(hidden_states, mask), [], [], counts=True)
         else:
             if not failed:
-                accumulator.update(hidden_states, mask)
+                accumulator.update(hidden_states, mask, vectors)
             return
         meeting, splitting = [*share.meeting, *self._context], [*share.splitting, *self._context]
         if not meeting:

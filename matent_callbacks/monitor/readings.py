@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,26 +24,11 @@ from matent_callbacks.accumulate.reduction import (
     reduce_moments,
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.functional._estimate import estimate_entropy
-from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional.entropy import summarized
-from matent_callbacks.functional.spectrum import over_trace, solved
+from matent_callbacks.monitor.decomposition import ERROR, NONFINITE, Unit, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
-from matent_callbacks.monitor.solvers import side_by_side
 
-# So many numbers may be in the matrices that are decomposed in one call. Large matrices gain nothing from a common
-# call, which takes three times their memory.
-_BATCH_NUMBERS = 2**17
-# From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
-_WORTH_A_THREAD = 256
-_NONFINITE = "nonfinite_tokens"
-_ERROR = "matrix_entropy_error"
-# From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
-# (benchmarks/solver.py).
-_WIDE = 1024
-
-_Unit = tuple[Source, str]
-"""What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
+# The mean of the entropies of sequences that is subtracted for the Holevo information, and not logged.
+_WITHIN = "entropy_within_sequences"
 
 
 class Readings(NamedTuple):
@@ -97,11 +80,14 @@ class PendingReadings:
             gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
         else:
             gathered = _gather(accumulators, failed)
-        self._decompose, extra = (_decompose, ()) if solver == "exact" else (_estimate, (_ERROR,))
-        self._names = {unit: _names(unit[0], metrics, width, extra) for unit, width in gathered.widths.items()}
-        self._sequence_names = _names("sequence", metrics)
+        self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
+        self._names = {
+            unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
+            for unit, width in gathered.widths.items()
+        }
+        self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
-        self._found: Future[dict[_Unit, Tensor]] | None = None
+        self._found: Future[dict[Unit, Tensor]] | None = None
         if executor is not None:
             matrices = {unit: matrix.to(torch.device("cpu")) for unit, matrix in gathered.matrices.items()}
             self._gathered = gathered._replace(matrices={})
@@ -113,10 +99,10 @@ class PendingReadings:
             return Readings({}, {}, self._gathered.failed, self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
-        own_sequences = not self._distributed or dist.get_rank(self._group) == 0
-        for mean in self._gathered.sequences.values():
-            of_sequences = _sequence_numbers(mean, self._sequence_names) if own_sequences else None
-            pieces.append(self._piece(of_sequences, len(self._sequence_names)))
+        own_means = not self._distributed or dist.get_rank(self._group) == 0
+        for unit, names in self._mean_names.items():
+            numbers_of_mean = _mean_numbers(self._gathered.means[unit], names) if own_means else None
+            pieces.append(self._piece(numbers_of_mean, len(names)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
@@ -126,7 +112,7 @@ class PendingReadings:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
         return self._read_back(numbers)
 
-    def _decomposed(self) -> tuple[dict[_Unit, Tensor], Exception | None]:
+    def _decomposed(self) -> tuple[dict[Unit, Tensor], Exception | None]:
         """The numbers of this rank. In a distributed run an error is returned: the other ranks wait for this one."""
         try:
             found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
@@ -147,24 +133,29 @@ class PendingReadings:
         return numbers.to(self._device, dtype)
 
     def _read_back(self, numbers: list[float]) -> Readings:
-        columns = [(layer, name) for (_, layer), names in self._names.items() for name in names]
-        columns += [(layer, name) for layer in self._gathered.sequences for name in self._sequence_names]
+        both = (*self._names.items(), *self._mean_names.items())
+        columns = [(layer, name) for (_, layer), names in both for name in names]
         readings = Readings({}, {}, self._gathered.failed)
         for (layer, name), number in zip(columns, numbers, strict=True):
             values = readings.values.setdefault(layer, {})
-            if name == _NONFINITE:
-                readings.nonfinite[layer] = int(number)
+            if name == NONFINITE:
+                # What stands for a whole sequence may leave out fewer tokens than all of its tokens do.
+                readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif math.isfinite(number):
                 values[name] = number
+        for values in readings.values.values():
+            within, pooled = values.pop(_WITHIN, None), values.pop("holevo_information", None)
+            if within is not None and pooled is not None:
+                values["holevo_information"] = max(pooled - within, 0.0)  # it is not negative, but rounding is
         return readings
 
 
 class _Gathered(NamedTuple):
-    widths: dict[_Unit, int]
+    widths: dict[Unit, int]
     """Number of features of every unit that is not left out."""
-    matrices: dict[_Unit, Matrix]
+    matrices: dict[Unit, Matrix]
     """Those that this rank decomposes."""
-    sequences: dict[str, SequenceMean]
+    means: dict[Unit, SequenceMean]
     failed: set[str]
     unlike: str = ""
 
@@ -179,7 +170,7 @@ def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str
     return _Gathered(
         {unit: matrix.num_features for unit, matrix in matrices.items()},
         matrices,
-        {layer: a.sequences for layer, a in used.items() if a.sequences is not None},
+        {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()},
         set(failed),
     )
 
@@ -210,112 +201,31 @@ def _gather_over_ranks(
         for unit, common in zip(units, reduce_moments(moments, widths, share_out=True, group=group), strict=True)
         if common is not None
     }
-    sequences = {layer: a.sequences for layer, a in used.items() if a.sequences is not None}
-    common = all_reduce_sequence_means(list(sequences.values()), group)
+    means = {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()}
+    common = all_reduce_sequence_means(list(means.values()), group)
     return _Gathered(
         {unit: width.num_features for unit, width in zip(units, widths, strict=True) if width is not None},
         matrices,
-        dict(zip(sequences, common, strict=True)),
+        dict(zip(means, common, strict=True)),
         everywhere,
     )
+
+
+def _prefix(source: Source) -> str:
+    return "embedding_" if source == "embedding" else ""
 
 
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """Names of the numbers that one source of a layer gives, in the order in which ranks exchange them."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
+    if source == "sequence_by_tokens":
+        names.append(_WITHIN)
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
-    return [*names, *extra, _NONFINITE]
+    return [*names, *extra, NONFINITE]
 
 
-def _decompose(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """The numbers of each unit, ``(names,)``; NaN where no token was seen.
-
-    Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
-    """
-    alike: dict[tuple[int, int, Source], list[_Unit]] = defaultdict(list)
-    for unit in matrices:
-        alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
-    found: dict[_Unit, Tensor] = {}
-    for (size, num_features, _), units in alike.items():
-        *wanted, _ = names[units[0]]
-        num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
-        nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
-        if size == 0:
-            table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
-        else:
-            eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
-            summary = {
-                **summarized(eigenvalues, [name for name in wanted if name in CATALOGUE], num_features=num_features),
-                **_shares(eigenvalues, wanted),
-                _ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
-            }
-            table = torch.stack([summary[name] for name in wanted], -1)
-        table = torch.where(num_tokens.unsqueeze(-1) > 0, table, torch.nan)
-        table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
-        found.update(zip(units, table, strict=True))
-    return found
-
-
-def _estimate(matrices: dict[_Unit, Matrix], names: Mapping[_Unit, list[str]]) -> dict[_Unit, Tensor]:
-    """As :func:`_decompose`, but with the approximate solver for wide matrices."""
-    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
-    estimated = {unit: _estimated(matrices.pop(unit), names[unit]) for unit in wide}
-    return {**_decompose(matrices, names), **estimated}
-
-
-def _estimated(matrix: Matrix, names: Sequence[str]) -> Tensor:
-    full = matrix.full()
-    # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
-    with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
-        entropy, error = estimate_entropy(full)
-    usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens > 0)
-    values = {
-        "matrix_entropy": entropy,
-        "normalized_matrix_entropy": entropy / math.log(matrix.num_features),
-        "effective_rank": entropy.exp(),
-        _ERROR: error,
-    }
-    numbers = [torch.where(usable, values[name], torch.nan) for name in names[:-1]]
-    return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
-
-
-def _eigenvalues(matrices: list[Matrix]) -> Tensor:
-    """``(matrices, k)``: unit-trace spectra. The list is emptied, so that each matrix is freed once it is decomposed.
-
-    A few small matrices are decomposed in one call; on the CPU large ones are, one on each thread.
-    """
-    size = matrices[0].size
-    threads = matrices[0].moments.num_tokens.device.type == "cpu" and size >= _WORTH_A_THREAD
-    most = 1 if threads else max(1, _BATCH_NUMBERS // size**2)
-    batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
-    matrices.clear()
-    found = side_by_side(_solve, batches) if threads else [_solve(batch) for batch in batches]
-    eigenvalues, traces = zip(*found, strict=True)
-    return over_trace(torch.cat(eigenvalues), torch.cat(traces))
-
-
-def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
-    lower = [batch.pop(0).lower() for _ in range(len(batch))]
-    return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
-
-
-def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Sums of the largest 1, 2, 4, ... eigenvalues of a unit-trace spectrum ``(..., k)``, under their names."""
-    directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
-    if not directions:
-        return {}
-    cumulative = eigenvalues.cumsum(-1)
-    last = eigenvalues.shape[-1] - 1
-    # A Gram matrix may have fewer than that many eigenvalues: the others are 0.
-    return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
-
-
-def _sequence_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
-    entropy = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
-    of = {
-        "sequence_matrix_entropy": entropy,
-        "sequence_effective_rank": entropy.exp(),
-        _NONFINITE: mean.num_nonfinite.to(entropy.dtype),
-    }
-    return torch.stack([of[name] for name in names])
+def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
+    value = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
+    of = {"sequence_effective_rank": value.exp(), NONFINITE: mean.num_nonfinite.to(value.dtype)}
+    return torch.stack([of.get(name, value) for name in names])

@@ -15,6 +15,8 @@ UNITS = {
     "sequence_matrix_entropy": "matrix entropy (nats)",
     "effective_rank": "effective rank (dimensions)",
     "sequence_effective_rank": "effective rank (dimensions)",
+    "embedding_matrix_entropy": "matrix entropy (nats)",
+    "embedding_effective_rank": "effective rank (dimensions)",
 }
 # Differences of a factor matter, not those of so many dimensions.
 LOGARITHMIC = {
@@ -24,6 +26,9 @@ LOGARITHMIC = {
     "participation_ratio",
     "stable_rank",
     "numerical_rank",
+    "embedding_effective_rank",
+    "embedding_rankme",
+    "embedding_participation_ratio",
 }
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"

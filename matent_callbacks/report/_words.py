@@ -15,6 +15,13 @@ NAMES = {
     "top_share": "share of the strongest direction",
     "alpha_req": "slope of the spectrum (alpha-ReQ)",
     "rankme": "RankMe",
+    "embedding_matrix_entropy": "matrix entropy of sequence embeddings",
+    "embedding_effective_rank": "effective rank of sequence embeddings",
+    "embedding_participation_ratio": "participation ratio of sequence embeddings",
+    "embedding_rankme": "RankMe of sequence embeddings",
+    "embedding_alpha_req": "slope of the spectrum of sequence embeddings (alpha-ReQ)",
+    "holevo_information": "Holevo information: entropy that tells sequences apart",
+    "curvature": "curvature of sequences",
     "diff_erank": "Diff-eRank",
 }
 AXES = {
@@ -28,6 +35,11 @@ AXES = {
     "numerical_rank": "numerical rank (dimensions)",
     "alpha_req": "alpha",
     "rankme": "RankMe (dimensions)",
+    "embedding_participation_ratio": "participation ratio (dimensions)",
+    "embedding_rankme": "RankMe (dimensions)",
+    "embedding_alpha_req": "alpha",
+    "holevo_information": "nats",
+    "curvature": "mean angle (radians)",
     "diff_erank": "Diff-eRank (dimensions)",
 }
 PAIRS = {
@@ -43,8 +55,24 @@ PAIRS = {
     "mutual_information": "matrix-based mutual information",
     "modality_gap": "modality gap",
 }
-ENTROPIES = ("matrix_entropy", "sequence_matrix_entropy", "normalized_matrix_entropy", "renyi_2")
-RANKS = ("effective_rank", "sequence_effective_rank", "rankme", "participation_ratio", "stable_rank", "numerical_rank")
+ENTROPIES = (
+    "matrix_entropy",
+    "sequence_matrix_entropy",
+    "normalized_matrix_entropy",
+    "renyi_2",
+    "embedding_matrix_entropy",
+)
+RANKS = (
+    "effective_rank",
+    "sequence_effective_rank",
+    "rankme",
+    "participation_ratio",
+    "stable_rank",
+    "numerical_rank",
+    "embedding_effective_rank",
+    "embedding_rankme",
+    "embedding_participation_ratio",
+)
 _STAGES = {
     **{place: place.replace("_", " ") for place in (*STAGES, *TOWERS)},
     "image": "image alone",

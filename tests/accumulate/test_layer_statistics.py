@@ -28,7 +28,7 @@ def accumulated(forwards: int, *, dtype: torch.dtype = torch.float32, max_tokens
 
 
 def readings(accumulator):
-    names = [name for name, source in CATALOGUE.items() if source != "sequence"]
+    names = [name for name, source in CATALOGUE.items() if source in ("pooled", "raw") and name != "holevo_information"]
     return PendingReadings({"layer": accumulator}, names).result()
 
 

@@ -19,7 +19,7 @@ from matent_callbacks.accumulate import moments, pieces, pooled_tokens, sequence
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.symmetric import add_second_moment
 from matent_callbacks.functional.spectrum import solved
-from matent_callbacks.monitor import readings, solvers
+from matent_callbacks.monitor import decomposition, solvers
 from matent_callbacks.monitor.readings import PendingReadings
 
 WIDTH = 64
@@ -140,11 +140,11 @@ def test_a_decomposition_that_fails_leaves_nothing(monkeypatch, where):
         failed.set()
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(readings, "solved", fails)
+    monkeypatch.setattr(decomposition, "solved", fails)
     if where == "side by side":
         if solvers._native() is None:
             pytest.skip("here every matrix has all threads")
-        monkeypatch.setattr(readings, "_WORTH_A_THREAD", 1)
+        monkeypatch.setattr(decomposition, "_WORTH_A_THREAD", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before = large_tensors()
 

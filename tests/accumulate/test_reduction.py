@@ -21,7 +21,7 @@ from matent_callbacks import (
     SequenceMatrixEntropy,
 )
 from matent_callbacks.functional.spectrum import solved
-from matent_callbacks.monitor import readings
+from matent_callbacks.monitor import decomposition
 from tests.ranks import run_on_ranks
 
 WIDTH = 12
@@ -190,7 +190,7 @@ def monitor_on_rank(rank: int, world_size: int) -> tuple[dict[str, float], list[
         return solved(matrices, **arguments)
 
     with Collectives() as collectives, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readings, "solved", spy)
+        patch.setattr(decomposition, "solved", spy)
         values = monitored([rank])
     return values, collectives.sent, decomposed
 
@@ -227,7 +227,7 @@ def failing_monitor_on_rank(rank: int, world_size: int, fault: str) -> Any:
     with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         if fault == "decomposition" and rank == 1:
-            patch.setattr(readings, "solved", lambda *_, **__: 1 / 0)
+            patch.setattr(decomposition, "solved", lambda *_, **__: 1 / 0)
         with monitor:
             model(torch.randn(2, 5, WIDTH))
         try:

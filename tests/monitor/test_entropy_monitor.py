@@ -13,7 +13,7 @@ from torch import nn
 
 from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRank, SequenceMatrixEntropy
 from matent_callbacks.accumulate.catalogue import CATALOGUE
-from matent_callbacks.functional import spectral_summary, spectrum
+from matent_callbacks.functional import curvature, matrix_entropy, spectral_summary, spectrum
 from tests.conftest import collate, text_examples
 
 
@@ -36,8 +36,19 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
     own_centre = torch.cat([z - z.mean(0) for z in (h[m.bool()].double() for h, m in zip(hidden, mask, strict=True))])
     pooled = spectral_summary(spectrum(own_centre, center=False))
     raw = spectral_summary(spectrum(rows, center=False, normalize=False))
-    expected = {name: (raw if source == "raw" else pooled).get(name) for name, source in CATALOGUE.items()}
-    del expected["spectrum"]
+    vectors = torch.stack([h[m.bool()].double().mean(0) for h, m in zip(hidden, mask, strict=True)])
+    centred = nn.functional.normalize(vectors, dim=-1)
+    of = {
+        "pooled": pooled,
+        "raw": raw,
+        "embedding": spectral_summary(spectrum(centred - centred.mean(0), center=False, normalize=False)),
+        "raw_embedding": spectral_summary(spectrum(vectors, center=False, normalize=False)),
+    }
+    expected = {
+        name: of[source][name.removeprefix("embedding_")]
+        for name, source in CATALOGUE.items()
+        if source in of and name not in ("spectrum", "holevo_information")
+    }
     expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [
         ("sequence_matrix_entropy", SequenceMatrixEntropy),
@@ -46,8 +57,13 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
         metric = cls(dtype=torch.float64)
         metric.update(hidden, mask)
         expected[name] = metric.compute()
+    counts = mask.sum(1).double()
+    within = (counts * matrix_entropy(hidden.double(), mask)).sum() / counts.sum()
+    expected["holevo_information"] = pooled["matrix_entropy"] - within
+    expected["curvature"] = curvature(hidden.double(), mask).mean()
     for name, value in expected.items():
         assert readings[f"{name}/last"] == pytest.approx(value.item(), rel=1e-8), name
+    assert {f"{name}/last" for name in expected} == set(readings)
 
 
 def test_compute_pools_the_forwards_since_the_last_and_starts_afresh(make_llama):
@@ -251,6 +267,7 @@ def test_bad_arguments_are_named(make_llama):
     for arguments, message in [
         ({"max_tokens": 1}, "`max_tokens` must be at least 2 or None, got 1"),
         ({"dtype": torch.float16}, r"`dtype` must be torch.float32 or torch.float64, got torch.float16"),
+        ({"embedding": "cls"}, "`embedding` must be 'mean', 'last' or 'first', got 'cls'"),
         ({"on_error": "ignore"}, "`on_error` must be 'raise' or 'warn', got 'ignore'"),
         ({"metrics": []}, "`metrics` must name at least one of matrix_entropy"),
         ({"metrics": "efective_rank"}, "`metrics` asks for 'efective_rank'.*Near: effective_rank"),

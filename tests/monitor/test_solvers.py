@@ -8,7 +8,7 @@ import sys
 CODE = """
 import os
 import torch
-from matent_callbacks.monitor import readings, solvers
+from matent_callbacks.monitor import decomposition, solvers
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.monitor.readings import PendingReadings
 
@@ -58,7 +58,7 @@ if child == 0:
     os._exit(0 if not set(own) & set(parents) else 1)
 assert os.waitpid(child, 0)[1] == 0
 
-readings.side_by_side = lambda solve, items: [solve(item) for item in items]
+decomposition.side_by_side = lambda solve, items: [solve(item) for item in items]
 for layer, values in read().items():
     for name, value in values.items():
         assert abs(side_by_side[layer][name] - value) < 1e-4 * value

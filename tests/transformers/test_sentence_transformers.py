@@ -233,3 +233,25 @@ def test_copies_and_saved_models_are_not_watched(make_model, tmp_path):
                 parameter.zero_()
             assert not transformer.forward(torch.ones(1, 4, dtype=torch.long))[0].any()
     assert "forward" not in vars(model[0].auto_model)
+
+
+def test_sentence_embeddings_are_read_at_the_pooling_layer_and_after(make_model):
+    model = make_model().eval()
+    texts = pairs(40)["anchor"]
+    monitor = EntropyMonitor(
+        model, ["0", "1", "2"], metrics=["embedding_rankme", "embedding_matrix_entropy"], dtype=torch.float64
+    )
+    with monitor:
+        vectors = torch.tensor(model.encode(texts, batch_size=7)).double()
+    readings = monitor.compute()
+    lengths = torch.linalg.svdvals(vectors)
+    p = lengths / lengths.sum()
+    # The last layer gives unit vectors; the pooling layer the means, which the tokens give, too.
+    assert readings["embedding_rankme/2"] == pytest.approx((-p * p.log()).sum().exp().item(), rel=1e-4)
+    shares = torch.linalg.svdvals(vectors - vectors.mean(0)).square()
+    shares = shares / shares.sum()
+    for layer in "012":
+        expected = torch.special.entr(shares).sum().item()
+        assert readings[f"embedding_matrix_entropy/{layer}"] == pytest.approx(expected, rel=1e-5)
+    assert readings["embedding_rankme/0"] == pytest.approx(readings["embedding_rankme/1"], rel=1e-5)
+    assert readings["embedding_rankme/1"] != pytest.approx(readings["embedding_rankme/2"], rel=1e-5)

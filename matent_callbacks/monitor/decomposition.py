@@ -1,0 +1,123 @@
+"""Turns the matrices of layers into numbers, by their eigenvalues or by an estimate."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source, quantity
+from matent_callbacks.accumulate.layer_statistics import CENTERS
+from matent_callbacks.accumulate.pooled_tokens import Matrix
+from matent_callbacks.functional._estimate import estimate_entropy
+from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional.entropy import summarized
+from matent_callbacks.functional.spectrum import over_trace, solved
+from matent_callbacks.monitor.solvers import side_by_side
+
+# So many numbers may be in the matrices that are decomposed in one call. Large matrices gain nothing from a common
+# call, which takes three times their memory.
+_BATCH_NUMBERS = 2**17
+# From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
+_WORTH_A_THREAD = 256
+NONFINITE = "nonfinite_tokens"
+ERROR = "matrix_entropy_error"
+# From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
+# (benchmarks/solver.py).
+_WIDE = 1024
+
+Unit = tuple[Source, str]
+"""What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
+
+
+def decompose(matrices: dict[Unit, Matrix], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+    """The numbers of each unit, ``(names,)``; NaN where no token was seen.
+
+    Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
+    """
+    alike: dict[tuple[int, int, Source], list[Unit]] = defaultdict(list)
+    for unit in matrices:
+        alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
+    found: dict[Unit, Tensor] = {}
+    for (size, num_features, source), units in alike.items():
+        *wanted, _ = names[units[0]]
+        num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
+        nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
+        if size == 0:
+            table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
+        else:
+            eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
+            quantities = {quantity(name) for name in wanted if name in CATALOGUE}
+            summary = {
+                **summarized(eigenvalues, quantities, num_features=num_features),
+                **_shares(eigenvalues, wanted),
+                ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
+            }
+            table = torch.stack([summary[quantity(name)] for name in wanted], -1)
+        table = torch.where(num_tokens.unsqueeze(-1) >= _fewest(source), table, torch.nan)
+        table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
+        found.update(zip(units, table, strict=True))
+    return found
+
+
+def estimate(matrices: dict[Unit, Matrix], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+    """As :func:`_decompose`, but with the approximate solver for wide matrices."""
+    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
+    estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
+    return {**decompose(matrices, names), **estimated}
+
+
+def _fewest(source: Source) -> int:
+    """How many tokens, or vectors, have a covariance. A single one has, where something else is subtracted from it."""
+    return 2 if CENTERS[source] == "global" else 1
+
+
+def _estimated(matrix: Matrix, names: Sequence[str], fewest: int) -> Tensor:
+    full = matrix.full()
+    # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
+    with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
+        entropy, error = estimate_entropy(full)
+    usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens >= fewest)
+    values = {
+        "matrix_entropy": entropy,
+        "normalized_matrix_entropy": entropy / math.log(matrix.num_features),
+        "effective_rank": entropy.exp(),
+        ERROR: error,
+    }
+    numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-1]]
+    return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
+
+
+def _eigenvalues(matrices: list[Matrix]) -> Tensor:
+    """``(matrices, k)``: unit-trace spectra. The list is emptied, so that each matrix is freed once it is decomposed.
+
+    A few small matrices are decomposed in one call; on the CPU large ones are, one on each thread.
+    """
+    size = matrices[0].size
+    threads = matrices[0].moments.num_tokens.device.type == "cpu" and size >= _WORTH_A_THREAD
+    most = 1 if threads else max(1, _BATCH_NUMBERS // size**2)
+    batches = [matrices[start : start + most] for start in range(0, len(matrices), most)]
+    matrices.clear()
+    found = side_by_side(_solve, batches) if threads else [_solve(batch) for batch in batches]
+    eigenvalues, traces = zip(*found, strict=True)
+    return over_trace(torch.cat(eigenvalues), torch.cat(traces))
+
+
+def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
+    lower = [batch.pop(0).lower() for _ in range(len(batch))]
+    return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
+
+
+def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Sums of the largest 1, 2, 4, ... eigenvalues of a unit-trace spectrum ``(..., k)``, under their names."""
+    directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
+    if not directions:
+        return {}
+    cumulative = eigenvalues.cumsum(-1)
+    last = eigenvalues.shape[-1] - 1
+    # A Gram matrix may have fewer than that many eigenvalues: the others are 0.
+    return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}
