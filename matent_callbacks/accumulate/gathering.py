@@ -37,8 +37,8 @@ def all_gather_ragged(rows: Tensor, group: dist.ProcessGroup | None = None) -> l
     return [part[:count] for part, count in zip(gathered, sizes[:, 0].tolist(), strict=True)]
 
 
-def held_first(names: Sequence[int], device: torch.device) -> list[bool]:
+def held_first(names: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Tell for each thing that this rank holds, by its number, whether no rank before this one holds it, too."""
-    everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1))
-    before = {name for part in everybodys[: dist.get_rank()] for name in part.flatten().tolist()}
+    everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1), group)
+    before = {name for part in everybodys[: dist.get_rank(group)] for name in part.flatten().tolist()}
     return [name not in before for name in names]

@@ -151,10 +151,10 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum over the ranks of each value."""
     total = values.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch.distributed as dist
+
+from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_reading import Stages
 from matent_callbacks.callbacks.docstrings import with_arguments_of
@@ -27,6 +30,7 @@ class SharedAlignmentCallback(GuardedHooks):
         during_eval: Also measure at the end of each evaluation.
         prog_bar: Show the values in the progress bar.
         name: Stands before the names of all values, ``<name>/alignment/...``: for a second callback.
+        process_group: The ranks whose pairs belong together; ``None``: all.
         on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
 
     Raises:
@@ -50,10 +54,12 @@ class SharedAlignmentCallback(GuardedHooks):
         alpha: float = 1.0,
         prog_bar: bool = False,
         name: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         check_every_n_steps(every_n_steps)
         check_name(name)
+        check_groups(process_group, None)
         if num_pairs < 2:
             raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
         self.guard = Guard(type(self).__name__, on_error)
@@ -72,6 +78,7 @@ class SharedAlignmentCallback(GuardedHooks):
             k=k,
             alpha=alpha,
             prefix=f"{name}/" if name else "",
+            group=process_group,
         )
         self.start_over()
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
@@ -68,6 +69,7 @@ class AlignmentMeasurement:
         k: int,
         alpha: float,
         prefix: str = "",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name, given, allowed in (
@@ -84,6 +86,7 @@ class AlignmentMeasurement:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         self._given_probes = self.probes = probes_by_prefix(probe, prefix)
         self._prefix = prefix
+        self._group = group
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
@@ -141,7 +144,7 @@ class AlignmentMeasurement:
         except Exception as raised:
             error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
-        if is_distributed() and agreed_failures([error is not None], device_of(model))[0]:
+        if is_distributed(self._group) and agreed_failures([error is not None], device_of(model), self._group)[0]:
             raise error or RuntimeError("Another rank failed to read the probe.")
         if error is not None:
             raise error
@@ -150,10 +153,10 @@ class AlignmentMeasurement:
     def _read(self, model: nn.Module, probe: Any) -> _Batches:
         """Read the batches of this rank's probe."""
         batches = [probe] if isinstance(probe, Mapping) else list(probe)
-        if not batches and not is_distributed():
+        if not batches and not is_distributed(self._group):
             raise ValueError("`probe` must hold at least one batch, got none.")
         readings = [self._read_batch(model, batch) for batch in batches]
-        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed() else [])
+        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed(self._group) else [])
 
     def _read_batch(self, model: nn.Module, batch: Any) -> Reading:
         if self._is_dual_encoder(model):
@@ -163,12 +166,12 @@ class AlignmentMeasurement:
     def _together(self, batches: _Batches, model: nn.Module) -> Reading:
         """Merge the readings of all batches and ranks."""
         names = TOWERS if self._is_dual_encoder(model) else (*STAGES, *(EXCHANGED if self._exchanges(model) else ()))
-        if not is_distributed():
+        if not is_distributed(self._group):
             return merged(batches.readings, names, model)
         # As a rule all ranks are given the same probe: each reads it, and it counts once.
-        mine = held_first(batches.fingerprints, device_of(model))
+        mine = held_first(batches.fingerprints, device_of(model), self._group)
         own = [reading for reading, first in zip(batches.readings, mine, strict=True) if first]
-        return over_ranks(merged(own, names, model))
+        return over_ranks(merged(own, names, model), self._group)
 
     def _values(self, reading: Reading, model: nn.Module) -> dict[str, float]:
         entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in reading.entropies.items()}

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.catalogue import Solver
+from matent_callbacks.accumulate.catalogue import Embedding, Solver, check_embedding
+from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
@@ -56,6 +58,7 @@ class SharedEntropyCallback(GuardedHooks):
         probe: Any = None,
         during_eval: bool = True,
         max_tokens: int | None = None,
+        embedding: Embedding = "mean",
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
         mask: Callable[[Any], Tensor | None] | None = None,
@@ -67,8 +70,12 @@ class SharedEntropyCallback(GuardedHooks):
         name: str | None = None,
         window_steps: int = 1,
         pictures: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_every_n_steps(every_n_steps)
+        check_embedding(embedding)
+        check_groups(process_group, context_group)
         check_name(name)
         _check_window(window_steps, every_n_steps, probe)
         self.guard = Guard(type(self).__name__, on_error)
@@ -90,6 +97,9 @@ class SharedEntropyCallback(GuardedHooks):
             on_error=on_error,
             module=module,
             max_tokens=max_tokens,
+            embedding=embedding,
+            process_group=process_group,
+            context_group=context_group,
             dtype=dtype,
             solver=solver,
         )

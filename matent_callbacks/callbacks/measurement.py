@@ -126,9 +126,10 @@ class Measurement:
         if self._reference is None:
             return
         loaded = self._reference_ranks is not None
-        if is_distributed():
+        group = self.settings["process_group"]
+        if is_distributed(group):
             # A rank that could not load what the others have goes without: it would measure alone.
-            loaded = agreed_failures([loaded], next(model.parameters()).device)[0]
+            loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
         if loaded:
             return
         reference = model if self._reference == "start" else self._reference
