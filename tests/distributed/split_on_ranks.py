@@ -8,10 +8,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.accumulate import pieces
 from matent_callbacks.accumulate.split_sequences import SequenceParts
+from matent_callbacks.capture.meshes import parallel_groups
 from tests.distributed.groups_on_ranks import METRICS, WIDTH, Stack
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -52,9 +54,9 @@ def read(seen: list[Batch], **arguments: Any) -> dict[str, float]:
 
 def in_context(rank: int, world_size: int, small_pieces: bool, dtype: torch.dtype) -> dict[str, float]:
     """Ranks 0 and 1 hold the parts of some sequences, ranks 2 and 3 those of others."""
-    pairs = [dist.new_group([first, first + 1]) for first in range(0, world_size, 2)]
+    groups = parallel_groups(init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("dp_shard", "cp")))
     with mock.patch.object(pieces, "_PIECE", 3 * WIDTH * 4 if small_pieces else pieces._PIECE):
-        return read(parts(rank // 2, rank % 2), context_group=pairs[rank // 2], dtype=dtype)
+        return read(parts(rank // 2, rank % 2), dtype=dtype, **groups._asdict())
 
 
 def fails(*args: Any) -> Any:
