@@ -26,7 +26,8 @@ from matent_callbacks.functional._tokens import check_hidden_states
 CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
 """The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
 
-_OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
+OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
+"""Those of one vector a sequence."""
 
 
 class LayerAccumulator:
@@ -92,11 +93,11 @@ class LayerAccumulator:
         if mask.numel() == 0:
             return None
         for source, tokens in self.tokens.items():
-            of = states if vectors is None or source not in _OF_VECTORS else vectors
+            of = states if vectors is None or source not in OF_VECTORS else vectors
             tokens.check_width(of.shape[-1])
         try:
             with full_precision(states.device):
-                if self.tokens.keys() & _OF_VECTORS:
+                if self.tokens.keys() & OF_VECTORS:
                     self._embed(states, mask, given[: len(mask)], vectors, is_one_row=is_one_row)
                 return self._accumulate(states, mask)
         except BaseException:
@@ -146,7 +147,7 @@ class LayerAccumulator:
             counts = mask[0] if is_one_row else whole.any(1)
             found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self._dtype)
         for some in found:
-            for source in self.tokens.keys() & _OF_VECTORS:
+            for source in self.tokens.keys() & OF_VECTORS:
                 self._add_embeddings(source, some)
             del some
 
