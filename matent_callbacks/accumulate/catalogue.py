@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 Source = Literal["pooled", "raw", "embedding", "raw_embedding", "sequence", "sequence_by_tokens", "curvature"]
 """What a metric is computed from.
@@ -74,10 +74,11 @@ def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
     return sources | {"sequence_by_tokens"} if "holevo_information" in names else sources
 
 
-def check_embedding(embedding: str) -> None:
-    """Raise if ``embedding`` is not known."""
+def check_embedding(embedding: str) -> Embedding:
+    """``embedding``, or an error if it is not known."""
     if embedding not in get_args(Embedding):
         raise ValueError(f"`embedding` must be 'mean', 'last' or 'first', got {embedding!r}.")
+    return cast(Embedding, embedding)
 
 
 def check_solver(solver: str, metrics: Iterable[str]) -> None:

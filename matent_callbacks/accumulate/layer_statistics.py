@@ -29,10 +29,10 @@ from matent_callbacks.functional._tokens import check_hidden_states
 CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
 """The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
 
-_OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
+OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
+"""Those of one vector a sequence."""
 _OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
-NEED_WHOLE_SEQUENCES: frozenset[Source] = _OF_VECTORS | {"curvature"}
-"""The sources that cannot be had from parts of sequences."""
+_OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | {"curvature"}
 
 
 class LayerAccumulator:
@@ -98,11 +98,11 @@ class LayerAccumulator:
         if mask.numel() == 0:
             return None
         for source, tokens in self.tokens.items():
-            of = states if vectors is None or source not in _OF_VECTORS else vectors
+            of = states if vectors is None or source not in OF_VECTORS else vectors
             tokens.check_width(of.shape[-1])
         try:
             with full_precision(states.device):
-                if self.tokens.keys() & _OF_VECTORS:
+                if self.tokens.keys() & OF_VECTORS:
                     self._embed(states, mask, given[: len(mask)], vectors, is_one_row=is_one_row)
                 return self._accumulate(states, mask)
         except BaseException:
@@ -130,7 +130,7 @@ class LayerAccumulator:
         Raises:
             ValueError: If d is not that of the forward passes before, or a source needs whole sequences.
         """
-        if self._sources & NEED_WHOLE_SEQUENCES:
+        if self._sources & _OF_WHOLE_SEQUENCES:
             raise ValueError(
                 "embeddings and curvature are of whole sequences, and the hidden states are spread over ranks."
             )
@@ -208,7 +208,7 @@ class LayerAccumulator:
             counts = mask[0] if is_one_row else whole.any(1)
             found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self.dtype)
         for some in found:
-            for source in self.tokens.keys() & _OF_VECTORS:
+            for source in self.tokens.keys() & OF_VECTORS:
                 self._add_embeddings(source, some)
             del some
 

@@ -14,7 +14,7 @@ from rich.text import Text as Cell
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.cli._bootstrap import LEVEL, interval
-from matent_callbacks.cli._stream import State
+from matent_callbacks.cli._state import State
 from matent_callbacks.monitor.readings import PendingReadings
 
 TROUBLE = {
@@ -37,9 +37,13 @@ _HEADS = {
 
 def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The paper's data-set quantities of each layer, and those of the other metrics that were asked for."""
-    pooled = _pooled(trained, metrics)
-    quantities = {}
-    for layer, means in trained.means.items():
+    further = _further(trained, metrics)
+    quantities: dict[str, dict[str, Any]] = {}
+    for layer in trained.widths:
+        means = trained.means.get(layer)
+        if means is None:  # it gives one vector a sequence
+            quantities[layer] = further.get(layer, {})
+            continue
         entropy, count = means.replicates(), means.count
         found = {
             "sequence_matrix_entropy": entropy,
@@ -55,21 +59,24 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
             # Replicate by replicate: both models saw the same draws.
             found["diff_erank"] = np.exp(before) - np.exp(entropy)
         own = {name: interval(replicates, count=count) for name, replicates in found.items()}
-        quantities[layer] = {**own, **pooled.get(layer, {})}
+        quantities[layer] = {**own, **further.get(layer, {})}
     return quantities
 
 
-def _pooled(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _further(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
     names = [name for name in metrics if CATALOGUE[name] != "sequence"]
-    if not names or not state.moments:
+    if not names or not state.widths:
         return {}
     accumulators = {}
-    for layer, moments in state.moments.items():
+    for layer in state.widths:
+        moments, others = state.moments.get(layer, {}), state.others.get(layer, {})
+        sources = frozenset((*moments, *others))
         accumulators[layer] = LayerAccumulator(
-            frozenset(moments), max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
+            sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
         )
         for source, own in moments.items():
             accumulators[layer].tokens[source].add_moments(own)
+        accumulators[layer].means.update(others)
     # All ranks' moments are here already.
     readings = PendingReadings(accumulators, names, local=True).result()
     # One name may stand for several numbers.

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import sources_of
+from matent_callbacks.accumulate.layer_statistics import OF_VECTORS
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._documents import Text, TextError
 from matent_callbacks.cli._entries import layer_quantities, notes, table
@@ -23,7 +24,8 @@ from matent_callbacks.cli._progress import with_bar
 from matent_callbacks.cli._ranks import OtherRankError, Ranks
 from matent_callbacks.cli._request import Request, check_paths, checked_device, checked_settings
 from matent_callbacks.cli._results import Results, ResultsError
-from matent_callbacks.cli._stream import State, stream
+from matent_callbacks.cli._state import State
+from matent_callbacks.cli._stream import stream
 from matent_callbacks.untrained import untrained_like
 
 _SAVE_EVERY = 10.0  # seconds; less often where saving itself takes long
@@ -182,7 +184,7 @@ class _Run:
             layers = resolve_layers(model, settings.layers)
         except ValueError as error:
             raise LayersError(f"{name}: {error}") from error
-        sources = frozenset(CATALOGUE[metric] for metric in settings.metrics) - {"sequence"}
+        sources = sources_of(settings.metrics) - {"sequence"}
         steps = stream(
             model,
             loaded.tokenizer,
@@ -190,6 +192,8 @@ class _Run:
             state,
             layers=layers,
             sources=sources if which == "trained" else frozenset(),
+            embedding=settings.embedding,
+            takes_vectors=bool(sources & OF_VECTORS),
             max_length=bound,
             batch_tokens=request.batch_tokens,
             max_sequences=request.max_sequences,

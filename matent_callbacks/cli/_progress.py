@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from matent_callbacks.cli._stream import State, left
+from matent_callbacks.cli._state import State
+from matent_callbacks.cli._stream import left
 
 
 def with_bar(

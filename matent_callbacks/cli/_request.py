@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from matent_callbacks.accumulate.catalogue import check_metrics
+from matent_callbacks.accumulate.catalogue import check_embedding, check_metrics
 from matent_callbacks.cli._documents import STDIN, Text
 from matent_callbacks.cli._models import first_sentence
 from matent_callbacks.cli._ranks import Ranks
@@ -23,6 +23,7 @@ class Request(NamedTuple):
     field: str | None
     layers: list[str]
     metrics: list[str]
+    embedding: str
     max_length: int
     max_sequences: int | None
     batch_tokens: int
@@ -52,6 +53,7 @@ def checked_settings(request: Request, text: Text) -> Settings:
         field=request.field,
         layers=layers,
         metrics=list(check_metrics(metrics)) if metrics else [],
+        embedding=check_embedding(request.embedding),
         max_length=request.max_length,
         max_sequences=request.max_sequences,
         batch_tokens=request.batch_tokens,

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from matent_callbacks.accumulate.catalogue import Embedding
 from matent_callbacks.accumulate.moments import Moments
+from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
-from matent_callbacks.cli._stream import State
+from matent_callbacks.cli._state import State
 
 FORMAT, VERSION = "matent-measure", 1
 
@@ -34,6 +37,7 @@ class Settings:
     field: str | None
     layers: list[str | int]
     metrics: list[str]
+    embedding: Embedding
     max_length: int
     max_sequences: int | None
     batch_tokens: int
@@ -126,18 +130,15 @@ def _umask() -> int:
 
 
 def _encode(state: State) -> dict[str, Any]:
-    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "moments")}
+    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "moments", "others")}
     means = {
         layer: {name: _array(values) for name, values in own.state().items()} for layer, own in state.means.items()
     }
-    moments = {
-        layer: {
-            source: {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
-            for source, own in sources.items()
-        }
-        for layer, sources in state.moments.items()
-    }
-    return {**plain, "means": means, "moments": moments}
+    moments, others = (
+        {layer: {source: _tensors(own) for source, own in sources.items()} for layer, sources in of_layers.items()}
+        for of_layers in (state.moments, state.others)
+    )
+    return {**plain, "means": means, "moments": moments, "others": others}
 
 
 def _decode(content: dict[str, Any]) -> State:
@@ -146,13 +147,22 @@ def _decode(content: dict[str, Any]) -> State:
         for layer, own in content["means"].items()
     }
     moments = {
-        layer: {
-            source: Moments(**{name: torch.from_numpy(_values(values)) for name, values in own.items()})
-            for source, own in sources.items()
-        }
+        layer: {source: Moments(**_from_arrays(own)) for source, own in sources.items()}
         for layer, sources in content["moments"].items()
     }
-    return State(**{**content, "means": means, "moments": moments})
+    others = {
+        layer: {source: SequenceMean(**_from_arrays(own)) for source, own in sources.items()}
+        for layer, sources in content["others"].items()
+    }
+    return State(**{**content, "means": means, "moments": moments, "others": others})
+
+
+def _tensors(own: Moments | SequenceMean) -> dict[str, Any]:
+    return {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
+
+
+def _from_arrays(own: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(_values(values)) for name, values in own.items()}
 
 
 def _array(values: NDArray[Any]) -> dict[str, Any]:

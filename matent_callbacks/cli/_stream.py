@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,89 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.catalogue import Source
-from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.moments import Moments, merge_moments
+from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.layer_statistics import OF_VECTORS, LayerAccumulator
+from matent_callbacks.accumulate.moments import Moments
+from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.cli._bootstrap import Floats, Means, draws
 from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
+from matent_callbacks.cli._state import State
 from matent_callbacks.functional._precision import statistics_dtype
 
 # Documents that are sorted by length together.
 _WINDOW = 512
 Hold = Callable[[], AbstractContextManager[None]]
-
-
-@dataclass
-class State:
-    """The statistics and the position of a pass over the text: all that is needed to resume it."""
-
-    document: int = 0
-    """The first one of the window at hand."""
-    done: list[int] = field(default_factory=list)
-    """Batches of this window that are done, by their place in it."""
-    accepted: int = 0
-    """Sequences before this window."""
-    end: int = 0
-    """Bytes before this window, and their checksum."""
-    checksum: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    complete: bool = False
-    skipped: dict[str, int] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    """Where each kind of trouble was met first."""
-    widths: dict[str, int] = field(default_factory=dict)
-    means: dict[str, Means] = field(default_factory=dict)
-    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
-
-    def skip(self, kind: str, place: str, count: int = 1) -> None:
-        """Count documents that are left out, the first of them at ``place``."""
-        self.skipped[kind] = self.skipped.get(kind, 0) + count
-        self.places.setdefault(kind, place)
-
-    def place(self) -> State:
-        """The same place in the text, with nothing found."""
-        kept = ("document", "accepted", "end", "checksum", "complete")
-        return State(done=list(self.done), **{name: getattr(self, name) for name in kept})
-
-    def clear(self) -> None:
-        """Forget what was found, and go on from here."""
-        vars(self).update(vars(self.place()))
-
-    def add(self, other: State) -> None:
-        """Add what another rank has found in other batches of the same windows."""
-        self.done = sorted({*self.done, *other.done})
-        self.sequences += other.sequences
-        self.tokens += other.tokens
-        for kind, count in other.skipped.items():
-            self.skip(kind, other.places[kind], count)
-        self.widths.update(other.widths)
-        for layer, means in other.means.items():
-            self.means.setdefault(layer, Means()).merge(means)
-        for layer, moments in other.moments.items():
-            self.add_moments(layer, moments)
-
-    def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
-        """Add those of other tokens."""
-        seen = self.moments.get(layer)
-        if seen:
-            moments = {
-                source: merge_moments(seen[source], own.to(seen[source].scatter.device))
-                for source, own in moments.items()
-            }
-        self.moments[layer] = moments
-
-    def on(self, device: torch.device) -> State:
-        """The same with the moments on a device."""
-        moments = {
-            layer: {source: own.to(device) for source, own in sources.items()}
-            for layer, sources in self.moments.items()
-        }
-        return replace(self, moments=moments)
 
 
 class Tokenized(NamedTuple):
@@ -121,6 +53,8 @@ def stream(
     *,
     layers: Layers,
     sources: frozenset[Source] = frozenset(),
+    embedding: Embedding = "mean",
+    takes_vectors: bool = False,
     max_length: int,
     batch_tokens: int,
     max_sequences: int | None = None,
@@ -134,6 +68,9 @@ def stream(
     Between two items of this iterator, which come after each batch and say how many bytes of text are done, the state
     is one to go on from. ``hold`` is entered while it is not.
 
+    With ``takes_vectors`` a layer may give one vector a sequence in place of one hidden state a token. Of these vectors
+    there are no entropies of sequences.
+
     Several ranks share each window: in turn every rank takes a batch. All of them read and tokenize the whole text, so
     that they agree on the windows without a word, and each gives as many items as the others, some without a batch.
 
@@ -142,7 +79,7 @@ def stream(
         ModelError: If a layer gives nothing to measure.
     """
     device = next(model.parameters()).device
-    reader = _Reader(model, layers, sources, device)
+    reader = _Reader(model, layers, sources, embedding, device, takes_vectors=takes_vectors)
     state.moments = state.on(device).moments
     documents = enumerate(text.documents())
     _go_to(documents, state)
@@ -215,40 +152,60 @@ class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
     moments: dict[str, dict[Source, Moments]]
+    others: dict[str, dict[Source, SequenceMean]]
 
 
 class _Reader:
     """Runs batches through a model and measures its layers."""
 
-    def __init__(self, model: nn.Module, layers: Layers, sources: frozenset[Source], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        sources: frozenset[Source],
+        embedding: Embedding,
+        device: torch.device,
+        *,
+        takes_vectors: bool,
+    ) -> None:
         self.widths: dict[str, int] = {}
         self._target = runnable(model)
         self._layers = tuple(point.key for point in layers.points)
         self._sources = sources
+        self._embedding = embedding
+        self._takes_vectors = takes_vectors
         self._device = device
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
         self._moments: dict[str, dict[Source, Moments]] = {}
+        self._others: dict[str, dict[Source, SequenceMean]] = {}
 
     def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
         """One forward."""
         length = len(batch[0].ids)
         ids = torch.tensor([sequence.ids + [pad] * (length - len(sequence.ids)) for sequence in batch])
         mask = torch.arange(length) < torch.tensor([[len(sequence.ids)] for sequence in batch])
-        self._shape, self._entropies, self._moments = ids.shape, {}, {}
+        self._shape, self.widths, self._entropies, self._moments, self._others = ids.shape, {}, {}, {}, {}
         self._capture.open(attention_mask=mask)
         try:
             run(self._target, {"input_ids": ids, "attention_mask": mask.long()})
         finally:
             self._capture.close()
-        if silent := [layer for layer in self._layers if layer not in self._entropies]:
+        if silent := [layer for layer in self._layers if layer not in self.widths]:
             raise ModelError(f"--layers asks for {silent[0]}, which the model does not run through on text.")
-        return _Found({layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers}, self._moments)
+        self.widths = {layer: self.widths[layer] for layer in self._layers}
+        entropies = {
+            layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers if layer in self._entropies
+        }
+        return _Found(entropies, self._moments, self._others)
 
     def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None) -> None:
         if states is not None and states.ndim == 2:  # experts and their like see one long row of tokens
             states = states.reshape(*self._shape, -1) if states.shape[0] == self._shape.numel() else states
+        if states is not None and states.shape[:-1] == self._shape[:1]:
+            self._record_vectors(layer, states)
+            return
         if states is None or states.shape[:-1] != self._shape or attention_mask is None:
             got = "no tensor" if states is None else f"a tensor {tuple(states.shape)}"
             raise ModelError(
@@ -257,25 +214,47 @@ class _Reader:
             )
         mask = attention_mask.reshape(self._shape).to(states.device) > 0
         finite = (torch.isfinite(states.sum(-1)) | ~mask).all(-1)
-        self.widths[layer] = states.shape[-1]
-        own = LayerAccumulator(
-            self._sources | {"sequence"}, max_tokens=None, dtype=statistics_dtype(states), device=self._device
-        )
+        own = self._accumulator(self._sources | {"sequence"}, states)
         entropies = own.update(states, mask, vectors)
         assert entropies is not None  # no batch is empty
         self._entropies[layer] = torch.where(finite, entropies, torch.nan)
+        self._keep(layer, states, own)
+
+    def _record_vectors(self, layer: str, vectors: Tensor) -> None:
+        if not self._takes_vectors:
+            raise ModelError(
+                f"--layers asks for {layer}, which gives one vector a document: --metrics must name a quantity of such "
+                "vectors, like embedding_effective_rank."
+            )
+        own = self._accumulator(self._sources & OF_VECTORS, vectors)
+        own.update(vectors, None)
+        self._keep(layer, vectors, own)
+
+    def _accumulator(self, sources: frozenset[Source], states: Tensor) -> LayerAccumulator:
+        dtype = statistics_dtype(states)
+        return LayerAccumulator(sources, max_tokens=None, dtype=dtype, device=self._device, embedding=self._embedding)
+
+    def _keep(self, layer: str, states: Tensor, own: LayerAccumulator) -> None:
+        self.widths[layer] = states.shape[-1]
         if own.tokens:
             self._moments[layer] = {source: tokens.moments().to(self._device) for source, tokens in own.tokens.items()}
+        others = {source: mean for source, mean in own.means.items() if source != "sequence"}
+        if others:
+            self._others[layer] = {
+                source: SequenceMean(*(tensor.cpu() for tensor in mean)) for source, mean in others.items()
+            }
 
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:
     counts = draws(seed, [sequence.document for sequence in batch])
     # The layers of one model are compared with each other: over the same sequences.
-    finite = np.all([np.isfinite(values) for values in found.entropies.values()], axis=0)
+    finite = np.all([np.ones(len(batch)), *(np.isfinite(values) for values in found.entropies.values())], axis=0)
     for layer, values in found.entropies.items():
         state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
     for layer, moments in found.moments.items():
         state.add_moments(layer, moments)
+    for layer, others in found.others.items():
+        state.add_others(layer, others)
     for sequence, good in zip(batch, finite, strict=True):
         if good:
             state.sequences += 1

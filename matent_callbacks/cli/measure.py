@@ -17,6 +17,12 @@ class _Dtype(StrEnum):
     auto = "auto"
 
 
+class _Embedding(StrEnum):
+    mean = "mean"
+    last = "last"
+    first = "first"
+
+
 def measure(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Folder of a model, or its name on the Hugging Face hub.")
@@ -40,10 +46,14 @@ def measure(
         list[str] | None,
         typer.Option(
             metavar="NAMES",
-            help="Of the pooled covariance besides, without interval: effective_rank, rankme, participation_ratio, ...",
+            help="Any others of the catalogue besides, without interval: effective_rank, rankme, curvature, "
+            "holevo_information, embedding_effective_rank, ...",
             show_default="the paper's, which are always there",
         ),
     ] = None,
+    embedding: Annotated[
+        _Embedding, typer.Option(help="Which vector stands for a document in embedding_...: of its tokens.")
+    ] = _Embedding.mean,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document that count, from its beginning.")] = 2048,
     max_sequences: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many documents.", show_default="all")
@@ -109,6 +119,7 @@ def measure(
             field=field,
             layers=layers or ["last"],
             metrics=metrics or [],
+            embedding=embedding.value,
             max_length=max_length,
             max_sequences=max_sequences,
             batch_tokens=batch_tokens,

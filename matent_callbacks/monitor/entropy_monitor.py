@@ -120,8 +120,7 @@ class EntropyMonitor:
         self.model = model
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
-        check_embedding(embedding)
-        self._embedding = embedding
+        self._embedding = check_embedding(embedding)
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from tests.conftest import collate, llama, text_examples
 from tests.ranks import run_on_ranks
+from tests.slow import Batch, embedding_readings, slow_vectors
 
 WIDTH = 12
 METRICS = tuple(name for name, source in CATALOGUE.items() if source in ("embedding", "raw_embedding"))
-Batch = tuple[Tensor, Tensor]
 
 
 @pytest.fixture
@@ -41,39 +40,6 @@ def batch(size: int, length: int, *, seed: int, offset: float = 0.0, spoilt: boo
         states[-1, length // 2, 3] = torch.inf
         states[-2, 0, 0] = states[-3, -1, 1] = torch.nan
     return states, mask
-
-
-def slow_vectors(batches: Iterable[Batch], embedding: str) -> Tensor:
-    found = []
-    for states, mask in batches:
-        for tokens, counts in zip(states.double(), mask.bool(), strict=True):
-            own = [z for z, m in zip(tokens, counts, strict=True) if m]
-            finite = [z for z in own if z.isfinite().all()]
-            if embedding == "mean" and finite:
-                found.append(sum(finite) / len(finite))
-            elif own and embedding != "mean":
-                found.append(own[0] if embedding == "first" else own[-1])
-    return torch.stack([z for z in found if z.isfinite().all()])
-
-
-def slow_readings(vectors: Tensor) -> dict[str, float]:
-    """Each quantity from the singular values of the matrix of all vectors."""
-    directions = vectors / vectors.norm(dim=1, keepdim=True)
-    shares = torch.linalg.svdvals(directions - directions.mean(0)).square()
-    shares = shares / shares.sum()
-    entropy = -sum(x * math.log(x) for x in shares.tolist() if x > 1e-15)
-    sigma = torch.linalg.svdvals(vectors)
-    p = sigma / sigma.sum()
-    above = [x for x in (sigma.square() / sigma.square().sum()).tolist() if x > WIDTH * 2.3e-16]
-    x, y = [torch.tensor([math.log(v) for v in values]).double() for values in (range(1, len(above) + 1), above)]
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    return {
-        "embedding_matrix_entropy": entropy,
-        "embedding_effective_rank": math.exp(entropy),
-        "embedding_participation_ratio": 1 / sum(x * x for x in shares.tolist()),
-        "embedding_rankme": math.exp(-sum(x * math.log(x) for x in p.tolist() if x > 0)),
-        "embedding_alpha_req": -slope.item(),
-    }
 
 
 def monitored(*batches: Batch, embedding: str = "mean", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -100,7 +66,7 @@ BATCHES = {
 @pytest.mark.parametrize("embedding", ["mean", "last", "first"])
 def test_readings_are_those_of_the_matrix_of_all_vectors(kind, embedding):
     batches = BATCHES[kind]
-    expected = slow_readings(slow_vectors(batches, embedding))
+    expected = embedding_readings(slow_vectors(batches, embedding))
     found = monitored(*batches, embedding=embedding)
     spoilt = found.pop("nonfinite_tokens", 0)
     # Of zeros a root is not as small as the rounding is.
@@ -112,7 +78,7 @@ def test_readings_are_those_of_the_matrix_of_all_vectors(kind, embedding):
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_float32_stands_a_mean_that_dwarfs_the_spread(offset):
     batches = [batch(20, 30, seed=seed, offset=offset) for seed in range(3)]
-    expected = slow_readings(slow_vectors(batches, "mean"))
+    expected = embedding_readings(slow_vectors(batches, "mean"))
     found = monitored(*batches, dtype=torch.float32)
     for name in METRICS:
         assert found[name] == pytest.approx(expected[name], rel=2e-3 if offset else 2e-5), name
@@ -135,7 +101,7 @@ def test_rankme_is_that_of_stable_pretraining(count):
 
 def test_vectors_of_a_layer_are_taken_as_they_are():
     states = torch.randn(30, WIDTH)
-    expected = slow_readings(states.double())
+    expected = embedding_readings(states.double())
     for embedding in ("mean", "last", "first"):
         model = nn.Sequential(nn.Identity())
         monitor = EntropyMonitor(model, "0", metrics=METRICS, embedding=embedding, dtype=torch.float64)
@@ -177,7 +143,7 @@ def test_documents_of_a_packed_batch_are_sequences_of_their_own(make_llama):
             model(input_ids=torch.cat(rows, 1), position_ids=positions)
         handle.remove()
         parts = hidden[0][0].split(lengths)
-        expected = slow_readings(slow_vectors([(p[None], torch.ones(1, len(p))) for p in parts], embedding))
+        expected = embedding_readings(slow_vectors([(p[None], torch.ones(1, len(p))) for p in parts], embedding))
         assert monitor.compute() == {f"{n}/last": pytest.approx(v, rel=1e-6) for n, v in expected.items()}
         assert len(alone) == len(METRICS)
 
@@ -188,7 +154,7 @@ def test_a_sequence_that_max_tokens_cuts_has_no_vector():
     mask[0, 3:] = False
     found = monitored((states, mask), max_tokens=20)
     # 3 tokens, and 15 of three sequences of 5; of the next, 2.
-    assert found == pytest.approx(slow_readings(slow_vectors([(states[:4], mask[:4])], "mean")), rel=1e-6)
+    assert found == pytest.approx(embedding_readings(slow_vectors([(states[:4], mask[:4])], "mean")), rel=1e-6)
 
 
 def test_one_vector_has_no_spread():
@@ -255,7 +221,7 @@ def test_ranks_count_as_one():
     found = run_on_ranks(on_rank, 3)
     readings = [reading for reading, _ in found]
     assert readings[0] == readings[1] == readings[2]
-    expected = slow_readings(slow_vectors([own for _, seen in found for own in seen], "last"))
+    expected = embedding_readings(slow_vectors([own for _, seen in found for own in seen], "last"))
     assert {name: readings[0][f"{name}/last"] for name in METRICS} == pytest.approx(expected, rel=1e-5)
 
 
@@ -295,7 +261,9 @@ def test_vectors_that_come_beside_the_tokens_go_before_them():
         beside.append(model(states)["sentence_embedding"][mask.any(1)])
         monitor.stop()
     found = monitor.compute()
-    assert {name: found[f"{name}/0"] for name in METRICS} == pytest.approx(slow_readings(torch.cat(beside).double()))
+    assert {name: found[f"{name}/0"] for name in METRICS} == pytest.approx(
+        embedding_readings(torch.cat(beside).double())
+    )
     alone = EntropyMonitor(nn.Sequential(nn.Identity()), "0", metrics="matrix_entropy", dtype=torch.float64)
     for states, mask in batches:
         alone.start(attention_mask=mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from matent_callbacks import EntropyMonitor
 from matent_callbacks.accumulate import pieces
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.functional import curvature
-from tests.conftest import collate, llama, slow_entropy, slow_pooled_entropy, text_examples
+from tests.conftest import collate, llama, text_examples
 from tests.ranks import run_on_ranks
+from tests.slow import Batch, sequence_readings
 
 WIDTH = 12
 METRICS = ("holevo_information", "curvature")
-Batch = tuple[Tensor, Tensor]
 
 
 @pytest.fixture
@@ -42,39 +41,6 @@ def batch(size: int, length: int, *, seed: int = 0, holes: bool = False, offset:
         mask &= torch.rand(size, length, generator=generator) < 0.8
         states[0, mask[0].nonzero()[:1, 0], 2] = torch.nan
     return states, mask
-
-
-def own_tokens(batches: Iterable[Batch]) -> list[Tensor]:
-    """The tokens of each sequence of all batches that count."""
-    rows = (states[mask].double() for b in batches for states, mask in zip(*b, strict=True))
-    rows = (tokens[tokens.isfinite().all(1)] for tokens in rows)
-    return [tokens for tokens in rows if len(tokens)]
-
-
-def slow_curvature(tokens: Tensor) -> float:
-    angles = []
-    for one, two, three in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        before, after = two - one, three - two
-        cosine = (before @ after / before.norm() / after.norm()).item()
-        if not math.isnan(cosine):
-            angles.append(math.acos(max(-1.0, min(1.0, cosine))))
-    return sum(angles) / len(angles) if angles else math.nan
-
-
-def slow_readings(batches: Iterable[Batch]) -> dict[str, float]:
-    """Of sequences whose tokens all differ from their mean."""
-    sequences = own_tokens(batches)
-    longest = max(map(len, sequences))
-    several = [tokens for tokens in sequences if len(tokens) > 1]
-    states = torch.stack([nn.functional.pad(tokens, (0, 0, 0, longest - len(tokens))) for tokens in several])
-    mask = torch.stack([torch.arange(longest) < len(tokens) for tokens in several])
-    total = sum(map(len, several))
-    within = sum(len(z) / total * slow_entropy(z, torch.ones(len(z))) for z in several)
-    angles = [value for value in map(slow_curvature, sequences) if not math.isnan(value)]
-    return {
-        "holevo_information": slow_pooled_entropy(states, mask) - within,
-        "curvature": sum(angles) / len(angles),
-    }
 
 
 def monitored(*batches: Batch, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, float]:
@@ -99,13 +65,13 @@ BATCHES = {
 def test_readings_are_those_of_the_definition(kind):
     found = monitored(*BATCHES[kind])
     assert found.pop("nonfinite_tokens", 0) == 2 * (kind == "with holes and NaN")
-    assert found == pytest.approx(slow_readings(BATCHES[kind]), rel=1e-9)
+    assert found == pytest.approx(sequence_readings(BATCHES[kind]), rel=1e-9)
 
 
 def test_float32_stands_a_mean_that_dwarfs_the_spread():
     for offset, rel in ((0.0, 1e-5), (1000.0, 1e-4)):
         batches = [batch(20, 30, seed=seed, offset=offset) for seed in range(3)]
-        assert monitored(*batches, dtype=torch.float32) == pytest.approx(slow_readings(batches), rel=rel)
+        assert monitored(*batches, dtype=torch.float32) == pytest.approx(sequence_readings(batches), rel=rel)
 
 
 def test_holevo_information_lies_between_nothing_and_the_number_of_sequences():
@@ -157,7 +123,9 @@ def test_documents_of_a_packed_batch_are_sequences_of_their_own():
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         hidden = model(input_ids=ids, position_ids=positions, output_hidden_states=True).hidden_states[-1].detach()
     documents = [(part[None], torch.ones(1, len(part), dtype=torch.bool)) for part in hidden[0].split(lengths)]
-    assert monitor.compute() == {f"{n}/last": pytest.approx(v, rel=1e-8) for n, v in slow_readings(documents).items()}
+    assert monitor.compute() == {
+        f"{n}/last": pytest.approx(v, rel=1e-8) for n, v in sequence_readings(documents).items()
+    }
 
 
 def on_rank(rank: int, world_size: int) -> tuple[dict[str, float], list[Batch]]:
@@ -177,7 +145,7 @@ def test_ranks_count_as_one():
     found = run_on_ranks(on_rank, 3)
     readings = [reading for reading, _ in found]
     assert readings[0] == readings[1] == readings[2]
-    expected = slow_readings([own for _, seen in found for own in seen])
+    expected = sequence_readings([own for _, seen in found for own in seen])
     assert readings[0] == {f"{name}/last": pytest.approx(value, rel=1e-8) for name, value in expected.items()}
 
 

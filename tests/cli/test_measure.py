@@ -21,9 +21,11 @@ from matent_callbacks import untrained_like
 from matent_callbacks.cli._app import run
 from tests.cli.models import WIDTH, documents, last, measured, save_model, save_tokenizer, write_lines
 from tests.conftest import slow_entropy, slow_pooled_entropy
+from tests.slow import embedding_readings, sequence_readings, slow_vectors
 from tests.versions import needs
 
 KINDS = ("llama", "bert", "t5")
+METRICS = "rankme,embedding_effective_rank,embedding_rankme,holevo_information,curvature"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,65 @@ def test_pooled_metrics(models: dict[str, Path], text: Path, tmp_path: Path) -> 
     assert last(content)["rankme"]["value"] > 1
 
 
+@pytest.mark.parametrize("embedding", ["mean", "last", "first"])
+def test_quantities_of_sequences_and_their_embeddings(
+    embedding: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    names = ("embedding_matrix_entropy", "embedding_rankme", "holevo_information", "curvature")
+    content = measured(
+        tmp_path / "out.json",
+        *(models["llama"], "--text", text, "--metrics", ",".join(names), "--embedding", embedding),
+        *("--batch-tokens", 700, "--dtype", "float64"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    model = AutoModel.from_pretrained(models["llama"], dtype=torch.float64)
+    states = []
+    for line in text.read_text().splitlines():
+        inputs = tokenizer(line, return_tensors="pt", truncation=True, max_length=128)
+        with torch.no_grad():
+            states.append(model(input_ids=inputs["input_ids"])[0])
+    batches = [(z, torch.ones(z.shape[:2], dtype=torch.bool)) for z in states]
+    expected = sequence_readings(batches) | embedding_readings(slow_vectors(batches, embedding))
+    for name in names:
+        value = {"value": pytest.approx(expected[name], rel=1e-6), "low": None, "high": None}
+        assert last(content)[name] == value, name
+    assert content["settings"]["embedding"] == embedding
+
+
+def test_layers_that_give_one_vector_a_document(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = BertModel(BertConfig(vocab_size=400, max_position_embeddings=64, **shape)).eval()
+    model.save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    arguments = (tmp_path / "bert", "--text", text, "--untrained", "--layers")
+    names = ("embedding_rankme", "embedding_matrix_entropy")
+    content = measured(tmp_path / "out.json", *arguments, "last,pooler", "--metrics", ",".join(names))
+    (entry,) = content["models"]
+    tokenizer, vectors = AutoTokenizer.from_pretrained(tmp_path / "bert"), []
+    for line in text.read_text().splitlines():
+        inputs = tokenizer(line, return_tensors="pt", truncation=True, max_length=64)
+        with torch.no_grad():
+            vectors.append(model(input_ids=inputs["input_ids"]).pooler_output[0].double())
+    expected = embedding_readings(torch.stack(vectors))
+    assert list(entry["layers"]) == ["last", "pooler"]
+    assert {name: of["value"] for name, of in entry["layers"]["pooler"].items()} == {
+        # Roots of the smallest eigenvalues are as float32 has them.
+        name: pytest.approx(expected[name], rel=1e-3)
+        for name in names
+    }
+    assert {*names, "diff_erank"} < entry["layers"]["last"].keys()
+    alone = measured(tmp_path / "alone.json", *arguments, "pooler", "--metrics", ",".join(names))
+    assert alone["models"][0]["layers"]["pooler"] == entry["layers"]["pooler"]
+    assert alone["models"][0]["num_sequences"] == len(vectors)
+    assert run(["measure", *map(str, arguments), "pooler", "--metrics", "rankme"]) == 1
+    assert "pooler, which gives one vector a document: --metrics must name a quantity of" in capsys.readouterr().err
+
+
 def test_interval_is_that_of_a_mean(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
     content = measured(tmp_path / "out.json", models["bert"], "--text", text)
     entropies = torch.tensor(slow_layers(models["bert"], text.read_text().splitlines())[-1])
@@ -137,7 +198,7 @@ def test_interval_is_that_of_a_mean(models: dict[str, Path], text: Path, tmp_pat
 def test_diff_erank_of_a_model_with_itself_has_no_spread() -> None:
     from matent_callbacks.cli._bootstrap import Means, draws
     from matent_callbacks.cli._entries import layer_quantities
-    from matent_callbacks.cli._stream import State
+    from matent_callbacks.cli._state import State
 
     values, counts = torch.rand(30).double().numpy(), draws(0, range(30))
     states = []
@@ -344,6 +405,7 @@ def test_kernels_that_a_config_asks_for_are_code_too(
         (["--text", "{text}", "--dtype", "float8"], "float8"),
         (["--text", "{text}", "--device", "abacus"], "--device must be one that is here, got 'abacus'"),
         (["--text", "{text}", "--metrics", "rank_me"], "Near: rankme"),
+        (["--text", "{text}", "--embedding", "cls"], "--embedding"),
         (["--text", "{text}", "--layers", "enc"], "no module of the model matches it"),
         (["--text", "{text}", "--layers", "9"], "the model has 2 blocks"),
         (["--text", "{text}", "--out", "no/such/out.json"], "there is no such folder"),
@@ -401,7 +463,7 @@ def test_interrupted_and_started_again_equals_uninterrupted(
     number: signal.Signals, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = "".join(f"{line}\n" for line in ["", *documents(700), *documents(700)]).encode()
-    arguments = [models["t5"], "--text", "-", "--untrained", "--metrics", "rankme", "--batch-tokens", 4000]
+    arguments = [models["t5"], "--text", "-", "--untrained", "--metrics", METRICS, "--batch-tokens", 4000]
     out = tmp_path / "out.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "matent_callbacks", "measure", *map(str, arguments), "--out", str(out)],

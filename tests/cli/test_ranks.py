@@ -79,7 +79,8 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 def arguments_for(model: Path, text: Path) -> tuple[object, ...]:
     return (
         *(model, "--text", text, "--layers", "all", "--untrained"),
-        *("--metrics", "rankme,effective_rank", "--batch-tokens", 1000),
+        *("--metrics", "rankme,effective_rank,embedding_effective_rank,holevo_information,curvature"),
+        *("--embedding", "last", "--batch-tokens", 1000),
     )
 
 

@@ -295,7 +295,9 @@ def test_all_padded_step_is_skipped_with_a_warning(make_trainer):
     trainer = make_trainer([MatrixEntropyCallback(1)], max_steps=2)
     for example in trainer.train_dataset:
         example["attention_mask"] = [0] * len(example["attention_mask"])
-    with pytest.warns(UserWarning, match="No valid token was seen, so there is no reading of: last"):
+    with pytest.warns(
+        UserWarning, match="Too few valid tokens or sequences were seen, so there is no reading of: last"
+    ):
         trainer.train()
     assert trainer.state.global_step == 2
     assert not records(trainer)

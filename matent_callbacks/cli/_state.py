@@ -1,0 +1,92 @@
+"""The progress of one pass over a text, which a later process or another rank can go on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from matent_callbacks.accumulate.catalogue import Source
+from matent_callbacks.accumulate.moments import Moments, merge_moments
+from matent_callbacks.accumulate.sequence_mean import SequenceMean, merge_sequence_means
+from matent_callbacks.cli._bootstrap import Means
+
+
+@dataclass
+class State:
+    """The statistics and the position of a pass over the text: all that is needed to resume it."""
+
+    document: int = 0
+    """The first one of the window at hand."""
+    done: list[int] = field(default_factory=list)
+    """Batches of this window that are done, by their place in it."""
+    accepted: int = 0
+    """Sequences before this window."""
+    end: int = 0
+    """Bytes before this window, and their checksum."""
+    checksum: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    complete: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    """Where each kind of trouble was met first."""
+    widths: dict[str, int] = field(default_factory=dict)
+    means: dict[str, Means] = field(default_factory=dict)
+    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
+    others: dict[str, dict[Source, SequenceMean]] = field(default_factory=dict)
+    """Means over sequences that are told without an interval."""
+
+    def skip(self, kind: str, place: str, count: int = 1) -> None:
+        """Count documents that are left out, the first of them at ``place``."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + count
+        self.places.setdefault(kind, place)
+
+    def place(self) -> State:
+        """The same place in the text, with nothing found."""
+        kept = ("document", "accepted", "end", "checksum", "complete")
+        return State(done=list(self.done), **{name: getattr(self, name) for name in kept})
+
+    def clear(self) -> None:
+        """Forget what was found, and go on from here."""
+        vars(self).update(vars(self.place()))
+
+    def add(self, other: State) -> None:
+        """Add what another rank has found in other batches of the same windows."""
+        self.done = sorted({*self.done, *other.done})
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+        for kind, count in other.skipped.items():
+            self.skip(kind, other.places[kind], count)
+        self.widths.update(other.widths)
+        for layer, means in other.means.items():
+            self.means.setdefault(layer, Means()).merge(means)
+        for layer, moments in other.moments.items():
+            self.add_moments(layer, moments)
+        for layer, others in other.others.items():
+            self.add_others(layer, others)
+
+    def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
+        """Add those of other tokens."""
+        seen = self.moments.get(layer)
+        if seen:
+            moments = {
+                source: merge_moments(seen[source], own.to(seen[source].scatter.device))
+                for source, own in moments.items()
+            }
+        self.moments[layer] = moments
+
+    def add_others(self, layer: str, others: dict[Source, SequenceMean]) -> None:
+        """Add those of other sequences."""
+        seen = self.others.get(layer)
+        if seen:
+            others = {source: merge_sequence_means(seen[source], own) for source, own in others.items()}
+        self.others[layer] = others
+
+    def on(self, device: torch.device) -> State:
+        """The same with the moments on a device."""
+        moments = {
+            layer: {source: own.to(device) for source, own in sources.items()}
+            for layer, sources in self.moments.items()
+        }
+        return replace(self, moments=moments)
