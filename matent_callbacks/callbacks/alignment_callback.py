@@ -30,7 +30,8 @@ class SharedAlignmentCallback(GuardedHooks):
         during_eval: Also measure at the end of each evaluation.
         prog_bar: Show the values in the progress bar.
         name: Stands before the names of all values, ``<name>/alignment/...``: for a second callback.
-        process_group: The ranks whose pairs belong together; ``None``: all.
+        process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
+            Trainer's device mesh, or else all.
         on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
 
     Raises:
@@ -94,6 +95,11 @@ class SharedAlignmentCallback(GuardedHooks):
     def first_pairs(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> Any:
         """The probe where none was given."""
         return first_batch(dataset, collate, self._num_pairs)
+
+    def choose_group(self, trainer: Any) -> None:
+        """Find the ranks whose pairs belong together."""
+        with self.guard("the choice of ranks by the Trainer's device mesh"):
+            self._alignment.choose_group(trainer)
 
     def check_against(self, callbacks: Iterable[Any]) -> None:
         """Raise ValueError if another callback of a run logs under the same names as this one."""

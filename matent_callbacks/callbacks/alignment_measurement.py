@@ -38,6 +38,7 @@ from matent_callbacks.callbacks.pair_measures import (
 from matent_callbacks.callbacks.probe import fingerprint, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.inference import quiet
+from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
 
 SUMMARIZED_BY_MAXIMUM = (
@@ -86,7 +87,7 @@ class AlignmentMeasurement:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         self._given_probes = self.probes = probes_by_prefix(probe, prefix)
         self._prefix = prefix
-        self._group = group
+        self._given_group = self._group = group
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
@@ -98,8 +99,13 @@ class AlignmentMeasurement:
     def renewed(self) -> AlignmentMeasurement:
         """The same arguments without the probe that was found."""
         new = copy.copy(self)
-        new.probes = self._given_probes
+        new.probes, new._group = self._given_probes, self._given_group
         return new
+
+    def choose_group(self, owner: Any) -> None:
+        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        if self._group is None:
+            self._group = parallel_groups(owner).process_group
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -37,6 +37,10 @@ class SharedEntropyCallback(GuardedHooks):
         prog_bar: Show the values in the progress bar.
         background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
             values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
+            dimensions of the Trainer's device mesh, or else all.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; without
+            ``process_group``, ``None`` is those of the mesh, too. Packed batches are refused then.
         name: Stands before the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
             callback with the same layers.
         window_steps: Optimizer steps that a reading covers: the one that is due and the last ones before it. Metrics of
@@ -118,6 +122,12 @@ class SharedEntropyCallback(GuardedHooks):
         if batch is None:
             raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
         return self.mask(batch)
+
+    def watch(self, model: nn.Module, trainer: Any) -> None:
+        """Set up the monitor of the Trainer's model, so that unknown layers are told before training."""
+        with self.guard("the choice of ranks by the Trainer's device mesh"):
+            self._measurement.choose_groups(trainer)
+        self._measurement.monitor(model)
 
     def check_against(self, callbacks: Iterable[Any]) -> None:
         """Raise ValueError if another callback of a run logs under the same names as this one."""

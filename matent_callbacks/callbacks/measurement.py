@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
@@ -14,6 +15,7 @@ from matent_callbacks.accumulate.reduction import agreed_failures, is_distribute
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.probe import probes_by_prefix
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
 
 _DATA_SET_RANK = "sequence_effective_rank"
@@ -43,6 +45,8 @@ class Measurement:
         prefix: str,
         guard: Guard,
         solver: Solver,
+        process_group: dist.ProcessGroup | None,
+        context_group: dist.ProcessGroup | None,
         **settings: Any,
     ) -> None:
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
@@ -59,13 +63,21 @@ class Measurement:
         self._reference_ranks: dict[str, float] | None = None
         self._guard = guard
         self.settings = {"solver": solver, **settings}
+        given = process_group is not None or context_group is not None
+        self._given_groups = self._groups = ParallelGroups(process_group, context_group) if given else None
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
         """The same arguments without monitors and reference values."""
         new = copy.copy(self)
         new._guard, new._monitors, new._reference_ranks = guard, {}, None
+        new._groups = self._given_groups
         return new
+
+    def choose_groups(self, owner: Any) -> None:
+        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        if self._groups is None:
+            self._groups = parallel_groups(owner)
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
         """The monitor of the model's own forwards."""
@@ -126,7 +138,7 @@ class Measurement:
         if self._reference is None:
             return
         loaded = self._reference_ranks is not None
-        group = self.settings["process_group"]
+        group = (self._groups or ParallelGroups()).process_group
         if is_distributed(group):
             # A rank that could not load what the others have goes without: it would measure alone.
             loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
@@ -147,7 +159,15 @@ class Measurement:
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
-        return EntropyMonitor(model, self.layers, metrics=metrics or self.metrics, **self.settings)
+        groups = self._groups or ParallelGroups()
+        return EntropyMonitor(
+            model,
+            self.layers,
+            metrics=metrics or self.metrics,
+            process_group=groups.process_group,
+            context_group=groups.context_group,
+            **self.settings,
+        )
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """What a monitor has read since the last call."""

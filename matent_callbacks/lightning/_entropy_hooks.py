@@ -94,7 +94,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         if self.off:
             return
         # Unknown layers, and names that another callback logs as well, are told before training.
-        self._measurement.monitor(pl_module)
+        self.watch(pl_module, trainer)
         self.check_against(trainer.callbacks)
         if not self._measurement.probes and compiled_whole(pl_module):
             self.off = True
