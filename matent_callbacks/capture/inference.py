@@ -41,7 +41,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     # `training` is one of these attributes; others are counters and the like that a forward may set.
     attributes = [(module, _plain_attributes(module)) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone(), _version(buffer))
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -52,10 +52,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for module, before in attributes:
                 vars(module).update(before)
-            for module, name, buffer, values in buffers:
-                # A forward may write into a buffer, or put another in its place.
+            for module, name, buffer, values, version in buffers:
+                # A forward may write into a buffer, or put another in its place. One that it left alone is left alone
+                # here, too: the backward pass of an earlier forward may need it, and refuses one that was written to.
                 module._buffers[name] = buffer
-                buffer.copy_(values)
+                if version is None or version != _version(buffer):
+                    buffer.copy_(values)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written to; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

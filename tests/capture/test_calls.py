@@ -228,6 +228,35 @@ def test_a_graph_around_the_model_is_compiled_twice_at_most(make_llama):
         torch._dynamo.reset()
 
 
+def test_a_compiled_model_may_run_twice_before_the_backward_pass():
+    """What is restored after a forward beside the graph is not written to, where the backward pass needs it."""
+
+    class Positions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ids", torch.arange(6).unsqueeze(0))
+            self.embedding = torch.nn.Embedding(6, 8)
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden + self.embedding(self.ids)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden
+
+    model = Positions()
+    batches = torch.randn(2, 3, 6, 8)
+    try:
+        compiled = torch.compile(model, backend="eager")
+        monitor = EntropyMonitor(compiled, "layers.1")
+        with monitor:
+            sum(compiled(batch).square().sum() for batch in batches).backward()
+        assert model.embedding.weight.grad is not None
+        assert monitor.compute().keys() == {"matrix_entropy/layers.1", "effective_rank/layers.1"}
+    finally:
+        torch._dynamo.reset()
+
+
 def test_a_compiled_forward_is_read_beside_its_graph(make_llama):
     model = make_llama(dropout=0.0)
     expected = definition(model, BATCHES[0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import gc
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -231,10 +233,19 @@ def by_trainer(way: Way, folder: Path, callbacks: list[Any], record: Record, dat
     }
     if way.compiled == "whole":
         arguments |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    # Before 5.0 the arguments are written into the environment, from where every later Trainer has them.
+    with mock.patch.dict(os.environ):
+        parsed = transformers.TrainingArguments(**arguments)
+        _train_by_trainer(way, parsed, callbacks, record, dataset)
+
+
+def _train_by_trainer(
+    way: Way, arguments: transformers.TrainingArguments, callbacks: list[Any], record: Record, dataset: Any
+) -> None:
     for stop_at in (STEPS // 2, STEPS) if way.resume else (STEPS,):
         trainer = _Trainer(
             record.model,
-            transformers.TrainingArguments(**arguments),
+            arguments,
             train_dataset=text_examples(STEPS * BATCH * way.accumulate, TOKENS) if dataset is None else dataset,
             eval_dataset=text_examples(2 * BATCH + 2, TOKENS, start=200),
             data_collator=way.collate,
