@@ -1,0 +1,224 @@
+"""One rank of a world of 1,024, on one machine: what a reading of 80 layers of d = 8,192 sends, and holds.
+
+torch's fake process group gives this rank a number and answers every collective at once; under `FakeTensorMode` tensors
+have shapes and no values, so that they take no memory. The code that runs is that of a training step. *Numbers* and
+*bytes* are what this rank hands to the collectives. *State* is held from the first forward to the end of the reading;
+*peak* is the most beyond it. The step has 2 sequences of 4,096 tokens in bf16 on each data rank; more
+tokens change nothing, and more sequences what is exchanged of each. A rank in the middle
+of the world is looked at, which decomposes no layer where the ranks are more than the layers.
+
+*Seconds* are the bytes that a rank sends in a ring (2 (W - 1) / W of an all-reduce, (W - 1) / W of a reduce or a
+reduce-scatter) at so many GB/s, as between machines and within one; the share is that of a step of 10 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks._markdown import begin, table
+from benchmarks._stack import identities
+from matent_callbacks import EntropyMonitor
+from matent_callbacks.capture.meshes import parallel_groups
+
+POOLED = ("matrix_entropy", "effective_rank")
+SEQUENCES = "sequence_matrix_entropy"
+RANK = 515
+SEQUENCES_OF_A_STEP = 2
+
+
+class Strategy(NamedTuple):
+    """How a model is trained in parallel."""
+
+    name: str
+    mesh: dict[str, int]
+    """Names and sizes of its dimensions."""
+    metrics: Any = POOLED
+    split: int = 1
+    """Ranks that a sequence of plain tensors is spread over."""
+    placement: Any = None
+    """Of DTensors, along the dimension of tensor parallelism."""
+
+
+STRATEGIES = (
+    Strategy("DDP, FSDP2, ZeRO", {"dp": 1024}),
+    Strategy("the same, `rankme` as well", {"dp": 1024}, (*POOLED, "rankme")),
+    Strategy("the same, per sequence", {"dp": 1024}, SEQUENCES),
+    Strategy("tensor parallel: 128 x 8", {"dp": 128, "tp": 8}),
+    Strategy("context parallel: 128 x 8", {"dp": 128, "cp": 8}, split=8),
+    Strategy("the same, per sequence", {"dp": 128, "cp": 8}, SEQUENCES, split=8),
+    Strategy("pipeline of 4 stages: 4 x 256", {"pp": 4, "dp": 256}),
+    Strategy("DTensors over tokens, one group: 1,024", {"tp": 1024}, placement=Shard(1)),
+    Strategy("DTensors still to be summed, one group: 1,024", {"tp": 1024}, placement=Partial()),
+    Strategy("DTensors that all ranks have, one group: 1,024", {"tp": 1024}, placement=Replicate()),
+)
+
+
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all tensors that are there, and the most that were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # on the CPU it is asked whether all tokens count: yes
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+                self._count(leaf.untyped_storage())
+        return output
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few layers: shows that it runs")
+    quick = parser.parse_args().quick
+    begin("One rank of 1,024", __doc__)
+    layers, width = (4, 256) if quick else (80, 8192)
+    collectives = ["collectives in the forward", "in the reading"]
+    header = ["", *collectives, "bytes handed in", "state", "peak beyond it", "50 GB/s", "400 GB/s"]
+    table(header, (measured(strategy, layers, width) for strategy in STRATEGIES))
+
+
+@contextmanager
+def world(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def measured(strategy: Strategy, layers: int, width: int) -> list[str]:
+    with world(RANK, 1024):
+        return of_one_rank(strategy, layers, width)
+
+
+def of_one_rank(strategy: Strategy, layers: int, width: int) -> list[str]:
+    if "pp" in strategy.mesh:
+        layers //= strategy.mesh["pp"]
+    mesh = init_device_mesh("cpu", tuple(strategy.mesh.values()), mesh_dim_names=tuple(strategy.mesh))
+    groups = parallel_groups(mesh)
+    monitor = EntropyMonitor(identities(layers), "*", metrics=strategy.metrics, **groups._asdict())
+    sent: list[tuple[str, int, int]] = []
+    with FakeTensorMode(), answered(width), listening(sent), Held() as held:
+        monitor.reset()
+        hidden = states(strategy, mesh, width)
+        before = held.now
+        held.peak = held.now
+        with monitor:
+            monitor.model(hidden)
+        in_forward = len(sent)
+        state = held.now - before
+        peak = held.peak - before
+        held.peak = held.now
+        monitor.compute()
+        peak = max(peak, held.peak - before)
+    return row(strategy, sent, in_forward, state, peak)
+
+
+def states(strategy: Strategy, mesh: DeviceMesh, width: int) -> Tensor:
+    shape = (SEQUENCES_OF_A_STEP, 4096 // strategy.split, width)
+    if strategy.placement is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    local = list(shape)
+    if isinstance(strategy.placement, Shard):
+        local[1] //= mesh.size()
+    own = torch.empty(local, dtype=torch.bfloat16)
+    stride = (shape[1] * width, width, 1)
+    return DTensor.from_local(own, mesh, [strategy.placement], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def row(strategy: Strategy, sent: list[tuple[str, int, int]], in_forward: int, state: int, peak: int) -> list[str]:
+    ring = {"all_reduce": 2.0, "all_to_all_single": 1.0, "all_gather_into_tensor": 1.0}
+    bytes_sent = sum(size for _, size, _ in sent)
+    on_the_way = sum(ring.get(name, 1.0) * (ranks - 1) / ranks * size for name, size, ranks in sent)
+    seconds = [on_the_way / (bandwidth * 1e9) for bandwidth in (50, 400)]
+    return [
+        strategy.name,
+        *(named(part) for part in (sent[:in_forward], sent[in_forward:])),
+        amount(bytes_sent),
+        amount(state),
+        amount(peak - state),
+        *(f"{second:.2g} s = {second / 10:.1%}" for second in seconds),
+    ]
+
+
+def named(sent: list[tuple[str, int, int]]) -> str:
+    counts = Counter(name for name, _, _ in sent)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+def amount(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+@contextmanager
+def listening(sent: list[tuple[str, int, int]]) -> Iterator[None]:
+    """Notes each collective, how many bytes this rank hands in, and of how many ranks it is."""
+
+    def listener(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            sent.append((name, tensor.numel() * tensor.itemsize, dist.get_world_size(group)))
+            return original(tensor, *args, group=group, **kwargs)
+
+        return collective
+
+    patches = [mock.patch.object(dist, name, listener(name, getattr(dist, name))) for name in ("all_reduce", "reduce")]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+@contextmanager
+def answered(width: int) -> Iterator[None]:
+    """What the code asks of tensors without values: that ranks agree, of what width they are, and numbers to report."""
+
+    def values(tensor: Tensor) -> Any:
+        if tensor.ndim == 2:
+            return [[width, -width, 1, 0]] * len(tensor)
+        count = SEQUENCES_OF_A_STEP
+        sizes = {5: [count, -count, width, -width, 0]}
+        return sizes.get(len(tensor), [0] * len(tensor))
+
+    with mock.patch.object(FakeTensor, "tolist", values):
+        yield
+
+
+if __name__ == "__main__":
+    main()
