@@ -3,9 +3,10 @@
 torch's fake process group gives this rank a number and answers every collective at once; under `FakeTensorMode` tensors
 have shapes and no values, so that they take no memory. The code that runs is that of a training step. *Numbers* and
 *bytes* are what this rank hands to the collectives. *State* is held from the first forward to the end of the reading;
-*peak* is the most beyond it. The step has 2 sequences of 4,096 tokens in bf16 on each data rank; more
-tokens change nothing, and more sequences what is exchanged of each. A rank in the middle
-of the world is looked at, which decomposes no layer where the ranks are more than the layers.
+*peak* is the most beyond it. The step has 3 sequences of 3,072 tokens in bf16
+on each data rank: of more than d tokens the state is half of a covariance, and more tokens change nothing but what is
+exchanged of each sequence. A rank in the middle of the world is looked at, which decomposes no layer where the ranks
+are more than the layers.
 
 *Seconds* are the bytes that a rank sends in a ring (2 (W - 1) / W of an all-reduce, (W - 1) / W of a reduce or a
 reduce-scatter) at so many GB/s, as between machines and within one; the share is that of a step of 10 s.
@@ -34,12 +35,14 @@ from torch.utils._pytree import tree_leaves
 from benchmarks._markdown import begin, table
 from benchmarks._stack import identities
 from matent_callbacks import EntropyMonitor
-from matent_callbacks.capture.meshes import parallel_groups
+from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 
 POOLED = ("matrix_entropy", "effective_rank")
 SEQUENCES = "sequence_matrix_entropy"
 RANK = 515
-SEQUENCES_OF_A_STEP = 2
+# Name, bytes handed in and number of ranks of each collective.
+Sent = list[tuple[str, int, int]]
+SEQUENCES_OF_A_STEP, LENGTH = 3, 3072
 
 
 class Strategy(NamedTuple):
@@ -52,7 +55,7 @@ class Strategy(NamedTuple):
     split: int = 1
     """Ranks that a sequence of plain tensors is spread over."""
     placement: Any = None
-    """Of DTensors, along the dimension of tensor parallelism."""
+    """Of DTensors, along the dimension of tensor parallelism; all ranks are one process group then."""
 
 
 STRATEGIES = (
@@ -63,23 +66,30 @@ STRATEGIES = (
     Strategy("context parallel: 128 x 8", {"dp": 128, "cp": 8}, split=8),
     Strategy("the same, per sequence", {"dp": 128, "cp": 8}, SEQUENCES, split=8),
     Strategy("pipeline of 4 stages: 4 x 256", {"pp": 4, "dp": 256}),
-    Strategy("DTensors over tokens, one group: 1,024", {"tp": 1024}, placement=Shard(1)),
-    Strategy("DTensors still to be summed, one group: 1,024", {"tp": 1024}, placement=Partial()),
-    Strategy("DTensors that all ranks have, one group: 1,024", {"tp": 1024}, placement=Replicate()),
+    Strategy("`SequenceParallel`: DTensors over tokens, 128 x 8", {"dp": 128, "tp": 8}, placement=Shard(1)),
+    Strategy("DTensors still to be summed, 128 x 8", {"dp": 128, "tp": 8}, placement=Partial()),
+    Strategy("DTensors that all 8 have, 128 x 8", {"dp": 128, "tp": 8}, placement=Replicate()),
 )
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that are there, and the most that were there at once."""
+    """Bytes of all tensors that are there, and the most that were there at once.
 
-    def __init__(self) -> None:
+    What DTensors send is added to ``sent``.
+    """
+
+    def __init__(self, sent: Sent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._sent = sent
         self.now = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # on the CPU it is asked whether all tokens count: yes
+        if func.namespace == "_c10d_functional" and "wait" not in str(func):
+            ranks = next(argument for argument in args if isinstance(argument, int))
+            self._sent.append((func._schema.name.split("::")[1], args[0].numel() * args[0].itemsize, ranks))
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
@@ -129,12 +139,14 @@ def of_one_rank(strategy: Strategy, layers: int, width: int) -> list[str]:
     if "pp" in strategy.mesh:
         layers //= strategy.mesh["pp"]
     mesh = init_device_mesh("cpu", tuple(strategy.mesh.values()), mesh_dim_names=tuple(strategy.mesh))
-    groups = parallel_groups(mesh)
+    # What is spread over tokens belongs together along the dimension of tensor parallelism, too.
+    groups = parallel_groups(mesh) if strategy.placement is None else ParallelGroups()
     monitor = EntropyMonitor(identities(layers), "*", metrics=strategy.metrics, **groups._asdict())
-    sent: list[tuple[str, int, int]] = []
-    with FakeTensorMode(), answered(width), listening(sent), Held() as held:
+    spread_over = None if strategy.placement is None else mesh["tp"]
+    sent: Sent = []
+    with FakeTensorMode(), answered(width), listening(sent), Held(sent) as held:
         monitor.reset()
-        hidden = states(strategy, mesh, width)
+        hidden = states(strategy, spread_over, width)
         before = held.now
         held.peak = held.now
         with monitor:
@@ -148,9 +160,9 @@ def of_one_rank(strategy: Strategy, layers: int, width: int) -> list[str]:
     return row(strategy, sent, in_forward, state, peak)
 
 
-def states(strategy: Strategy, mesh: DeviceMesh, width: int) -> Tensor:
-    shape = (SEQUENCES_OF_A_STEP, 4096 // strategy.split, width)
-    if strategy.placement is None:
+def states(strategy: Strategy, mesh: DeviceMesh | None, width: int) -> Tensor:
+    shape = (SEQUENCES_OF_A_STEP, LENGTH // strategy.split, width)
+    if mesh is None:
         return torch.empty(shape, dtype=torch.bfloat16)
     local = list(shape)
     if isinstance(strategy.placement, Shard):
@@ -160,10 +172,9 @@ def states(strategy: Strategy, mesh: DeviceMesh, width: int) -> Tensor:
     return DTensor.from_local(own, mesh, [strategy.placement], run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def row(strategy: Strategy, sent: list[tuple[str, int, int]], in_forward: int, state: int, peak: int) -> list[str]:
-    ring = {"all_reduce": 2.0, "all_to_all_single": 1.0, "all_gather_into_tensor": 1.0}
+def row(strategy: Strategy, sent: Sent, in_forward: int, state: int, peak: int) -> list[str]:
     bytes_sent = sum(size for _, size, _ in sent)
-    on_the_way = sum(ring.get(name, 1.0) * (ranks - 1) / ranks * size for name, size, ranks in sent)
+    on_the_way = sum((1 + (name == "all_reduce")) * (ranks - 1) / ranks * size for name, size, ranks in sent)
     seconds = [on_the_way / (bandwidth * 1e9) for bandwidth in (50, 400)]
     return [
         strategy.name,
@@ -175,7 +186,7 @@ def row(strategy: Strategy, sent: list[tuple[str, int, int]], in_forward: int, s
     ]
 
 
-def named(sent: list[tuple[str, int, int]]) -> str:
+def named(sent: Sent) -> str:
     counts = Counter(name for name, _, _ in sent)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
@@ -185,7 +196,7 @@ def amount(count: float) -> str:
 
 
 @contextmanager
-def listening(sent: list[tuple[str, int, int]]) -> Iterator[None]:
+def listening(sent: Sent) -> Iterator[None]:
     """Notes each collective, how many bytes this rank hands in, and of how many ranks it is."""
 
     def listener(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
