@@ -51,6 +51,8 @@ class EntropyMonitor:
             ``sequence_effective_rank``.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
+        layer_offset: Where ``model`` is a stage of a pipeline, the number of blocks in the stages before it. Layers are
+            asked for and named by the numbers that they have in the whole model; ``None``: ``model`` is that.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
@@ -89,6 +91,7 @@ class EntropyMonitor:
         *,
         metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
         module: str | None = None,
+        layer_offset: int | None = None,
         max_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
@@ -112,7 +115,7 @@ class EntropyMonitor:
         check_groups(process_group, context_group)
         self._process_group = process_group
         self._joint = JointReading(process_group, context_group)
-        self._layers = resolve_layers(model, layers, module=module)
+        self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._capture = Capture(
             model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
         )
