@@ -128,6 +128,8 @@ class Stage(nn.Module):
             torch.manual_seed(number)
             self.layers.append(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
         self.norm = nn.LayerNorm(WIDTH) if blocks.stop == count else None
+        # After a norm one direction is empty but for rounding, whose square root `rankme` takes.
+        self.double()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -136,7 +138,7 @@ class Stage(nn.Module):
 
 
 def batch_of(data_rank: int) -> torch.Tensor:
-    return torch.randn(4, 10, WIDTH, generator=torch.Generator().manual_seed(data_rank))
+    return torch.randn(4, 10, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(data_rank))
 
 
 def in_a_pipeline(rank: int, world_size: int) -> dict[str, float]:
