@@ -19,6 +19,7 @@ PARTS = (
     "monitors",
     "rankme",
     "communication",
+    "thousand_ranks",
     "growth",
     "solver",
     "measure",

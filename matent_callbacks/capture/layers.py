@@ -57,7 +57,9 @@ class Layers:
     """What a probe is run through: the Hugging Face model, without wrappers and what is around it, or the model."""
 
 
-def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str | None = None) -> Layers:
+def resolve_layers(
+    model: nn.Module, layers: LayerSpec = "last", *, module: str | None = None, layer_offset: int | None = None
+) -> Layers:
     """Find the modules to read.
 
     Args:
@@ -65,10 +67,13 @@ def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str 
         layers: ``"last"``, ``"all"``, ints, ``"every:n"``, module names or globs, or a list of these.
         module: Path of the part of the model to look in; ``None``: the language model, or the encoder of an
             encoder-decoder.
+        layer_offset: Of a stage of a pipeline, the number of the blocks in the stages before it; ``None``: no stage.
 
     Raises:
         ValueError: If nothing matches; the message has near matches.
     """
+    if layer_offset is not None and (type(layer_offset) is not int or layer_offset < 0):
+        raise ValueError(f"`layer_offset` must be None or a whole number, 0 or more, got {layer_offset!r}.")
     inner = unwrap(model)
     root = inner if module is None else _submodule(inner, module)
     asked = [layers] if isinstance(layers, str | int) else list(layers)
@@ -83,8 +88,8 @@ def resolve_layers(model: nn.Module, layers: LayerSpec = "last", *, module: str 
         matched = fnmatch.filter(named, spec) if isinstance(spec, str) and not _is_stack_name(spec) else None
         if matched is None:
             stack = stack or find_stack(root)
-            indices = _indices(spec, len(stack.blocks))
-            found = [_stack_point(stack, index) for index in indices]
+            indices = _indices(spec, len(stack.blocks), layer_offset or 0)
+            found = [_stack_point(stack, index, layer_offset) for index in indices]
         elif matched:
             found = [ReadPoint(name, named[name], "output") for name in matched]
         else:
@@ -150,32 +155,39 @@ def _is_stack_name(spec: str) -> bool:
     return spec in ("last", "all") or spec.startswith("every:") or re.fullmatch(r"layer_\d+", spec) is not None
 
 
-def _stack_point(stack: Stack, index: int) -> ReadPoint:
-    """The place that ``output_hidden_states[index]`` comes from."""
+def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoint:
+    """The place that ``output_hidden_states[index]`` comes from, of the blocks of the whole model counted on."""
+    key = f"layer_{index + (layer_offset or 0):02d}"
     if index == len(stack.blocks):
-        return ReadPoint("last", stack.last, "output")
+        # A stage that ends with a block is followed by another one.
+        goes_on = layer_offset is not None and stack.last is stack.blocks[-1]
+        return ReadPoint(key if goes_on else "last", stack.last, "output")
     if index == 0:
-        return ReadPoint("layer_00", stack.blocks[0], "input")
-    return ReadPoint(f"layer_{index:02d}", stack.blocks[index - 1], "output")
+        return ReadPoint(key, stack.blocks[0], "input")
+    return ReadPoint(key, stack.blocks[index - 1], "output")
 
 
-def _indices(spec: str | int, num_blocks: int) -> list[int]:
+def _indices(spec: str | int, num_blocks: int, offset: int) -> list[int]:
     if spec == "last":
         return [num_blocks]
+    # What goes into the first block of a later stage is the output of the stage before, and read there.
+    inside = range(min(offset, 1), num_blocks + 1)
     if spec == "all":
-        return list(range(num_blocks + 1))
+        return list(inside)
     if isinstance(spec, str) and spec.startswith("every:"):
         stride = spec.removeprefix("every:")
         if not re.fullmatch(r"[1-9]\d*", stride):
             raise ValueError(f"`layers` must be like 'every:4', with a whole number above 0, got {spec!r}.")
-        return list(range(0, num_blocks + 1, int(stride)))
+        return [index for index in inside if (offset + index) % int(stride) == 0]
     number = spec if isinstance(spec, int) else int(spec.removeprefix("layer_"))
-    if not -num_blocks - 1 <= number <= num_blocks:
+    index = number if number < 0 else number - offset
+    if not -num_blocks - 1 <= index <= num_blocks or (number >= 0 and index < 0):
         raise ValueError(
-            f"`layers` asks for {spec!r}, but the model has {num_blocks} blocks: 0 (embeddings) to {num_blocks} "
-            f"('last'), or -1 to {-num_blocks - 1}."
+            f"`layers` asks for {spec!r}, but the model has {num_blocks} blocks: {offset} "
+            f"({'what goes into the first' if offset else 'embeddings'}) to {offset + num_blocks} ('last'), or -1 to "
+            f"{-num_blocks - 1}."
         )
-    return [number % (num_blocks + 1)]
+    return [index % (num_blocks + 1)]
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -46,7 +46,7 @@ def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | No
     if not bool(again.any()):
         return None
     starts = (first | again).flatten().nonzero().squeeze(1)
-    ends = torch.cat([starts[1:], starts.new_tensor([valid.numel()])])
+    ends = torch.cat([starts[1:], starts.new_full((1,), valid.numel())])
     place = torch.arange(int((ends - starts).max()), device=starts.device)
     index = starts.unsqueeze(1) + place
     inside = index < ends.unsqueeze(1)

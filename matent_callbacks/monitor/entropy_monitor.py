@@ -62,6 +62,8 @@ class EntropyMonitor:
             apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
+        layer_offset: Where ``model`` is a stage of a pipeline, the number of blocks in the stages before it. Layers are
+            asked for and named by the numbers that they have in the whole model; ``None``: ``model`` is that.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer that gives ``(B, d)``, such as a pooler or a projection, or ``sentence_embedding`` of
@@ -103,6 +105,7 @@ class EntropyMonitor:
         *,
         metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
         module: str | None = None,
+        layer_offset: int | None = None,
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
         dtype: torch.dtype = torch.float32,
@@ -128,7 +131,7 @@ class EntropyMonitor:
         check_groups(process_group, context_group)
         self._process_group = process_group
         self._joint = JointReading(process_group, context_group)
-        self._layers = resolve_layers(model, layers, module=module)
+        self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._capture = Capture(
             model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
         )

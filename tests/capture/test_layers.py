@@ -226,3 +226,42 @@ def test_own_module_with_positional_arguments(batch, norm, container):
     for layer, hidden in zip(["layer_00", "layer_01", "last"], [*model.states[:2], model.states[-1]], strict=True):
         expected = slow_pooled_entropy(hidden.detach(), batch["attention_mask"])
         assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys"),
+    [
+        ("all", ["layer_06", "layer_07", "layer_08"]),
+        ("every:2", ["layer_06", "layer_08"]),
+        ([7, "layer_08", -1], ["layer_07", "layer_08"]),
+        (5, ["layer_05"]),
+    ],
+)
+def test_a_stage_of_a_pipeline_has_the_numbers_of_the_whole_model(layers, keys):
+    blocks = nn.Sequential(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))))
+    assert [point.key for point in resolve_layers(blocks, layers, layer_offset=5).points] == keys
+
+
+def test_a_first_stage_is_not_the_whole_model():
+    blocks = nn.Sequential(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))))
+    assert [point.key for point in resolve_layers(blocks, "all", layer_offset=0).points] == [
+        "layer_00",
+        "layer_01",
+        "layer_02",
+    ]
+    assert [point.key for point in resolve_layers(blocks, "all").points] == ["layer_00", "layer_01", "last"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "offset", "message"),
+    [
+        (4, 5, r"asks for 4, but the model has 3 blocks: 5 \(what goes into the first\) to 8 \('last'\), or -1 to -4"),
+        (9, 5, "asks for 9, but the model has 3 blocks"),
+        ("all", -1, "`layer_offset` must be None or a whole number, 0 or more, got -1"),
+        ("all", True, "`layer_offset` must be None or a whole number, 0 or more, got True"),
+    ],
+)
+def test_layers_that_a_stage_does_not_have(layers, offset, message):
+    blocks = nn.Sequential(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))))
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(blocks, layers, layer_offset=offset)

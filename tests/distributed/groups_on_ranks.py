@@ -9,8 +9,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from matent_callbacks import EntropyMonitor
+from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.distributed.reading import as_if_launched, small_llama
 from tests.distributed.trainer_on_ranks import make_trainer, weights
@@ -113,3 +116,49 @@ def in_groups(rank: int, world_size: int) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             found[name] = str(error)
     return found
+
+
+class Stage(nn.Module):
+    """Some blocks of a model, and its norm if they are the last."""
+
+    def __init__(self, blocks: range, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for number in blocks:
+            torch.manual_seed(number)
+            self.layers.append(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
+        self.norm = nn.LayerNorm(WIDTH) if blocks.stop == count else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden if self.norm is None else self.norm(hidden)
+
+
+def batch_of(data_rank: int) -> torch.Tensor:
+    return torch.randn(4, 10, WIDTH, generator=torch.Generator().manual_seed(data_rank))
+
+
+def in_a_pipeline(rank: int, world_size: int) -> dict[str, float]:
+    """Two stages of two blocks each times two data ranks; rank 0 has the numbers of both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    number = mesh.get_local_rank("pp")
+    model = Stage(range(2 * number, 2 * number + 2), 4)
+    stage = PipelineStage(model, number, 2, torch.device("cpu"), group=mesh.get_group("pp"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: (output - target).square().mean())
+    groups = parallel_groups(mesh)
+    # After a norm one direction is empty but for rounding, and `rankme` takes the square root: hence float64.
+    arguments: dict[str, Any] = {"layer_offset": 2 * number, "process_group": groups.process_group}
+    monitor = EntropyMonitor(model, "all", metrics=METRICS, dtype=torch.float64, **arguments)
+    hidden = batch_of(mesh.get_local_rank("dp"))
+
+    def step() -> None:
+        schedule.step(*([hidden] if number == 0 else []), **({} if number == 0 else {"target": hidden}))
+
+    # In the first step of a schedule torch runs each stage on arbitrary values as well, to learn what shapes come out.
+    step()
+    with monitor:
+        step()
+    of_stages: list[Any] = [None] * world_size
+    dist.all_gather_object(of_stages, monitor.compute())
+    return {name: value for values in of_stages for name, value in values.items()}

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.groups_on_ranks import in_groups, read, train_unlike, unlike
+from matent_callbacks import EntropyMonitor
+from tests.distributed.groups_on_ranks import (
+    METRICS,
+    Stage,
+    batch_of,
+    in_a_pipeline,
+    in_groups,
+    read,
+    train_unlike,
+    unlike,
+)
 from tests.ranks import run_on_ranks
 
 
@@ -65,3 +75,15 @@ def test_the_numbers_of_a_group_are_those_of_one_process_over_its_tokens():
     for rank, result in enumerate(results):
         assert result["others"] == f"`process_group` must hold this rank, {rank}, got one of other ranks."
         assert result["name"] == "`process_group` must be None or a torch.distributed.ProcessGroup, got str."
+
+
+def test_the_stages_of_a_pipeline_are_numbered_as_in_the_whole_model():
+    model = Stage(range(4), 4)
+    monitor = EntropyMonitor(model, "all", metrics=METRICS, dtype=torch.float64)
+    with monitor:
+        for data_rank in range(2):
+            model(batch_of(data_rank))
+    expected = monitor.compute()
+    assert len(expected) == 5 * (4 + 4)
+    for values in run_on_ranks(in_a_pipeline, 4, seconds=60):
+        assert values == pytest.approx(expected, rel=1e-5)
