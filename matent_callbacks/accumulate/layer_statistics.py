@@ -7,10 +7,11 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
 from matent_callbacks.accumulate.curvature import mean_curvature
+from matent_callbacks.accumulate.documents import Discriminant, add_documents
 from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pieces import whole_sequences
-from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceEntropies,
     SequenceMean,
@@ -23,11 +24,21 @@ from matent_callbacks.accumulate.sequence_mean import (
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
-CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
-"""The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
+CENTERS: dict[Source, Center] = {
+    "pooled": "sequence",
+    "raw": None,
+    "embedding": "global",
+    "raw_embedding": None,
+    "between_documents": "global",
+    "within_documents": "sequence",
+}
+"""The sources that are one set of tokens, or of vectors made of them, and what is subtracted from these."""
 
 OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
 """Those of one vector a sequence."""
+
+OF_DOCUMENTS: frozenset[Source] = frozenset({"between_documents", "within_documents"})
+"""Those that are decomposed together."""
 
 
 class LayerAccumulator:
@@ -104,10 +115,23 @@ class LayerAccumulator:
             self._forget()
             raise
 
+    def matrices(self) -> dict[Source, Matrix | Discriminant]:
+        """What has a spectrum, by source."""
+        found: dict[Source, Matrix | Discriminant] = {
+            source: tokens.matrix() for source, tokens in self.tokens.items() if source not in OF_DOCUMENTS
+        }
+        if self.tokens.keys() & OF_DOCUMENTS:
+            between, within = self.tokens["between_documents"], self.tokens["within_documents"]
+            found["between_documents"] = Discriminant(between.moments(), within.moments())
+        return found
+
     def _forget(self) -> None:
         nothing = empty_moments(dtype=self._dtype, device=self.device)
+        double = nothing if self.device.type == "mps" else empty_moments(dtype=torch.float64, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
-            source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
+            source: PooledTokens(center, double if source in OF_DOCUMENTS else nothing)
+            for source, center in CENTERS.items()
+            if source in self._sources
         }
         of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
         self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
@@ -123,6 +147,9 @@ class LayerAccumulator:
             pooled.update(states, mask, normalize=True, dtype=self._dtype)
         if raw is not None:
             raw.update(states, mask, normalize=False, dtype=self._dtype)
+        if self.tokens.keys() & OF_DOCUMENTS:
+            between, within = self.tokens["between_documents"], self.tokens["within_documents"]
+            add_documents(states, mask, between=between, within=within)
         if "curvature" in self.means:
             self._merge("curvature", mean_curvature(states, mask, dtype=self._dtype))
         return entropy
