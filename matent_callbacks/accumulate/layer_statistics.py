@@ -7,7 +7,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
 from matent_callbacks.accumulate.curvature import mean_curvature
-from matent_callbacks.accumulate.documents import Discriminant, add_documents
+from matent_callbacks.accumulate.documents import Discriminant, add_documents, dtype_of_documents
 from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pieces import whole_sequences
@@ -127,9 +127,9 @@ class LayerAccumulator:
 
     def _forget(self) -> None:
         nothing = empty_moments(dtype=self._dtype, device=self.device)
-        double = nothing if self.device.type == "mps" else empty_moments(dtype=torch.float64, device=self.device)
+        no_document = empty_moments(dtype=dtype_of_documents(self.device), device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
-            source: PooledTokens(center, double if source in OF_DOCUMENTS else nothing)
+            source: PooledTokens(center, no_document if source in OF_DOCUMENTS else nothing)
             for source, center in CENTERS.items()
             if source in self._sources
         }
@@ -149,7 +149,7 @@ class LayerAccumulator:
             raw.update(states, mask, normalize=False, dtype=self._dtype)
         if self.tokens.keys() & OF_DOCUMENTS:
             between, within = self.tokens["between_documents"], self.tokens["within_documents"]
-            add_documents(states, mask, between=between, within=within)
+            add_documents(states, mask, between=between, within=within, dtype=dtype_of_documents(self.device))
         if "curvature" in self.means:
             self._merge("curvature", mean_curvature(states, mask, dtype=self._dtype))
         return entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from matent_callbacks.accumulate import pieces
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from tests.conftest import collate, llama, text_examples
+from tests.pairs import clip_examples, collate_pairs, make_clip
 from tests.ranks import run_on_ranks
 from tests.slow import Batch, embedding_readings, slow_vectors
 
@@ -110,6 +112,26 @@ def test_vectors_of_a_layer_are_taken_as_they_are():
             model(torch.cat([part, torch.full((20 - len(part), WIDTH), 7.0)]) if len(part) == 17 else part)
         monitor.stop()
         assert monitor.compute() == {f"{name}/0": pytest.approx(value, rel=1e-6) for name, value in expected.items()}
+
+
+def test_projections_of_clip_are_read_as_they_are():
+    model = make_clip().eval()
+    monitor = EntropyMonitor(model, ["visual_projection", "text_projection"], metrics=METRICS, dtype=torch.float64)
+    seen: dict[str, list[Tensor]] = {"visual_projection": [], "text_projection": []}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, own=own: own.append(out.detach().double()))
+        for name, own in seen.items()
+    ]
+    with monitor, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # these are no tokens that a mask should fit
+        for start in (0, 5, 9):
+            model(**collate_pairs(clip_examples(16)[start : start + 5]))
+        found = monitor.compute()
+    for handle in handles:
+        handle.remove()
+    for name, vectors in seen.items():
+        expected = embedding_readings(torch.cat(vectors))
+        assert {metric: found[f"{metric}/{name}"] for metric in METRICS} == pytest.approx(expected, rel=1e-5)
 
 
 def test_tokens_in_one_long_row_are_those_of_their_sequences():
