@@ -63,15 +63,13 @@ class Discriminant(NamedTuple):
         return Discriminant(self.moments.to(device), self.within.to(device))
 
 
-def dtype_of_documents(device: torch.device) -> torch.dtype:
-    """float64: what is divided by the small variances within documents must not be rounding. MPS has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def add_documents(
     states: Tensor, mask: Tensor, *, between: PooledTokens, within: PooledTokens, dtype: torch.dtype
 ) -> None:
-    """Add the sequences of ``(B, T, d)`` that have as many tokens as views, or more. To be called without TF32."""
+    """Add the sequences of ``(B, T, d)`` that have as many tokens as views, or more. To be called without TF32.
+
+    ``dtype`` should be float64: what is divided by the small variances within documents must not be rounding.
+    """
     for views, counts, nonfinite in _views_at_a_time(states, mask, dtype):
         valid = counts.unsqueeze(1)
         for tokens, values, center in ((within, views, True), (between, views.mean(1, keepdim=True), False)):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
 from matent_callbacks.accumulate.curvature import mean_curvature
-from matent_callbacks.accumulate.documents import Discriminant, add_documents, dtype_of_documents
+from matent_callbacks.accumulate.documents import Discriminant, add_documents
 from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pieces import whole_sequences
@@ -40,6 +40,10 @@ OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
 OF_DOCUMENTS: frozenset[Source] = frozenset({"between_documents", "within_documents"})
 """Those that are decomposed together."""
 
+IN_FLOAT64: frozenset[Source] = OF_DOCUMENTS | {"raw_embedding"}
+"""Those whose smallest eigenvalues matter: their roots, their logarithms, or what is divided by them. In float32 these
+would be rounding. They are of few vectors, so it costs little."""
+
 
 class LayerAccumulator:
     """The statistics of one layer since the last reading: those that the chosen metrics need.
@@ -50,7 +54,7 @@ class LayerAccumulator:
     Args:
         sources: What to accumulate.
         max_tokens: Upper bound on the number of tokens; the first ones count.
-        dtype: Of the statistics.
+        dtype: Of the statistics, apart from those :data:`.IN_FLOAT64`.
         device: Where the statistics of all layers come together.
         embedding: Which vector stands for a sequence of tokens.
     """
@@ -70,6 +74,7 @@ class LayerAccumulator:
         self._max_tokens = max_tokens
         self._slots = 0
         self._dtype = dtype
+        self._double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
         self._forget()
 
     def update(
@@ -127,9 +132,9 @@ class LayerAccumulator:
 
     def _forget(self) -> None:
         nothing = empty_moments(dtype=self._dtype, device=self.device)
-        no_document = empty_moments(dtype=dtype_of_documents(self.device), device=self.device)
+        double = empty_moments(dtype=self._double, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
-            source: PooledTokens(center, no_document if source in OF_DOCUMENTS else nothing)
+            source: PooledTokens(center, double if source in IN_FLOAT64 else nothing)
             for source, center in CENTERS.items()
             if source in self._sources
         }
@@ -149,7 +154,7 @@ class LayerAccumulator:
             raw.update(states, mask, normalize=False, dtype=self._dtype)
         if self.tokens.keys() & OF_DOCUMENTS:
             between, within = self.tokens["between_documents"], self.tokens["within_documents"]
-            add_documents(states, mask, between=between, within=within, dtype=dtype_of_documents(self.device))
+            add_documents(states, mask, between=between, within=within, dtype=self._double)
         if "curvature" in self.means:
             self._merge("curvature", mean_curvature(states, mask, dtype=self._dtype))
         return entropy
@@ -181,8 +186,9 @@ class LayerAccumulator:
     def _add_embeddings(self, source: Source, some: Embeddings) -> None:
         tokens, vectors = self.tokens[source], some.values.unsqueeze(1)
         tokens.reserve(vectors)
+        dtype = self._double if source in IN_FLOAT64 else self._dtype
         normalize = source == "embedding"
-        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=self._dtype)
+        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=dtype)
         found = piece.tokens
         tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
 from matent_callbacks.accumulate.documents import Discriminant
-from matent_callbacks.accumulate.layer_statistics import CENTERS, OF_DOCUMENTS, LayerAccumulator
+from matent_callbacks.accumulate.layer_statistics import CENTERS, IN_FLOAT64, LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
@@ -171,8 +171,8 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices: dict[Unit, Matrix | Discriminant] = {}
     within: dict[str, Moments] = {}
-    # Both of documents lie in the same order: the same rank owns both of a layer.
-    for sources in (CENTERS.keys() - OF_DOCUMENTS, {"within_documents"}, {"between_documents"}):
+    # Apart by dtype, and both of documents in the same order: the same rank owns both of a layer.
+    for sources in (CENTERS.keys() - IN_FLOAT64, {"raw_embedding"}, {"within_documents"}, {"between_documents"}):
         own = [index for index, (source, _) in enumerate(units) if source in sources]
         reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True)
         for (source, layer), common in zip([units[i] for i in own], reduced, strict=True):
