@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.alignment_measurement import measure_alignment
+    from matent_callbacks.callbacks.measure_alignment import measure_alignment
     from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.metrics import (
         EffectiveRank,
@@ -36,7 +36,7 @@ _MODULES = {
     "CollapseDetector": "collapse",
     "EntropyMonitor": "monitor",
     "PlateauDetector": "plateau",
-    "measure_alignment": "callbacks.alignment_measurement",
+    "measure_alignment": "callbacks.measure_alignment",
     "untrained_like": "untrained",
 }
 _SUBMODULES = ("functional", "metrics", "monitor", "plateau", "untrained")

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.versions import older
-
 # Imported once, in the server that all ranks are forked from: on few cores that is most of the time of a test.
 _HEAVY = (
     "torch.distributed.fsdp",
@@ -54,7 +52,14 @@ def _on_rank(rank: int, function: Callable[..., Any], world_size: int, folder: s
     )
     result = function(rank, world_size, *args)
     torch.save(result, f"{folder}/{rank}.pt")
-    if older("torch", "2.8"):
-        # It joins gloo's threads under the lock that one of them needs to let go of the last tensor, and hangs.
-        time.sleep(0.5)
+    leave()
+
+
+def leave() -> None:
+    """End a rank once gloo's threads are idle.
+
+    One of them may still need the interpreter's lock to let go of the last tensor. Before torch 2.8 the end of the
+    group waits for it with the lock held, for ever; a process that ends meanwhile is aborted.
+    """
+    time.sleep(0.5)
     dist.destroy_process_group()

@@ -14,6 +14,17 @@ from matent_callbacks.report._wandb import _messages
 
 def read_history(folder: Path, *, seconds: float = 60) -> list[dict[str, Any]]:
     """The rows logged by the one offline run below ``folder``, which is finished."""
+    rows = [record.history.item for record in _all_records(folder, seconds) if record.HasField("history")]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in rows]
+
+
+def read_alerts(folder: Path, *, seconds: float = 60) -> list[tuple[str, str]]:
+    """Title and text of its alerts."""
+    alerts = [record.alert for record in _all_records(folder, seconds) if record.HasField("alert")]
+    return [(alert.title, alert.text) for alert in alerts]
+
+
+def _all_records(folder: Path, seconds: float) -> list[Any]:
     (path,) = folder.rglob("*.wandb")
     deadline = time.monotonic() + seconds
     # `wandb.finish` does not wait until all is in the file, and the end of the run is written last.
@@ -21,8 +32,7 @@ def read_history(folder: Path, *, seconds: float = 60) -> list[dict[str, Any]]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"The end of the run was not in {path} within {seconds} s.")
         time.sleep(0.1)
-    rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in rows]
+    return records
 
 
 def _records(path: Path) -> list[Any]:

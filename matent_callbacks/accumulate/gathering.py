@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_gather_ragged(rows: Tensor) -> list[Tensor]:
+def all_gather_ragged(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Gather the rows ``(n, d)`` of each rank on every rank. A rank may have none, and need not know d then.
 
     Floating point rows come in float64 if any rank has them so, else in float32.
@@ -17,9 +17,9 @@ def all_gather_ragged(rows: Tensor) -> list[Tensor]:
     Raises:
         ValueError: On every rank, if those with rows differ in d.
     """
-    sizes = torch.zeros(dist.get_world_size(), 3, dtype=torch.int64, device=rows.device)
-    sizes[dist.get_rank()] = torch.tensor([*rows.shape, rows.element_size()])
-    dist.all_reduce(sizes)
+    sizes = torch.zeros(dist.get_world_size(group), 3, dtype=torch.int64, device=rows.device)
+    sizes[dist.get_rank(group)] = torch.tensor([*rows.shape, rows.element_size()])
+    dist.all_reduce(sizes, group=group)
     with_rows = [size for size in sizes.tolist() if size[0]]
     if not with_rows:
         return [rows] * len(sizes)
@@ -33,12 +33,12 @@ def all_gather_ragged(rows: Tensor) -> list[Tensor]:
     if len(rows):
         padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(len(sizes))]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=group)
     return [part[:count] for part, count in zip(gathered, sizes[:, 0].tolist(), strict=True)]
 
 
-def held_first(names: Sequence[int], device: torch.device) -> list[bool]:
+def held_first(names: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Tell for each thing that this rank holds, by its number, whether no rank before this one holds it, too."""
-    everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1))
-    before = {name for part in everybodys[: dist.get_rank()] for name in part.flatten().tolist()}
+    everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1), group)
+    before = {name for part in everybodys[: dist.get_rank(group)] for name in part.flatten().tolist()}
     return [name not in before for name in names]

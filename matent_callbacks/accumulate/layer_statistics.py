@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from matent_callbacks.accumulate.sequence_mean import (
     merge_sequence_means,
     sequence_entropies,
 )
+from matent_callbacks.accumulate.split_sequences import Groups, SequenceParts
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
@@ -43,6 +46,9 @@ OF_DOCUMENTS: frozenset[Source] = frozenset({"between_documents", "within_docume
 IN_FLOAT64: frozenset[Source] = OF_DOCUMENTS | {"raw_embedding"}
 """Those whose smallest eigenvalues matter: their roots, their logarithms, or what is divided by them. In float32 these
 would be rounding. They are of few vectors, so it costs little."""
+
+_OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
+_OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
 
 
 class LayerAccumulator:
@@ -73,7 +79,7 @@ class LayerAccumulator:
         self._sources = sources
         self._max_tokens = max_tokens
         self._slots = 0
-        self._dtype = dtype
+        self.dtype = dtype
         self._double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
         self._forget()
 
@@ -130,33 +136,89 @@ class LayerAccumulator:
             found["between_documents"] = Discriminant(between.moments(), within.moments())
         return found
 
+    def parts(
+        self,
+        count: int,
+        width: int,
+        local: Callable[[], tuple[Tensor, Tensor | None]],
+        groups: Groups,
+        *,
+        device: torch.device,
+    ) -> SequenceParts:
+        """The part of each sequence that this rank has of one forward pass, for :meth:`update_by_parts`.
+
+        Args:
+            count: Number of sequences B.
+            width: Number of features d.
+            local: Gives hidden states and mask of this rank.
+            groups: Whose ranks hold the other parts.
+            device: Of the hidden states.
+
+        Raises:
+            ValueError: If d is not that of the forward passes before, or a source needs whole sequences.
+        """
+        if self._sources & _OF_WHOLE_SEQUENCES:
+            raise ValueError(
+                "embeddings, curvature and lidar are of whole sequences, and the hidden states are spread over ranks."
+            )
+        for tokens in self.tokens.values():
+            tokens.check_width(width)
+        return SequenceParts(
+            count,
+            width,
+            lambda: check_hidden_states(*local()),
+            groups,
+            dtype=self.dtype,
+            device=device,
+            sequences=bool(self.means.keys() & _OF_ENTROPIES),
+        )
+
+    def update_by_parts(self, parts: SequenceParts) -> None:
+        """Add the tokens of one forward pass whose sequences are spread over ranks; each of them has to call this.
+
+        ``max_tokens`` is a bound for each rank, as it is without such parts. An error frees all that was accumulated.
+        """
+        budget = self._max_tokens
+        try:
+            with full_precision(parts.device):
+                found = parts.add_to(
+                    self.tokens.get("pooled"),
+                    self.tokens.get("raw"),
+                    limited=lambda mask: mask if budget is None else self._first_tokens(mask, budget),
+                )
+                if found is not None:
+                    self._add_entropies(found, parts.width)
+        except BaseException:
+            self._forget()
+            raise
+
     def _forget(self) -> None:
-        nothing = empty_moments(dtype=self._dtype, device=self.device)
+        nothing = empty_moments(dtype=self.dtype, device=self.device)
         double = empty_moments(dtype=self._double, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
             source: PooledTokens(center, double if source in IN_FLOAT64 else nothing)
             for source, center in CENTERS.items()
             if source in self._sources
         }
-        of_none = empty_sequence_mean(dtype=self._dtype, device=self.device)
+        of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
         self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None
         pooled, raw = self.tokens.get("pooled"), self.tokens.get("raw")
-        if self.means.keys() & {"sequence", "sequence_by_tokens"}:
-            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self._dtype, pooled=pooled)
+        if self.means.keys() & _OF_ENTROPIES:
+            found = sequence_entropies(states, mask, center=True, normalize=True, dtype=self.dtype, pooled=pooled)
             self._add_entropies(found, states.shape[-1])
             entropy = torch.where(found.num_tokens >= 2, found.entropy, torch.nan)
         elif pooled is not None:
-            pooled.update(states, mask, normalize=True, dtype=self._dtype)
+            pooled.update(states, mask, normalize=True, dtype=self.dtype)
         if raw is not None:
-            raw.update(states, mask, normalize=False, dtype=self._dtype)
+            raw.update(states, mask, normalize=False, dtype=self.dtype)
         if self.tokens.keys() & OF_DOCUMENTS:
             between, within = self.tokens["between_documents"], self.tokens["within_documents"]
             add_documents(states, mask, between=between, within=within, dtype=self._double)
         if "curvature" in self.means:
-            self._merge("curvature", mean_curvature(states, mask, dtype=self._dtype))
+            self._merge("curvature", mean_curvature(states, mask, dtype=self.dtype))
         return entropy
 
     def _add_entropies(self, found: SequenceEntropies, num_features: int) -> None:
@@ -174,10 +236,10 @@ class LayerAccumulator:
         """Add one vector for each sequence of ``(B, T, d)``, if ``mask`` has all of its tokens in that were given."""
         whole = mask & ~(given & ~mask).any(1, keepdim=True)
         if vectors is None:
-            found = embeddings_at_a_time(states, whole, self._embedding, dtype=self._dtype)
+            found = embeddings_at_a_time(states, whole, self._embedding, dtype=self.dtype)
         else:
             counts = mask[0] if is_one_row else whole.any(1)
-            found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self._dtype)
+            found = rows_at_a_time(vectors[: len(counts)], counts, dtype=self.dtype)
         for some in found:
             for source in self.tokens.keys() & OF_VECTORS:
                 self._add_embeddings(source, some)
@@ -186,7 +248,7 @@ class LayerAccumulator:
     def _add_embeddings(self, source: Source, some: Embeddings) -> None:
         tokens, vectors = self.tokens[source], some.values.unsqueeze(1)
         tokens.reserve(vectors)
-        dtype = self._double if source in IN_FLOAT64 else self._dtype
+        dtype = self._double if source in IN_FLOAT64 else self.dtype
         normalize = source == "embedding"
         piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=dtype)
         found = piece.tokens
@@ -197,9 +259,11 @@ class LayerAccumulator:
 
         By shape and not by what the mask holds, since a look into it would make the host wait for the device.
         """
+        sequences = -(-max(budget - self._slots, 0) // states.shape[1])
+        return states[:sequences], self._first_tokens(mask[:sequences], budget)
+
+    def _first_tokens(self, mask: Tensor, budget: int) -> Tensor:
         left = max(budget - self._slots, 0)
-        sequences = -(-left // states.shape[1])
-        states, mask = states[:sequences], mask[:sequences]
         self._slots += mask.numel()
         position = mask.flatten().cumsum(0).view_as(mask)
-        return states, mask & (position <= left)
+        return mask & (position <= left)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.moments import Moments, ratio, scatter_about, with_scatter
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 
@@ -22,9 +24,59 @@ class Width(NamedTuple):
     """Whether the scatter is about the origin; ``None`` if no rank has one."""
 
 
-def is_distributed() -> bool:
+class Agreement(NamedTuple):
+    """What ranks know of each other before they exchange anything large."""
+
+    any_failed: bool
+    """Whether anything failed on any rank."""
+    descriptions: list[str]
+    """What each rank is about to exchange, if that is not the same on all; empty if it is."""
+
+
+def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
     """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def check_groups(process_group: Any, context_group: Any) -> None:
+    """Raise unless each is ``None`` or a process group with this rank in it, and the first holds all of the second."""
+    _check_group("process_group", process_group)
+    _check_group("context_group", context_group)
+    if process_group is None or context_group is None:
+        return
+    members, parts = (dist.get_process_group_ranks(group) for group in (process_group, context_group))
+    if not set(parts) <= set(members):
+        raise ValueError(
+            f"`process_group` must hold all ranks of `context_group`, {parts}, since their tokens belong together, "
+            f"got {members}."
+        )
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is None:
+        return
+    # `new_group` gives this number to the ranks that are not in the group.
+    is_of_others = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not is_of_others and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"`{name}` must be None or a torch.distributed.ProcessGroup, got {type(group).__name__}.")
+    if is_of_others or dist.get_rank(group) < 0:
+        raise ValueError(f"`{name}` must hold this rank, {dist.get_rank()}, got one of other ranks.")
+
+
+def agree(description: str, failed: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> Agreement:
+    """Find out whether all ranks are about to exchange the same: three numbers, whatever they are about to exchange.
+
+    Collectives of unlike shapes would wait for each other without end. Only where descriptions differ are they sent.
+    """
+    number = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
+    table = torch.tensor([number, -number, failed], dtype=torch.int64, device=device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    largest, negative_smallest, any_failed = table.tolist()
+    if largest == -negative_smallest:
+        return Agreement(bool(any_failed), [])
+    own = torch.tensor(list(description.encode()), dtype=torch.uint8, device=device).unsqueeze(-1)
+    everybodys = all_gather_ragged(own, group)
+    return Agreement(bool(any_failed), [bytes(text.flatten().tolist()).decode() for text in everybodys])
 
 
 def agreed_widths(
@@ -55,32 +107,33 @@ def reduce_moments(
     Args:
         moments: Of the tokens of this rank. They stay as they are.
         widths: What :func:`agreed_widths` gave. Moments without a width are left out: ``None`` is returned for them.
-        share_out: Send the i-th moments to rank :func:`owner_of` i only, and return ``None`` for those of others;
-            otherwise every rank has all.
+        share_out: Send the i-th moments to rank i of the group, modulo its size, and return ``None`` for those of
+            others; otherwise every rank has all.
         group: The ranks that take part; ``None``: all.
     """
     reduced: list[Moments | None] = [None] * len(moments)
     indices = [index for index, width in enumerate(widths) if width is not None]
     usable = [_widened(moments[index], width) for index, width in enumerate(widths) if width is not None]
     for index, common in zip(indices, _about_common_mean(usable, group), strict=True):
+        owner = index % dist.get_world_size(group)
         if common.has_scatter and share_out:
-            dist.reduce(common.scatter, dst=owner_of(index), group=group)
+            dist.reduce(common.scatter, dst=global_rank(owner, group), group=group)
         elif common.has_scatter:
             dist.all_reduce(common.scatter, group=group)
-        if not share_out or owner_of(index) == dist.get_rank():
+        if not share_out or owner == dist.get_rank(group):
             reduced[index] = common
     return reduced
 
 
-def owner_of(index: int) -> int:
-    """The rank that decomposes the i-th matrix."""
-    return index % dist.get_world_size()
+def global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
+    """The number in the world of a rank of the group."""
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
-def agreed_failures(failed: Sequence[bool], device: torch.device) -> list[bool]:
+def agreed_failures(failed: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """For each of them, whether it failed on any rank."""
     flags = torch.tensor(failed, dtype=torch.int64, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
 
 
@@ -98,10 +151,10 @@ def all_reduce_sequence_means(
     return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum over the ranks of each value."""
     total = values.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
@@ -34,9 +35,10 @@ from matent_callbacks.callbacks.pair_measures import (
     measure_pairs,
     pairs_needed,
 )
-from matent_callbacks.callbacks.probe import fingerprint
+from matent_callbacks.callbacks.probe import fingerprint, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.inference import quiet
+from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
 
 SUMMARIZED_BY_MAXIMUM = (
@@ -67,6 +69,8 @@ class AlignmentMeasurement:
         towers: tuple[str, str] | None,
         k: int,
         alpha: float,
+        prefix: str = "",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name, given, allowed in (
@@ -81,7 +85,9 @@ class AlignmentMeasurement:
             raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
         if stages is not None and towers is not None:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
-        self._given_probe = self.probe = probe
+        self._given_probes = self.probes = probes_by_prefix(probe, prefix)
+        self._prefix = prefix
+        self._given_group = self._group = group
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
@@ -93,8 +99,18 @@ class AlignmentMeasurement:
     def renewed(self) -> AlignmentMeasurement:
         """The same arguments without the probe that was found."""
         new = copy.copy(self)
-        new.probe = self._given_probe
+        new.probes, new._group = self._given_probes, self._given_group
         return new
+
+    def choose_group(self, owner: Any) -> None:
+        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        if self._group is None:
+            self._group = parallel_groups(owner).process_group
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the names of the values."""
+        return tuple(self._given_probes) or (self._prefix,)
 
     def measure(
         self,
@@ -103,34 +119,50 @@ class AlignmentMeasurement:
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         find_probe: Callable[[], Any] | None = None,
     ) -> dict[str, float]:
-        """All values on the probe; ``around`` the forwards, ``find_probe`` for where none was given.
+        """All values on each probe; ``around`` the forwards, ``find_probe`` for where none was given.
 
         Raises:
             Exception: On every rank, if it cannot be read on one.
         """
+
+        def found() -> dict[str, Any]:
+            return {self._prefix: find_probe()} if find_probe is not None else {}
+
+        values: dict[str, float] = {}
+        for prefix in self.prefixes:
+            reading = self._measure_one(model, prefix, around, found)
+            values |= {f"{prefix}{key}": value for key, value in reading.items()}
+        return values
+
+    def _measure_one(
+        self,
+        model: nn.Module,
+        prefix: str,
+        around: Callable[[], AbstractContextManager[Any]],
+        find: Callable[[], dict[str, Any]],
+    ) -> dict[str, float]:
         error: Exception | None = None
         batches = _Batches([], [])
         try:
-            if self.probe is None and find_probe is not None:
-                self.probe = find_probe()
+            self.probes = self.probes or find()
             with quiet(model), around():
-                batches = self._read(model)
+                batches = self._read(model, self.probes[prefix])
         except Exception as raised:
             error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
-        if is_distributed() and agreed_failures([error is not None], device_of(model))[0]:
+        if is_distributed(self._group) and agreed_failures([error is not None], device_of(model), self._group)[0]:
             raise error or RuntimeError("Another rank failed to read the probe.")
         if error is not None:
             raise error
         return self._values(self._together(batches, model), model)
 
-    def _read(self, model: nn.Module) -> _Batches:
+    def _read(self, model: nn.Module, probe: Any) -> _Batches:
         """Read the batches of this rank's probe."""
-        batches = [self.probe] if isinstance(self.probe, Mapping) else list(self.probe)
-        if not batches and not is_distributed():
+        batches = [probe] if isinstance(probe, Mapping) else list(probe)
+        if not batches and not is_distributed(self._group):
             raise ValueError("`probe` must hold at least one batch, got none.")
         readings = [self._read_batch(model, batch) for batch in batches]
-        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed() else [])
+        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed(self._group) else [])
 
     def _read_batch(self, model: nn.Module, batch: Any) -> Reading:
         if self._is_dual_encoder(model):
@@ -140,12 +172,12 @@ class AlignmentMeasurement:
     def _together(self, batches: _Batches, model: nn.Module) -> Reading:
         """Merge the readings of all batches and ranks."""
         names = TOWERS if self._is_dual_encoder(model) else (*STAGES, *(EXCHANGED if self._exchanges(model) else ()))
-        if not is_distributed():
+        if not is_distributed(self._group):
             return merged(batches.readings, names, model)
         # As a rule all ranks are given the same probe: each reads it, and it counts once.
-        mine = held_first(batches.fingerprints, device_of(model))
+        mine = held_first(batches.fingerprints, device_of(model), self._group)
         own = [reading for reading, first in zip(batches.readings, mine, strict=True) if first]
-        return over_ranks(merged(own, names, model))
+        return over_ranks(merged(own, names, model), self._group)
 
     def _values(self, reading: Reading, model: nn.Module) -> dict[str, float]:
         entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in reading.entropies.items()}
@@ -236,59 +268,6 @@ class AlignmentMeasurement:
         if about not in self._told:
             self._told.add(about)
             warnings.warn(message, stacklevel=2)
-
-
-def measure_alignment(
-    model: nn.Module,
-    probe: Any,
-    *,
-    basis: Literal["effective_rank", "entropy"] = "effective_rank",
-    metrics: str | Iterable[str] = "effective_rank",
-    pair_measures: Iterable[str] | None = None,
-    stages: Stages | None = None,
-    towers: tuple[str, str] | None = None,
-    k: int = 10,
-    alpha: float = 1.0,
-) -> dict[str, float]:
-    """What ``AlignmentCallback`` logs, once: how well image and text agree inside a model, on a probe of pairs.
-
-    The model is run on the side, in evaluation mode and without gradient, and is as it was afterwards.
-
-    Args:
-        model: A vision-language model or a dual encoder, wrapped or not.
-        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them.
-        basis: What the two ratios are of, ``"effective_rank"`` or ``"entropy"``.
-        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
-        pair_measures: Of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
-            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
-            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
-            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
-            has enough pairs and labels. Without the last two there is no second forward.
-        stages: For a model whose stages are not found.
-        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
-        k: Neighbours of ``mutual_knn`` and ``mutual_knn_z``.
-        alpha: Order of ``mutual_information``.
-
-    Returns:
-        Values by the names that the callback logs.
-
-    Raises:
-        ValueError: If an argument is out of range, or the probe or the model cannot be read.
-
-    Example:
-        >>> from matent_callbacks import measure_alignment
-        >>> # measure_alignment(clip_model, {"input_ids": ids, "pixel_values": pixels})["alignment/cka"]
-    """
-    return AlignmentMeasurement(
-        probe=probe,
-        basis=basis,
-        metrics=metrics,
-        pair_measures=pair_measures,
-        stages=stages,
-        towers=towers,
-        k=k,
-        alpha=alpha,
-    ).measure(model)
 
 
 def _to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import all_gather_ragged
@@ -108,11 +109,11 @@ def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) 
     )
 
 
-def over_ranks(reading: Reading) -> Reading:
+def over_ranks(reading: Reading, group: dist.ProcessGroup | None) -> Reading:
     """Merge the readings of all ranks. Every rank calls this, whatever it has read."""
-    means = all_reduce_sequence_means(list(reading.entropies.values()))
-    counts = Counts(*all_reduce_sum(torch.stack(reading.counts)))
-    image, text = (torch.cat(all_gather_ragged(rows)) for rows in (reading.image, reading.text))
+    means = all_reduce_sequence_means(list(reading.entropies.values()), group)
+    counts = Counts(*all_reduce_sum(torch.stack(reading.counts), group))
+    image, text = (torch.cat(all_gather_ragged(rows, group)) for rows in (reading.image, reading.text))
     return Reading(dict(zip(reading.entropies, means, strict=True)), image, text, counts)
 
 

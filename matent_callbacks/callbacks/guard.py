@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 OnError = Literal["warn", "raise"]
 _Result = TypeVar("_Result")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+# On a hook that is guarded, or is not to be.
+_SETTLED = "_settled"
 
 
 class Attempt:
@@ -99,8 +101,10 @@ class GuardedHooks:
         super().__init_subclass__(**kwargs)
         if not _is_ours(cls):
             return
-        for name, hook in list(vars(cls).items()):
-            if inspect.isfunction(hook) and _is_of_framework(cls, name) and not hasattr(hook, "unguarded"):
+        # Also those of bases that are of no framework, and so could not know that they are hooks.
+        for name in {name for base in cls.__mro__ if _is_ours(base) for name in vars(base)}:
+            hook = inspect.getattr_static(cls, name)
+            if inspect.isfunction(hook) and _is_of_framework(cls, name) and not hasattr(hook, _SETTLED):
                 setattr(cls, name, _guarded(hook))
 
     def start_over(self) -> None:
@@ -118,7 +122,7 @@ class GuardedHooks:
 
 def unguarded(hook: _Method) -> _Method:
     """Mark a hook that tells of a wrong configuration before training: its errors are raised."""
-    hook.unguarded = True  # type: ignore[attr-defined]
+    setattr(hook, _SETTLED, True)
     return hook
 
 
@@ -131,6 +135,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             if not self.guard.absorbs(error, f"what `{hook.__name__}` does"):
                 raise
 
+    setattr(under_guard, _SETTLED, True)
     return under_guard
 
 

@@ -18,14 +18,17 @@ _MOST_RECORDS = 512
 class LayerPictures:
     """Draws the layers of one metric, ever more rarely, so that the cost of it vanishes in a long run."""
 
-    def __init__(self, metrics: Sequence[str]) -> None:
+    def __init__(self, metrics: Sequence[str], prefixes: Sequence[str]) -> None:
+        """``prefixes`` are what stands before the names of values; each has pictures of its own."""
+        self._prefixes = prefixes
         self._metric = "effective_rank" if "effective_rank" in metrics else metrics[0]
         self._drawn: float | None = None
         self._wait = 0
 
     def shown(self, values: Mapping[str, float]) -> dict[str, float]:
         """Of one reading, what goes into a picture."""
-        return {key: value for key, value in values.items() if key.startswith(f"{self._metric}/")}
+        shown = tuple(f"{prefix}{self._metric}/" for prefix in self._prefixes)
+        return {key: value for key, value in values.items() if key.startswith(shown)}
 
     def draw(
         self, records: Sequence[Mapping[str, Any]], layers: Sequence[str], *, last: bool = False
@@ -38,18 +41,32 @@ class LayerPictures:
             # One reading a call: to look through the records of a long run each time would be the greater part.
             self._wait -= 1
             return {}
-        keys = {f"{self._metric}/{layer}" for layer in layers}
-        own = [
-            {key: value for key, value in record.items() if key == "step" or key in keys}
-            for record in records
-            if not keys.isdisjoint(record)
-        ]
-        steps = {record["step"] for record in own}
+        readings = {prefix: self._readings(records, layers, prefix) for prefix in self._prefixes}
+        steps = {record["step"] for own in readings.values() for record in own}
         enough = len(steps) > (0 if last else 1) and max(steps) != self._drawn
-        if len(keys) < 2 or not enough or importlib.util.find_spec("matplotlib") is None:
+        if len(layers) < 2 or not enough or importlib.util.find_spec("matplotlib") is None:
             return {}
         self._drawn = max(steps)
         self._wait = math.ceil(_GROWTH * len(steps)) - len(steps) - 1
+        return {
+            f"{prefix}layers/{self._metric}_{name}": pixels
+            for prefix, own in readings.items()
+            if own
+            for name, pixels in self._pixels(own).items()
+        }
+
+    def _readings(
+        self, records: Sequence[Mapping[str, Any]], layers: Sequence[str], prefix: str
+    ) -> list[dict[str, Any]]:
+        """Step and values of the records that have any, with the prefix taken off their names."""
+        names = {f"{prefix}{self._metric}/{layer}": f"{self._metric}/{layer}" for layer in layers}
+        return [
+            {"step": record["step"]} | {names[key]: value for key, value in record.items() if key in names}
+            for record in records
+            if not names.keys().isdisjoint(record)
+        ]
+
+    def _pixels(self, readings: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -60,10 +77,9 @@ class LayerPictures:
         for name, draw in (("profile", layer_profile), ("heatmap", layer_heatmap)):
             figure = Figure(figsize=(7, 4), layout="constrained")
             canvas = FigureCanvasAgg(figure)
-            draw(own, self._metric, ax=figure.subplots())
+            draw(readings, self._metric, ax=figure.subplots())
             canvas.draw()  # type: ignore[no-untyped-call]
-            pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-            pictures[f"layers/{self._metric}_{name}"] = pixels[..., :3].copy()
+            pictures[name] = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
         return pictures
 
 

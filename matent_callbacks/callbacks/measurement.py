@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import torch
+import torch.distributed as dist
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
-from matent_callbacks.callbacks.guard import Guard, OnError
+from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.probe import probes_by_prefix
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
 
 _DATA_SET_RANK = "sequence_effective_rank"
@@ -26,60 +28,89 @@ def check_every_n_steps(every_n_steps: int) -> None:
 
 
 class Measurement:
-    """The arguments of a callback, the monitors that carry them out, and the reference values of a run."""
+    """The monitors of a callback, with the arguments that it was given, and the reference values of a run.
+
+    All values have ``prefix`` before their names, and those of one of several probes its name. ``settings`` are more
+    arguments of :class:`~matent_callbacks.EntropyMonitor`.
+    """
 
     def __init__(
         self,
-        every_n_steps: int,
         layers: LayerSpec,
         *,
         metrics: str | Iterable[str],
         probe: Any,
         reference: Literal["start"] | nn.Module | None,
-        max_tokens: int | None,
-        on_error: OnError,
-        guard: Guard,
-        module: str | None,
-        dtype: torch.dtype,
-        solver: Solver,
         background: bool,
+        prefix: str,
+        guard: Guard,
+        solver: Solver,
+        process_group: dist.ProcessGroup | None,
+        context_group: dist.ProcessGroup | None,
+        **settings: Any,
     ) -> None:
-        check_every_n_steps(every_n_steps)
         if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
             raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
         if reference is not None and probe is None:
             raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
-        self.every_n_steps = every_n_steps
         self.layers = layers
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
-        self.probe = probe
+        self.probes = probes_by_prefix(probe, prefix)
         self.background = background
+        self._prefix = prefix
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
         self._guard = guard
-        self._on_error = on_error
-        self._settings: dict[str, Any] = {"module": module, "max_tokens": max_tokens, "dtype": dtype, "solver": solver}
+        self.settings = {"solver": solver, **settings}
+        given = process_group is not None or context_group is not None
+        self._given_groups = self._groups = ParallelGroups(process_group, context_group) if given else None
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
         """The same arguments without monitors and reference values."""
         new = copy.copy(self)
         new._guard, new._monitors, new._reference_ranks = guard, {}, None
+        new._groups = self._given_groups
         return new
+
+    def choose_groups(self, owner: Any) -> None:
+        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        if self._groups is None:
+            self._groups = parallel_groups(owner)
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
         """The monitor of the model's own forwards."""
         return self._monitor(model, probing=False)
 
     @property
+    def is_on_a_model(self) -> bool:
+        """Whether the model is known, and the names of its layers with it."""
+        return False in self._monitors
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """As they stand in the keys."""
         return self._monitors[False].layers
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the names of the values of a step."""
+        return tuple(self.probes) or (self._prefix,)
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of the values of a step, but for what one metric logs under several."""
+        return {
+            f"{prefix}{metric}/{layer}"
+            for prefix in self.prefixes
+            for metric in self.metrics
+            for layer in self.layer_names
+        }
+
     def from_forwards(self) -> Callable[[], dict[str, float]]:
         """What the monitor has read since the last call, once it is asked for."""
-        return self._values(self._monitors[False])
+        return self._values(self._monitors[False], self._prefix)
 
     def reset(self) -> None:
         """Forget what the monitor has read."""
@@ -88,22 +119,29 @@ class Measurement:
     def from_probe(
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Callable[[], dict[str, float]]:
-        """The chosen metrics on the probe, and the difference from the reference; ``around`` each set of forwards."""
+        """The chosen metrics on each probe, and the difference from the reference; ``around`` each set of forwards."""
+        readings = [self._from_one_probe(prefix, probe, model, around) for prefix, probe in self.probes.items()]
+        return lambda: {key: value for values in readings for key, value in values().items()}
+
+    def _from_one_probe(
+        self, prefix: str, probe: Any, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]
+    ) -> Callable[[], dict[str, float]]:
         values: Callable[[], dict[str, float]] = dict
         with self._guard("the reading of the probe"):
             monitor = self._monitor(model, probing=True)
-            self._read_probe(monitor, around)
-            values = self._values(monitor)
-        return lambda: self._with_difference(values())
+            self._read_probe(monitor, probe, around)
+            values = self._values(monitor, prefix)
+        return lambda: self._with_difference(values(), prefix)
 
     def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
         if self._reference is None:
             return
         loaded = self._reference_ranks is not None
-        if is_distributed():
+        group = (self._groups or ParallelGroups()).process_group
+        if is_distributed(group):
             # A rank that could not load what the others have goes without: it would measure alone.
-            loaded = agreed_failures([loaded], next(model.parameters()).device)[0]
+            loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
         if loaded:
             return
         reference = model if self._reference == "start" else self._reference
@@ -111,20 +149,29 @@ class Measurement:
 
         def measure() -> dict[str, float]:
             monitor = self.new_monitor(reference, (_DATA_SET_RANK,))
-            self._read_probe(monitor, around)
-            return monitor.compute()
+            ranks: dict[str, float] = {}
+            for prefix, probe in self.probes.items():
+                self._read_probe(monitor, probe, around)
+                ranks |= _prefixed(prefix, monitor.compute())
+            return ranks
 
         self._reference_ranks = self._guard.values("the reference", measure)
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
+        groups = self._groups or ParallelGroups()
         return EntropyMonitor(
-            model, self.layers, metrics=metrics or self.metrics, on_error=self._on_error, **self._settings
+            model,
+            self.layers,
+            metrics=metrics or self.metrics,
+            process_group=groups.process_group,
+            context_group=groups.context_group,
+            **self.settings,
         )
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """What a monitor has read since the last call."""
-        return self._guard.values("the numbers of a reading", monitor.compute)
+        return self._values(monitor, self._prefix, at_once=True)()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -139,28 +186,31 @@ class Measurement:
         ranks = state["reference_ranks"]
         self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
 
-    def _values(self, monitor: EntropyMonitor) -> Callable[[], dict[str, float]]:
-        if not self.background:
-            values = self.values(monitor)
+    def _values(self, monitor: EntropyMonitor, prefix: str, *, at_once: bool = False) -> Callable[[], dict[str, float]]:
+        if at_once or not self.background:
+            values = _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
             return lambda: values
         finish: Callable[[], dict[str, float]] = dict
         with self._guard("the beginning of a reading in the background"):
             finish = monitor.compute_later()
-        return lambda: self._guard.values("the numbers of a reading in the background", finish)
+        return lambda: _prefixed(prefix, self._guard.values("the numbers of a reading in the background", finish))
 
-    def _with_difference(self, values: dict[str, float]) -> dict[str, float]:
+    def _with_difference(self, values: dict[str, float], prefix: str) -> dict[str, float]:
+        ranks = f"{prefix}{_DATA_SET_RANK}/"
         difference = {
             key.replace(_DATA_SET_RANK, "diff_erank"): before - values[key]
             for key, before in (self._reference_ranks or {}).items()
             if key in values
         }
-        unasked = () if _DATA_SET_RANK in self.metrics else (f"{_DATA_SET_RANK}/",)
+        unasked = () if _DATA_SET_RANK in self.metrics else (ranks,)
         return {key: value for key, value in values.items() if not key.startswith(unasked)} | difference
 
-    def _read_probe(self, monitor: EntropyMonitor, around: Callable[[], AbstractContextManager[Any]]) -> None:
+    def _read_probe(
+        self, monitor: EntropyMonitor, probe: Any, around: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         # Where the forwards fail on one rank, the others still wait for it in `compute`.
         with self._guard("the forwards of the probe"), around():
-            monitor.read(self.probe)
+            monitor.read(probe)
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
         # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.
@@ -169,3 +219,7 @@ class Measurement:
             extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()
             monitor = self._monitors[probing] = self.new_monitor(model, (*self.metrics, *extra))
         return monitor
+
+
+def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}{key}": value for key, value in values.items()}

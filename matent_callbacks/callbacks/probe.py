@@ -1,4 +1,4 @@
-"""Takes the first examples of a data set as a probe, without touching random states, and hashes probes."""
+"""Probes by their names, from the first examples of a data set, and hashed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def check_name(name: str | None) -> None:
+    """Raise ValueError for what cannot stand before the names of values."""
+    if name is not None and (not isinstance(name, str) or not name or "/" in name):
+        raise ValueError(f"`name` must be a text without '/', or None, got {name!r}.")
+
+
+def probes_by_prefix(probe: Any, prefix: str) -> dict[str, Any]:
+    """Probes by what stands before the names of their values; without a probe there is none.
+
+    Several probes are a mapping from names to probes, each a batch that is a mapping, or a list of batches.
+
+    Raises:
+        ValueError: If there are several, and none, or a name cannot stand there.
+    """
+    if probe is None:
+        return {}
+    if not isinstance(probe, Mapping) or not all(map(_is_probe, probe.values())):
+        return {prefix: probe}
+    if not probe:
+        raise ValueError("`probe` must hold at least one batch or one named probe, got none.")
+    for name in probe:
+        check_name(name)
+    return {f"{prefix}{name}/": own for name, own in probe.items()}
+
+
+def _is_probe(value: Any) -> bool:
+    batches = value if isinstance(value, list | tuple) else [value]
+    return bool(batches) and all(isinstance(batch, Mapping) for batch in batches)
 
 
 def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> Any:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.hooks import first_tensor
 from matent_callbacks.capture.inference import run
 from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.capture.values import first_tensor
 from matent_callbacks.functional._precision import statistics_dtype
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,10 +15,11 @@ from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
 from matent_callbacks.capture.forward import Forward, Seen
-from matent_callbacks.capture.inference import preserved
+from matent_callbacks.capture.inference import preserved, sides
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import find_packing
+from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
 # Of attention, and of Mamba and its like.
 _CACHES = ("past_key_values", "cache_params")
@@ -39,21 +39,26 @@ class Capture:
     module gives it beside its tokens. A forward counts unless a key-value cache is handed to it
     (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
     unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
-    counts. Compiled modules are read beside their graph.
+    counts, nor does what another reader runs on the side. Compiled modules are read beside their graph. Without
+    ``whole_sequences`` a packed batch is an error: which document a token is of cannot be told from a part of a row.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard, *, whole_sequences: bool = True
+    ) -> None:
         self.seen = Seen()
         self._model = model
         self._layers = layers
         self._reader = reader
         self._guard = guard
+        self._whole_sequences = whole_sequences
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
         self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._beside = False
+        self._sides = 0
         self._has_counted = False
         self._forwards: dict[int, Forward] = {}
 
@@ -70,6 +75,7 @@ class Capture:
         self._training_only = training_only
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
+        self._sides = sides()
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
@@ -93,12 +99,14 @@ class Capture:
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks: for forwards that are known to run without a graph."""
         undo: list[Callable[[], None]] = []
+        before, self._sides = self._sides, sides()
         try:
             undo.extend(self._hooks())
             yield
         finally:
             for remove in undo:
                 remove()
+            self._sides = before
             self._forwards.clear()
 
     def _hooks(self) -> Iterator[Callable[[], None]]:
@@ -158,7 +166,7 @@ class Capture:
                     _in_backward() and self._has_counted
                 )
             self.seen.ran.add(watched)
-            arguments = _named_arguments(module, args, kwargs)
+            arguments = named_arguments(module, args, kwargs)
             # A module in the chain may be called without its parents, so each level may be the first to see a cache.
             if any(arguments.get(name) is not None for name in _CACHES):
                 forward.counts = False
@@ -167,6 +175,10 @@ class Capture:
                 mask = arguments.get("attention_mask")
                 is_flat = isinstance(mask, Tensor) and mask.ndim == 2
                 forward.packing = find_packing(arguments, mask if is_flat else None)
+                if forward.packing is not None and not self._whole_sequences:
+                    raise ValueError(
+                        "a batch is packed, so `context_group` does not tell whose tokens are one document."
+                    )
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = None if torch.compiler.is_compiling() else self._forward
@@ -215,7 +227,7 @@ class Capture:
         with self._guard("all"):
             self.seen.ran.add(watched)
             if self._forward is not None:
-                self._forward.masks.look(watched, _named_arguments(module, args, kwargs))
+                self._forward.masks.look(watched, named_arguments(module, args, kwargs))
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
@@ -239,18 +251,26 @@ class Capture:
             mask = None
             if hidden_states is not None:
                 forward = self._forward or self._new_forward()
-                arguments = functools.partial(_named_arguments, module, args, kwargs)
+                arguments = functools.partial(named_arguments, module, args, kwargs)
                 hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
             with _reading:
-                self._reader(point.key, hidden_states, mask, _sentence_embedding(value))
+                self._reader(point.key, hidden_states, mask, sentence_embedding(value))
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
         if forward is None:
-            return not _in_backward() and (self._beside or not self._training_only or module.training)
+            return not (_in_backward() or self._is_of_another()) and (
+                self._beside or not self._training_only or module.training
+            )
         return forward.counts and not _in_backward(since=forward.graph_task)
 
+    def _is_of_another(self) -> bool:
+        """Whether the model is run on the side for another reader."""
+        return sides() > self._sides
+
     def _is_wanted(self, module: nn.Module) -> bool:
+        if self._is_of_another():
+            return False
         if self._adapters is not None and not self._adapters.unchanged():
             return False
         return not self._training_only or (module.training and torch.is_grad_enabled())
@@ -261,46 +281,6 @@ class Capture:
     @property
     def _forward(self) -> Forward | None:
         return self._forwards.get(threading.get_ident())
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The hidden states in what a module takes or gives: a tensor, a tuple, or a mapping such as a model output.
-
-    Of a mapping, ``last_hidden_state``, else the first that could be hidden states: ``(B, T, d)``, or else ``(N, d)``.
-    """
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        named = {name: item for name, item in value.items() if isinstance(item, Tensor)}
-        if "last_hidden_state" in named:
-            return named["last_hidden_state"]
-        floating = [item for name, item in named.items() if item.is_floating_point() and "mask" not in str(name)]
-        found = (item for ndim in (3, 2) for item in floating if item.ndim == ndim)
-        return next(found, next(iter(named.values()), None))
-    if isinstance(value, tuple | list):
-        tensors = [item for item in value if isinstance(item, Tensor)]
-        return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
-    return None
-
-
-def _sentence_embedding(value: Any) -> Tensor | None:
-    """What the pooling layer of sentence-transformers, and each after it, gives beside the tokens."""
-    found = value.get("sentence_embedding") if isinstance(value, Mapping) else None
-    return found if isinstance(found, Tensor) and found.ndim == 2 else None
-
-
-def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """By name; those of a batch that is handed on as it is, too."""
-    named = kwargs
-    if args:
-        try:
-            named = {**kwargs, **inspect.signature(module.forward).bind_partial(*args).arguments}
-        except TypeError:
-            named = {**kwargs, "": args[0]}
-    if "attention_mask" in named:
-        return named
-    batches = [value for value in named.values() if isinstance(value, Mapping) and "attention_mask" in value]
-    return {**batches[0], **named} if batches else named
 
 
 def _in_backward(since: int = -1) -> bool:

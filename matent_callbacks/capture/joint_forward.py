@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import eagerly
-from matent_callbacks.capture.hooks import first_tensor
 from matent_callbacks.capture.inference import cheap_arguments, to_device
 from matent_callbacks.capture.stack import unwrap
+from matent_callbacks.capture.values import first_tensor
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional.alignment import STAGES
 

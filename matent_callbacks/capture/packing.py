@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from matent_callbacks.capture.sharded import on_whole
+
 
 class Packing(NamedTuple):
     """Where the documents of a packed batch lie in its flattened tokens."""
@@ -20,7 +22,7 @@ class Packing(NamedTuple):
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """``(B, T, d)`` to ``(S, L, d)``."""
-        return hidden_states.flatten(0, 1)[self.tokens]
+        return on_whole(hidden_states, lambda whole: whole.flatten(0, 1)[self.tokens])
 
 
 def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Solver
-from matent_callbacks.callbacks.guard import Guard, unguarded
-from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
-from matent_callbacks.callbacks.measurement import Measurement
-from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
+from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.layer_pictures import thinned
 from matent_callbacks.lightning._loggers import show, takes_pictures
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
 from matent_callbacks.lightning._sampler_padding import counted_samples
-from matent_callbacks.lightning._trainer import draws_its_batches, log, logging_step, publish
+from matent_callbacks.lightning._trainer import (
+    compiled_whole,
+    draws_its_batches,
+    log,
+    logging_step,
+    publish,
+    takes_names_with_a_loader,
+)
 from matent_callbacks.monitor import EntropyMonitor
 
 
-class MatrixEntropyCallback(MeasuringCallback):
+@with_arguments_of(SharedEntropyCallback)
+class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
 
     The values are logged with the module's own ``log``, so that every logger, the progress bar,
@@ -49,93 +53,15 @@ class MatrixEntropyCallback(MeasuringCallback):
     What fails on one rank costs its share of the reading; but under FSDP a probe whose forward fails on one rank only
     leaves the others waiting in theirs.
 
-    Args:
-        every_n_steps: Optimizer steps between two readings.
-        layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
-            names or globs, or a list of these.
-        metrics: Names of the catalogue of :class:`~matent_callbacks.EntropyMonitor`.
-        probe: One batch (a mapping of keyword arguments of the Hugging Face model inside, or else of the
-            LightningModule's forward; or a tensor) or a list of them.
-        during_eval: Also read validation and test forwards.
-        max_tokens: Upper bound on the tokens that one reading accumulates per layer.
-        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
-        mask: From a batch to its mask ``(B, T)``, for models that are given none; ``None``: the batch's own
-            ``attention_mask``, if it has one.
-        prog_bar: Show the values in the progress bar.
-        module: Path of the part of the LightningModule whose layers these are.
-        dtype: Of the statistics, float32 or float64.
-        solver: ``"exact"``, or ``"approximate"`` for models of width 1,024 and more, as in
-            :class:`~matent_callbacks.EntropyMonitor`.
-        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
-            values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give the loggers of W&B, TensorBoard, MLflow and Comet two panels of all
-            layers: the profile through them at the steps so far, and layer by step as a heat map (needs matplotlib).
-
-    Raises:
-        ValueError: Here for an argument out of range or an unknown metric; at setup for an unknown layer, with near
-            matches.
-
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
         >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last")]).fit(module, data)
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 100,
-        layers: LayerSpec = "last",
-        *,
-        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
-        probe: Any = None,
-        during_eval: bool = True,
-        max_tokens: int | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
-        reference: Literal["start"] | nn.Module | None = None,
-        mask: Callable[[Any], Tensor | None] | None = None,
-        prog_bar: bool = False,
-        module: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        solver: Solver = "exact",
-        background: bool = False,
-        pictures: bool = True,
-    ) -> None:
-        self.guard = Guard(type(self).__name__, on_error)
-        self.every_n_steps = every_n_steps
-        self.during_eval = during_eval
-        self.prog_bar = prog_bar
-        self._mask = mask
-        self._measurement = Measurement(
-            every_n_steps,
-            layers,
-            metrics=metrics,
-            probe=probe,
-            reference=reference,
-            max_tokens=max_tokens,
-            on_error=on_error,
-            guard=self.guard,
-            module=module,
-            dtype=dtype,
-            solver=solver,
-            background=background,
-        )
-        self._with_pictures = pictures
-        self._settings = {
-            "every_n_steps": every_n_steps,
-            "layers": layers,
-            "metrics": self._measurement.metrics,
-            "module": module,
-            "probe": probe is not None,
-        }
-        self.start_over()
-
     def start_over(self) -> None:
         super().start_over()
-        self._measurement = self._measurement.renewed(self.guard)
         self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
-        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
         self._records: list[dict[str, float]] = []
         self._open: EntropyMonitor | None = None
         self._skipped = False
@@ -144,7 +70,16 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        return str(self._generate_state_key(**self._settings))
+        return str(
+            self._generate_state_key(
+                every_n_steps=self.every_n_steps,
+                layers=self._measurement.layers,
+                metrics=self._measurement.metrics,
+                module=self._measurement.settings["module"],
+                probe=bool(self._measurement.probes),
+                **({} if self.name is None else {"name": self.name}),
+            )
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._measurement.state_dict(), "records": self._records}
@@ -158,9 +93,10 @@ class MatrixEntropyCallback(MeasuringCallback):
         super().setup(trainer, pl_module, stage)
         if self.off:
             return
-        # Unknown layers are told before training.
-        self._measurement.monitor(pl_module)
-        if self._measurement.probe is None and _compiled_whole(pl_module):
+        # Unknown layers, and names that another callback logs as well, are told before training.
+        self.watch(pl_module, trainer)
+        self.check_against(trainer.callbacks)
+        if not self._measurement.probes and compiled_whole(pl_module):
             self.off = True
             warnings.warn(
                 "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
@@ -173,19 +109,21 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._late = None
         self._skipped = self._overdue = False
         if not self.off:
+            self._measurement.reset()
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
-        # discarded as well.
+        # discarded as well. A window of several steps goes on across the end of an epoch.
         if not self.off:
             self._skipped = False
-            self._measurement.reset()
+            if self.window_steps == 1:
+                self._measurement.reset()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.off or self._measurement.probe is not None:
+        if self.off or self._measurement.probes:
             return
-        if self._overdue or self.may_become_due(trainer, pl_module):
+        if self._overdue or self.may_become_due(trainer, pl_module, ahead=self.window_steps - 1):
             given = None if draws_its_batches(pl_module.training_step) else batch
             self._start(lambda: self._measurement.monitor(pl_module), given)
         else:
@@ -203,8 +141,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         super().on_train_epoch_end(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
-        if self._measurement.probe is None:
-            values = self._measurement.from_forwards() if self._is_read(due=due) else None
+        if not self._measurement.probes:
+            values = self._measurement.from_forwards() if self._is_read(trainer, due=due) else None
         elif due or last:
             # Also at the end, so that the last record describes the model that is saved.
             values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
@@ -270,7 +208,7 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     # Inside
 
-    def _is_read(self, *, due: bool) -> bool:
+    def _is_read(self, trainer: Any, *, due: bool) -> bool:
         """Whether a reading of the optimizer step that is over is due and covers all of it.
 
         One that is due and was not expected to be, since more steps were made in a batch than ever before, is taken
@@ -279,7 +217,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         due = due or self._overdue
         skipped, self._skipped = self._skipped, False
         self._overdue = due and skipped
-        if not (due or skipped):
+        in_window = -trainer.global_step % self.every_n_steps < self.window_steps
+        if not (due or skipped or in_window):
             self._measurement.reset()
         return due and not skipped
 
@@ -291,18 +230,10 @@ class MatrixEntropyCallback(MeasuringCallback):
     ) -> None:
         # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
         with self.guard("batches that no mask could be made of") as making:
-            mask = self._mask_of(batch)
+            mask = self.mask_of(batch) if self.mask is not None else _own_mask(batch)
         if not making.failed:
             self._open = monitor()
-            self._open.start(attention_mask=mask, sample_mask=samples())
-
-    def _mask_of(self, batch: Any) -> Tensor | None:
-        if self._mask is not None:
-            if batch is None:
-                raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
-            return self._mask(batch)
-        own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return own if isinstance(own, Tensor) and own.ndim == 2 else None
+            self._open.start(same_adapters=True, attention_mask=mask, sample_mask=samples())
 
     def _stop(self) -> None:
         monitor, self._open = self._open, None
@@ -327,7 +258,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             show(trainer, pictures, self.guard, step=logging_step(trainer))
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
-        return self.during_eval and not (self.off or trainer.sanity_checking or _compiled_whole(pl_module))
+        return self.during_eval and not (self.off or trainer.sanity_checking or compiled_whole(pl_module))
 
     def _start_evaluation_batch(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
@@ -356,19 +287,14 @@ class MatrixEntropyCallback(MeasuringCallback):
             values = self._measurement.values(monitor)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
             with self.guard("the readings of an evaluation"):
-                if suffix and not _takes_names_with_a_loader(trainer):
+                if suffix and not takes_names_with_a_loader(trainer):
                     publish(trainer, named, self.guard)
                 else:
                     log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
         self._loaders = {}
 
 
-def _compiled_whole(pl_module: Any) -> bool:
-    """Whether ``torch.compile`` was called on the LightningModule itself."""
-    return getattr(pl_module, "_compiler_ctx", None) is not None
-
-
-def _takes_names_with_a_loader(trainer: Any) -> bool:
-    """Whether ``self.log`` takes a name that ends in ``/dataloader_idx_0``: Lightning before 2.5.3 raises."""
-    package = type(trainer.fit_loop).__module__.partition(".")[0]
-    return Version(version(package)) >= Version("2.5.3")
+def _own_mask(batch: Any) -> Tensor | None:
+    """The mask that a batch carries, which the module need not hand on to the model."""
+    own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return own if isinstance(own, Tensor) and own.ndim == 2 else None

@@ -1,4 +1,4 @@
-"""Pictures, and how W&B sums up a curve, for those of Lightning's loggers that know such things."""
+"""Pictures, alerts, and how W&B sums up a curve, for those of Lightning's loggers that know such things."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
             if hasattr(experiment, "define_metric"):
                 for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
                     experiment.define_metric(name, step_metric="trainer/global_step", summary="max,last")
+
+
+def alert(trainer: Any, guard: Guard, title: str, text: str) -> None:
+    """Put a line among the alerts of W&B, which sends them on to where its user wants them."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with guard(f"the alerts of {type(logger).__name__}"):
+            experiment = _experiment(logger)
+            if hasattr(experiment, "alert"):
+                experiment.alert(title, text, level="WARN")
 
 
 def _to_log_image(logger: Any, pictures: Pictures, step: int) -> None:

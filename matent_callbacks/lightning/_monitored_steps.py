@@ -66,15 +66,15 @@ class MeasuringCallback(GuardedCallback):
             publish(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
-    def may_become_due(self, trainer: Any, pl_module: Any) -> bool:
-        """Whether the batch that begins may complete an interval.
+    def may_become_due(self, trainer: Any, pl_module: Any, *, ahead: int) -> bool:
+        """Whether the batch that begins, or ``ahead`` optimizer steps after it, may complete an interval.
 
         In automatic optimization it does so if it makes its optimizer step. In manual optimization a batch makes as
         many steps as it likes (one for each of several optimizers, several for a critic), so those are counted on of
         the batch that made most; before the first step any number.
         """
         most = 1 if pl_module.automatic_optimization else self._most_steps
-        return most == 0 or self._reached(trainer.global_step + most)
+        return most == 0 or self._reached(trainer.global_step + most + ahead)
 
     def _reached(self, step: int) -> bool:
         return step // self.every_n_steps > self._last_step // self.every_n_steps

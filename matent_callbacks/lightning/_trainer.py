@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 
@@ -18,7 +20,16 @@ else:
     except ImportError:
         from pytorch_lightning import Callback
 
-__all__ = ["GuardedCallback", "draws_its_batches", "log", "log_to_loggers", "logging_step", "publish"]
+__all__ = [
+    "GuardedCallback",
+    "compiled_whole",
+    "draws_its_batches",
+    "log",
+    "log_to_loggers",
+    "logging_step",
+    "publish",
+    "takes_names_with_a_loader",
+]
 
 
 class GuardedCallback(GuardedHooks, Callback):
@@ -35,6 +46,17 @@ def draws_its_batches(step: Any) -> bool:
     Hooks are then given the batch before, or none, and its index.
     """
     return "dataloader_iter" in inspect.signature(step).parameters
+
+
+def compiled_whole(pl_module: Any) -> bool:
+    """Whether ``torch.compile`` was called on the LightningModule itself."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def takes_names_with_a_loader(trainer: Any) -> bool:
+    """Whether ``self.log`` takes a name that ends in ``/dataloader_idx_0``: Lightning before 2.5.3 raises."""
+    package = type(trainer.fit_loop).__module__.partition(".")[0]
+    return Version(version(package)) >= Version("2.5.3")
 
 
 def log(pl_module: Any, values: dict[str, float], **arguments: Any) -> None:

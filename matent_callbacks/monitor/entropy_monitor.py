@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import (
@@ -20,11 +21,13 @@ from matent_callbacks.accumulate.catalogue import (
     sources_of,
 )
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.explanations import counted_padding, why_unread
+from matent_callbacks.monitor.joint_reading import JointReading
 from matent_callbacks.monitor.readings import PendingReadings, Readings
 from matent_callbacks.monitor.solvers import background
 
@@ -70,9 +73,16 @@ class EntropyMonitor:
             is ``matrix_entropy_error/<layer>``. It gives ``matrix_entropy``, ``normalized_matrix_entropy`` and
             ``effective_rank``, the same two of embeddings, and what is of sequences, which stays exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
+        process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
+            those that hold the same part of it. Ranks of one group have to read the same layers.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; they are in
+            ``process_group``, too. They exchange a sum of each sequence and layer in the middle of the forward, so all
+            of them have to run it, and a second moment of each for what is of sequences. Packed batches are refused.
 
     Raises:
-        ValueError: If a layer, metric or module is not known (with near matches), or an argument is out of range.
+        ValueError: If a layer, metric or module is not known (with near matches), an argument is out of range, or a
+            group does not hold the ranks that it has to.
+        TypeError: If a group is not a process group.
 
     Example:
         >>> import torch
@@ -99,6 +109,8 @@ class EntropyMonitor:
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
@@ -114,10 +126,16 @@ class EntropyMonitor:
         self._max_tokens = max_tokens
         self._dtype = dtype
         self._on_error = on_error
+        check_groups(process_group, context_group)
+        self._process_group = process_group
+        self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module)
-        self._capture = Capture(model, self._layers, self._record, self._guarded)
+        self._capture = Capture(
+            model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
+        )
         self._failed: set[str] = set()
         self._unmasked: set[str] = set()
+        self._told_unlike: set[str] = set()
         self.reset()
 
     @property
@@ -156,6 +174,7 @@ class EntropyMonitor:
             attention_mask=attention_mask,
             sample_mask=sample_mask,
         )
+        self._joint.begin(self._accumulators, self._failed)
 
     def stop(self) -> None:
         """Stop reading; every hook is gone."""
@@ -175,7 +194,8 @@ class EntropyMonitor:
         """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
 
         ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out, with a warning that says why. Where the model is handed a mask that marks
+        saw no valid token is left out, with a warning that says why. Where ranks do not read the same layers,
+        nothing is computed, and a warning tells what each side reads. Where the model is handed a mask that marks
         padding, and neither it nor one that a module inside is handed fits a layer, a warning says so once.
         """
         return self._begin(None)()
@@ -193,11 +213,22 @@ class EntropyMonitor:
         accumulators, seen = self._accumulators, self._capture.seen
         self.reset()
         pending = PendingReadings(
-            accumulators, self.metrics, failed=self._failed, executor=executor, solver=self._solver
+            accumulators,
+            self.metrics,
+            failed=self._failed,
+            executor=executor,
+            solver=self._solver,
+            group=self._process_group,
         )
         return lambda: self._named(pending.result(), seen)
 
     def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
+        if readings.unlike:
+            if readings.unlike not in self._told_unlike:
+                self._told_unlike.add(readings.unlike)
+                warnings.warn(readings.unlike, stacklevel=3)
+            return {}
+        self._joint.failed |= readings.failed
         elsewhere = readings.failed - self._failed
         if elsewhere:
             self._failed |= elsewhere
@@ -236,14 +267,17 @@ class EntropyMonitor:
     def _record(
         self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None
     ) -> None:
-        if layer not in self._failed:
-            self._accumulators[layer].update(hidden_states, attention_mask, vectors)
+        accumulator, failed = self._accumulators[layer], layer in self._failed
+        self._joint.record(layer, accumulator, hidden_states, attention_mask, vectors, failed=failed)
 
     @contextmanager
     def _guarded(self, layer: str) -> Iterator[None]:
+        self._joint.expect()
         try:
             yield
         except Exception as error:
+            if layer in self._accumulators:
+                self._joint.excuse(layer, self._accumulators[layer])
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
+from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
+
+# Names of a list, or numbers of ranks, that are told at most.
+_TOLD = 12
+
+
+def how_ranks_differ(descriptions: Sequence[str], group: dist.ProcessGroup | None) -> str:
+    """In which of their settings the ranks of a group differ; each describes its own as a JSON object."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for rank, description in enumerate(descriptions):
+        ranks[description].append(global_rank(rank, group))
+    settings = {description: json.loads(description) for description in ranks}
+    first = settings[descriptions[0]]
+    unlike = [name for name in first if any(own[name] != first[name] for own in settings.values())]
+    sides = [
+        f"{name} on rank {_listed(ranks[description])}: {_listed(own[name])}"
+        for description, own in settings.items()
+        for name in unlike
+    ]
+    return (
+        f"There is no reading, since ranks differ in what they read: {'; '.join(sides)}. Training goes on. Where ranks "
+        "hold other parts of a model, such as stages of a pipeline, `process_group=` says whose tokens belong together."
+    )
+
+
+def _listed(items: Any) -> str:
+    items = [items] if isinstance(items, str) else [str(item) for item in items]
+    more = f", ... ({len(items)} in all)" if len(items) > _TOLD else ""
+    return ", ".join(items[:_TOLD]) + more
 
 
 def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from matent_callbacks.accumulate.layer_statistics import CENTERS, IN_FLOAT64, La
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
+    agree,
     agreed_failures,
     agreed_widths,
     all_reduce_sequence_means,
@@ -25,6 +27,7 @@ from matent_callbacks.accumulate.reduction import (
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.monitor.decomposition import ERROR, NONFINITE, Unit, decompose, estimate
+from matent_callbacks.monitor.explanations import how_ranks_differ
 
 # The mean of the entropies of sequences that is subtracted for the Holevo information, and not logged.
 _WITHIN = "entropy_within_sequences"
@@ -39,12 +42,15 @@ class Readings(NamedTuple):
     """Tokens that were left out because of NaN or Inf, by layer."""
     failed: set[str]
     """Layers that were left out: on all ranks, because some rank could not read them."""
+    unlike: str = ""
+    """How ranks differ in what they read, so that nothing could be computed."""
 
 
 class PendingReadings:
     """Computes the readings of all layers in two steps: the constructor collects statistics, :meth:`result` decomposes.
 
-    In a distributed run the constructor sends the moments of each layer to one rank. In :meth:`result` each rank
+    In a distributed run ranks agree first that they read the same, or else nothing is computed on any of them. Then the
+    constructor sends the moments of each layer to one rank. In :meth:`result` each rank
     decomposes the layers that it was sent, and the numbers are sent to all ranks. Every rank makes the same collective
     calls in both steps, whatever its layers have seen.
 
@@ -55,6 +61,7 @@ class PendingReadings:
         executor: If given, matrices are copied to the CPU and it decomposes them there, until :meth:`result` is called.
         solver: How matrices are decomposed.
         local: Use the statistics of this rank alone, without any collective call.
+        group: The ranks whose tokens belong together; ``None``: all.
     """
 
     def __init__(
@@ -66,10 +73,15 @@ class PendingReadings:
         executor: Executor | None = None,
         solver: Solver = "exact",
         local: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._device = next(iter(accumulators.values())).device
-        self._distributed = is_distributed() and not local
-        gathered = _gather_over_ranks(accumulators, failed) if self._distributed else _gather(accumulators, failed)
+        self._distributed = is_distributed(group) and not local
+        self._group = group
+        if self._distributed:
+            gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
+        else:
+            gathered = _gather(accumulators, failed)
         self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
         self._names = {
             unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
@@ -85,16 +97,18 @@ class PendingReadings:
 
     def result(self) -> Readings:
         """The numbers, which are bitwise the same on every rank."""
+        if self._gathered.unlike:
+            return Readings({}, {}, self._gathered.failed, self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
-        own_means = not self._distributed or dist.get_rank() == 0
+        own_means = not self._distributed or dist.get_rank(self._group) == 0
         for unit, names in self._mean_names.items():
             numbers_of_mean = _mean_numbers(self._gathered.means[unit], names) if own_means else None
             pieces.append(self._piece(numbers_of_mean, len(names)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
-            dist.all_reduce(table)
+            dist.all_reduce(table, group=self._group)
         *numbers, num_failed = table.tolist()
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
@@ -145,6 +159,7 @@ class _Gathered(NamedTuple):
     """Those that this rank decomposes."""
     means: dict[Unit, SequenceMean]
     failed: set[str]
+    unlike: str = ""
 
 
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
@@ -160,21 +175,33 @@ def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str
     )
 
 
-def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
-    device = next(iter(accumulators.values())).device
-    flags = agreed_failures([layer in failed for layer in accumulators], device)
-    everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
+def _gather_over_ranks(
+    accumulators: Mapping[str, LayerAccumulator],
+    failed: Collection[str],
+    settings: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+) -> _Gathered:
+    first = next(iter(accumulators.values()))
+    device = first.device
+    described = json.dumps({"layers": list(accumulators), **settings, "dtype": str(first.dtype)})
+    agreement = agree(described, any(layer in failed for layer in accumulators), device, group)
+    if agreement.descriptions:
+        return _Gathered({}, {}, {}, set(failed), how_ranks_differ(agreement.descriptions, group))
+    everywhere: set[str] = set()
+    if agreement.any_failed:
+        flags = agreed_failures([layer in failed for layer in accumulators], device, group)
+        everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
     units = [(source, layer) for layer, a in used.items() for source in a.tokens]
     moments = [used[layer].tokens[source].moments().to(device) for source, layer in units]
-    widths = agreed_widths(moments, device)
+    widths = agreed_widths(moments, device, group)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices: dict[Unit, Matrix | Discriminant] = {}
     within: dict[str, Moments] = {}
     # Apart by dtype, and both of documents in the same order: the same rank owns both of a layer.
     for sources in (CENTERS.keys() - IN_FLOAT64, {"raw_embedding"}, {"within_documents"}, {"between_documents"}):
         own = [index for index, (source, _) in enumerate(units) if source in sources]
-        reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True)
+        reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True, group=group)
         for (source, layer), common in zip([units[i] for i in own], reduced, strict=True):
             if common is None:
                 continue
@@ -185,7 +212,7 @@ def _gather_over_ranks(accumulators: Mapping[str, LayerAccumulator], failed: Col
             else:
                 matrices[source, layer] = Matrix(common, add_mean=CENTERS[source] is None)
     means = {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()}
-    common_means = all_reduce_sequence_means(list(means.values()))
+    common_means = all_reduce_sequence_means(list(means.values()), group)
     return _Gathered(
         {
             unit: width.num_features

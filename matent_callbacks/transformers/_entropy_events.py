@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.accumulate.catalogue import Solver
-from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.layer_pictures import LayerPictures
-from matent_callbacks.callbacks.measurement import Measurement
-from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
 from matent_callbacks.transformers._background_readings import LateReading
 from matent_callbacks.transformers._log_records import Halves, MeasuringCallback
 from matent_callbacks.transformers._padding_samples import counted_samples
 from matent_callbacks.transformers._reporters import show, takes_pictures
 
 
-class MatrixEntropyCallback(MeasuringCallback):
+@with_arguments_of(SharedEntropyCallback)
+class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
     The values stand in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
@@ -50,89 +47,28 @@ class MatrixEntropyCallback(MeasuringCallback):
     ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. What fails on one rank costs its share of
     the reading; but under FSDP a probe whose forward fails on one rank only leaves the others waiting in theirs.
 
-    Args:
-        every_n_steps: Optimizer steps between two readings.
-        layers: As in :class:`~matent_callbacks.EntropyMonitor`: ``"last"``, ``"all"``, ints, ``"every:4"``, module
-            names or globs, or a list of these.
-        metrics: Names of the catalogue of :class:`~matent_callbacks.EntropyMonitor`.
-        probe: One batch (a mapping of the model's keyword arguments) or a list of them.
-        during_eval: Also read evaluation and prediction forwards.
-        max_tokens: Upper bound on the tokens that one reading accumulates per layer.
-        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
-        module: Path of the part of the model whose layers these are.
-        dtype: Of the statistics, float32 or float64.
-        solver: ``"exact"``, or ``"approximate"`` for models of width 1,024 and more, as in
-            :class:`~matent_callbacks.EntropyMonitor`.
-        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
-            values of a step are logged under it, but only at the next reading, checkpoint, or end.
-        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
-
-    Raises:
-        ValueError: Here for an argument out of range or an unknown metric; when the Trainer is made (or the callback
-            added) for an unknown layer, with near matches.
-
     Example:
         >>> from matent_callbacks.transformers import MatrixEntropyCallback
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
         >>> # Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback]).train()
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 100,
-        layers: LayerSpec = "last",
-        *,
-        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
-        probe: Any = None,
-        during_eval: bool = True,
-        max_tokens: int | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
-        reference: Literal["start"] | nn.Module | None = None,
-        module: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        solver: Solver = "exact",
-        background: bool = False,
-        pictures: bool = True,
-    ) -> None:
-        self.guard = Guard(type(self).__name__, on_error)
-        self._measurement = Measurement(
-            every_n_steps,
-            layers,
-            metrics=metrics,
-            probe=probe,
-            reference=reference,
-            max_tokens=max_tokens,
-            on_error=on_error,
-            guard=self.guard,
-            module=module,
-            dtype=dtype,
-            solver=solver,
-            background=background,
-        )
-        self._with_pictures = pictures
-        super().__init__(during_eval=during_eval)
-
     def start_over(self) -> None:
         super().start_over()
-        self._measurement = self._measurement.renewed(self.guard)
         self._late = LateReading()
-        self._pictures = LayerPictures(self._measurement.metrics) if self._with_pictures else None
         self._probed_step = -1
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        # Unknown layers are told before training.
-        self._measurement.monitor(trainer.model)
+        # Unknown layers, and names that another callback logs as well, are told before training.
+        self.watch(trainer.model, trainer)
+        self.check_against(trainer.callback_handler.callbacks)
 
     @property
     def state_key(self) -> str:
         """Tells this callback's state from that of others in the checkpoint."""
-        return (
-            f"{type(self).__name__}(every_n_steps={self._measurement.every_n_steps}, layers={self._measurement.layers})"
-        )
+        name = f", name={self.name}" if self.name is not None else ""
+        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers}{name})"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -152,11 +88,11 @@ class MatrixEntropyCallback(MeasuringCallback):
         }
 
     def is_due(self, state: TrainerState) -> bool:
-        due = state.global_step % self._measurement.every_n_steps == 0
-        return due or (self._measurement.probe is not None and state.global_step == state.max_steps)
+        due = state.global_step % self.every_n_steps == 0
+        return due or (bool(self._measurement.probes) and state.global_step == state.max_steps)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        values = self._measurement.from_forwards() if self._measurement.probe is None else self._probe(state)
+        values = self._probe(state) if self._measurement.probes else self._measurement.from_forwards()
         if not self._measurement.background:
             return values()
         self._log_late()
@@ -196,7 +132,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._log_late()
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         unseen = best_was_loaded or self._probed_step != state.global_step
-        if self._measurement.probe is not None and unseen:
+        if self._measurement.probes and unseen:
             values = self._probe(state)()
             with self.guard("the record of the last reading"):
                 if values:
@@ -206,25 +142,25 @@ class MatrixEntropyCallback(MeasuringCallback):
     def _around_training_step(
         self, training_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Halves:
-        measurement = self._measurement
-        if measurement.probe is not None or (self.trainer.state.global_step + 1) % measurement.every_n_steps:
+        left = -(self.trainer.state.global_step + 1) % self.every_n_steps
+        if self._measurement.probes or left >= self.window_steps:
             yield
         else:
-            yield from self._reading(model, training_only=True)
+            yield from self._reading(model, inputs, training_only=True)
 
     def _around_prediction_step(
         self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Halves:
         if self._in_evaluation:
-            yield from self._reading(model, sample_mask=counted_samples(self.trainer, inputs))
+            yield from self._reading(model, inputs, sample_mask=counted_samples(self.trainer, inputs))
         else:
             yield
 
-    def _reading(self, model: nn.Module, **how: Any) -> Halves:
+    def _reading(self, model: nn.Module, inputs: Any, **how: Any) -> Halves:
         """The monitor is on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
         monitor = self._measurement.monitor(model)
         try:
-            monitor.start(same_adapters=True, **how)
+            monitor.start(same_adapters=True, attention_mask=self.mask_of(inputs), **how)
             yield
         finally:
             monitor.stop()

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
+from matent_callbacks.transformers._progress_bar import show_in_bar
 
 Halves = Generator[None, Any, None]
 """What is done before and after a method of the Trainer: it yields in between, and is sent what the method returned."""
@@ -25,9 +26,8 @@ class MeasuringCallback(AttachedCallback):
 
     order = 0
 
-    def __init__(self, *, during_eval: bool) -> None:
-        self.during_eval = during_eval
-        self.start_over()
+    during_eval: bool
+    prog_bar: bool
 
     def start_over(self) -> None:
         self._pending: dict[str, float] = {}
@@ -98,6 +98,9 @@ class MeasuringCallback(AttachedCallback):
         logs.update(pending)
         # log_history has its own copy of the record already.
         state.log_history[-1].update(pending)
+        if self.prog_bar and pending:
+            with self.guard("the progress bar"):
+                show_in_bar(self.trainer, pending)
 
     @unguarded
     def on_prediction_step(

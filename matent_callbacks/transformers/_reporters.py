@@ -1,4 +1,4 @@
-"""Pictures, and how W&B sums up a curve, for the reporters of a Trainer that know such things."""
+"""Pictures, alerts, and how W&B sums up a curve, for the reporters of a Trainer that know such things."""
 
 from __future__ import annotations
 
@@ -39,12 +39,23 @@ def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
-    runs = [run for run in map(_wandb_run, _reporters(trainer, WandbCallback)) if run is not None]
+    runs = _wandb_runs(trainer)
     for run in runs:
         with guard("the greatest values in W&B's table of runs"):
             for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
                 run.define_metric(name, step_metric="train/global_step", summary="max,last")
     return bool(runs)
+
+
+def alert(trainer: Trainer, guard: Guard, title: str, text: str) -> None:
+    """Put a line among the alerts of W&B, which sends them on to where its user wants them."""
+    for run in _wandb_runs(trainer):
+        with guard("the alerts of W&B"):
+            run.alert(title, text, level="WARN")
+
+
+def _wandb_runs(trainer: Trainer) -> list[Any]:
+    return [run for run in map(_wandb_run, _reporters(trainer, WandbCallback)) if run is not None]
 
 
 def _wandb_run(callback: Any) -> Any:

@@ -20,6 +20,7 @@ Results = list[dict[str, Any]]
 
 def under_torchrun(world_size: int, folder: Path) -> Results:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command += ["--redirects", "3", "--log-dir", str(folder / "logs")]
     script = ["-m", "tests.distributed.trainer_on_ranks", str(folder)]
     output = folder / "output.txt"
     with (
@@ -36,7 +37,9 @@ def under_torchrun(world_size: int, folder: Path) -> Results:
         except subprocess.TimeoutExpired:
             failed = -1
             launcher.terminate()  # and it its processes, as it would not if it were killed
-    assert failed == 0, output.read_text()
+    # The launcher first: where a report is cut, it is the ends of the ranks that are left.
+    told = [output, *sorted(folder.rglob("stderr.log"))]
+    assert failed == 0, "\n".join(path.read_text()[-3000:] for path in told)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from matent_callbacks.transformers import MatrixEntropyCallback, PlateauStopping
 from tests.conftest import VOCABULARY, collate, text_examples
 from tests.distributed.reading import as_if_launched, record_forwards, small_llama
+from tests.ranks import leave
 
 # Of batches of 4: none whole, one rank with nothing new, some ranks with a part, all even.
 EVALUATION_SIZES = (3, 10, 13, 16)
@@ -146,3 +147,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     own_rank = int(os.environ["RANK"])
     torch.save(launched(own_rank, sys.argv[1]), f"{sys.argv[1]}/{own_rank}.pt")
+    leave()

@@ -63,6 +63,16 @@ def test_the_api_page_has_every_public_name(site: Path):
             assert headings & {f"{module}.{name}", f"{module}.{name}.{name}"}, f"{module}.{name}"
 
 
+def test_the_api_page_tells_of_arguments_that_are_told_elsewhere(site: Path):
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8")))
+    for name, times in (
+        ("Upper bound on the tokens that one reading accumulates per layer", 3),
+        ("Number of observations in which min_delta has to be gained", 3),
+        ("Neighbours of mutual_knn and mutual_knn_z", 3),
+    ):
+        assert page.count(name) == times, name
+
+
 def test_no_markup_of_docstrings_is_left_over(site: Path):
     page = html.unescape((site / "api.html").read_text(encoding="utf-8"))
     assert 'class="formula"' in page

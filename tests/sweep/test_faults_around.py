@@ -15,17 +15,25 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
-from matent_callbacks import EntropyMonitor, PlateauDetector
+from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
 from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
+from matent_callbacks.callbacks.collapse_alarm import SharedCollapseAlarm
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
+from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.lightning import _alignment_hooks, _entropy_hooks, _monitored_steps, _plateau_hooks
+from matent_callbacks.lightning import (
+    _alignment_hooks,
+    _collapse_hooks,
+    _entropy_hooks,
+    _monitored_steps,
+    _plateau_hooks,
+)
 from matent_callbacks.transformers import (
     _alignment_events,
     _background_readings,
+    _collapse_events,
     _entropy_events,
-    _plateau_events,
 )
 from tests.conftest import collate, text_examples
 from tests.sweep.runs import EVERY, FRAMEWORKS, STEPS, Record, Way, assert_same, make_callback, train
@@ -87,6 +95,16 @@ def stopping(framework: str, **arguments: Any) -> list[Any]:
     return [make_callback(framework, **arguments), observed]
 
 
+def alarmed(framework: str, **arguments: Any) -> list[Any]:
+    """An alarm at the fourth reading."""
+    alarm = PACKAGES[framework].CollapseAlarm("matrix_entropy/last", relative_to=1e9, patience=2, **arguments)
+    return [FRAMEWORKS[framework][1](1, **arguments), alarm]
+
+
+def alarmed_by_nothing(framework: str, **arguments: Any) -> list[Any]:
+    return [PACKAGES[framework].CollapseAlarm("nothing", **arguments)]
+
+
 def stopping_on_nothing(framework: str, **arguments: Any) -> list[Any]:
     return [PACKAGES[framework].PlateauStopping("nothing", min_delta=1.0, patience=2, **arguments)]
 
@@ -129,6 +147,14 @@ OF_BOTH = [
     Place(PlateauDetector, "update", stopping),
     Place(PlateauDetector, "state_dict", stopping, RESUMED),
     Place(PlateauDetector, "load_state_dict", stopping, RESUMED),
+    Place(SharedPlateauStopping, "logged_values", stopping),
+    Place(SharedPlateauStopping, "warn_if_never_logged", stopping_on_nothing),
+    Place(CollapseDetector, "update", alarmed),
+    Place(CollapseDetector, "state_dict", alarmed, RESUMED),
+    Place(CollapseDetector, "load_state_dict", alarmed, RESUMED),
+    Place(SharedCollapseAlarm, "note", alarmed),
+    Place(SharedCollapseAlarm, "tell", alarmed),
+    Place(SharedCollapseAlarm, "warn_if_never_logged", alarmed_by_nothing),
 ]
 OF_TRAINER = [
     Place(_entropy_events, "counted_samples"),
@@ -138,8 +164,7 @@ OF_TRAINER = [
     Place(_background_readings.LateReading, "log", in_background, RESUMED),
     Place(_background_readings.LateReading, "begin", in_background),
     Place(_alignment_events, "summarize_by_maximum", alignment),
-    Place(_plateau_events, "logged_values", stopping),
-    Place(_plateau_events, "warn_never_logged", stopping_on_nothing),
+    Place(_collapse_events, "alert", alarmed),
 ]
 OF_LIGHTNING = [
     Place(_entropy_hooks, "counted_samples"),
@@ -155,9 +180,10 @@ OF_LIGHTNING = [
     Place(pl.LightningModule, "log_dict", alignment),
     Place(_alignment_hooks, "summarize_by_maximum", alignment),
     Place(_plateau_hooks, "publish", stopping),
-    Place(_plateau_hooks, "logged_values", stopping),
-    Place(_plateau_hooks, "warn_never_logged", stopping_on_nothing),
+    Place(_collapse_hooks, "publish", alarmed),
+    Place(_collapse_hooks, "alert", alarmed),
     Place(SingleDeviceStrategy, "reduce_boolean_decision", stopping),
+    Place(SingleDeviceStrategy, "reduce_boolean_decision", alarmed),
 ]
 CASES = [
     *[(framework, place) for framework in FRAMEWORKS for place in OF_BOTH],
@@ -220,7 +246,7 @@ def hooks_of(framework: str, cls: type) -> list[str]:
 
 @TOLD
 @BOTH
-@pytest.mark.parametrize("make", [entropy, alignment, stopping])
+@pytest.mark.parametrize("make", [entropy, alignment, stopping, alarmed])
 def test_every_hook_is_guarded(framework, make, tmp_path, alone, recwarn):
     way = Way(evaluate=True, resume=True)
     given = make(framework)
@@ -339,6 +365,6 @@ def test_training_stops_at_the_plateau_though_it_cannot_be_told(framework, broke
 
     stopped_at = run("right")
     assert stopped_at < STEPS
-    monkeypatch.setattr(_plateau_events if framework == "Trainer" else _plateau_hooks, broken, fails)
+    monkeypatch.setattr(SharedPlateauStopping, broken, fails)
     with pytest.warns(UserWarning, match="boom Training goes on"):
         assert run("broken") == stopped_at

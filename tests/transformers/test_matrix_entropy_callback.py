@@ -361,3 +361,43 @@ def test_max_tokens_bounds_what_is_read(make_trainer, make_llama):
         pytest.fail("the first sequence must fill the budget for this test to say anything")
     mask[:, 20:] = 0
     assert records(trainer)[0][KEY] == pytest.approx(slow_pooled_entropy(hidden, mask), rel=1e-5)
+
+
+def test_mask_goes_before_the_models_own(make_trainer, make_llama):
+    def without_first(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["attention_mask"].clone()
+        mask[:, 0] = 0
+        return mask
+
+    model = make_llama()
+    trainer = make_trainer([MatrixEntropyCallback(1, mask=without_first)], model=model, max_steps=1)
+    spy = ReadEachForward(model)
+    trainer.train()
+    (states,), (mask,) = spy.states, spy.masks
+    assert records(trainer)[0][KEY] == pytest.approx(slow_pooled_entropy(states[-1][:, 1:], mask[:, 1:]), rel=1e-5)
+
+
+def test_a_mask_that_cannot_be_made_costs_the_reading_only(make_trainer):
+    def broken(batch: Any) -> torch.Tensor:
+        raise KeyError("no mask")
+
+    trainer = make_trainer([MatrixEntropyCallback(1, mask=broken)], max_steps=2)
+    with pytest.warns(UserWarning, match="no mask"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert not records(trainer)
+
+
+def test_progress_bar_shows_the_readings_of_all_that_are_asked_to(make_trainer, capsys):
+    callbacks = [
+        MatrixEntropyCallback(2, prog_bar=True),
+        MatrixEntropyCallback(2, layers=[1], metrics="rankme", prog_bar=True),
+        MatrixEntropyCallback(2, layers=[2]),
+    ]
+    trainer = make_trainer(callbacks, disable_tqdm=False, max_steps=2)
+    trainer.train()
+    record = records(trainer)[0]
+    beside_the_bar = capsys.readouterr().err
+    for key in (KEY, "effective_rank/last", "rankme/layer_01"):
+        assert f"{key}={record[key]:.3g}" in beside_the_bar
+    assert "layer_02" not in beside_the_bar

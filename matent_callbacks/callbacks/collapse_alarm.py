@@ -1,0 +1,130 @@
+"""What both frameworks' ``CollapseAlarm`` take, keep, log and say."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.unlogged import warn_never_logged
+from matent_callbacks.collapse import CollapseDetector
+
+# Before the names of what is watched, in the log; what is logged under it is not watched itself.
+_LOGGED = "collapse/"
+
+
+class Alarm(NamedTuple):
+    """One logged value that has collapsed."""
+
+    key: str
+    """The name that it is logged under."""
+    step: int
+    value: float
+    reference: float
+    """What it has fallen from."""
+    message: str
+    """All of this in one line."""
+
+
+Action: TypeAlias = Literal["warn", "stop"] | Callable[[Alarm], Any]
+
+
+@with_arguments_of(CollapseDetector)
+class SharedCollapseAlarm(GuardedHooks):
+    """Arguments of ``CollapseAlarm`` and its detectors; the adapters observe what is logged, save and stop.
+
+    Args:
+        monitor: A logged name or a glob; each name that fits is watched by itself.
+        action: What an alarm does beside telling of itself: ``"warn"``: nothing; ``"stop"``: it ends the training; or a
+            function of the alarm, which has ``key``, ``step``, ``value``, ``reference`` and ``message``. It is called
+            on every rank.
+        checkpoint: Save a checkpoint at an alarm, before training stops.
+        on_error: ``"warn"``: what goes wrong in a run is said once and training goes on; ``"raise"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "effective_rank/*",
+        *,
+        floor: float = 0.25,
+        patience: int = 10,
+        relative_to: Literal["max", "first"] | float = "max",
+        warmup_steps: int = 0,
+        action: Action = "warn",
+        checkpoint: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if action not in ("warn", "stop") and not callable(action):
+            raise ValueError(f"`action` must be 'warn', 'stop' or a function, got {action!r}.")
+        self.guard = Guard(type(self).__name__, on_error)
+        self.monitor = monitor
+        self.action = action
+        self.checkpoint = checkpoint
+        self.settings: dict[str, Any] = {"floor": floor, "patience": patience, "relative_to": relative_to}
+        """They tell one alarm from another in a checkpoint."""
+        self._new_detector = functools.partial(CollapseDetector, **self.settings, warmup_steps=warmup_steps)
+        self._new_detector()  # raises for what is out of range
+        self.start_over()
+
+    def start_over(self) -> None:
+        self._detectors: dict[str, CollapseDetector] = {}
+        self._raised: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON types."""
+        detectors = {key: detector.state_dict() for key, detector in self._detectors.items()}
+        return {"detectors": detectors, "raised": sorted(self._raised)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        detectors = {key: self._new_detector() for key in state_dict["detectors"]}
+        for key, detector in detectors.items():
+            detector.load_state_dict(state_dict["detectors"][key])
+        self._detectors, self._raised = detectors, set(state_dict["raised"])
+
+    def watched(self, names: Iterable[str]) -> list[str]:
+        """Those of logged names that ``monitor`` fits."""
+        return [name for name in names if fnmatch.fnmatchcase(name, self.monitor) and not name.startswith(_LOGGED)]
+
+    def observe(self, step: int, values: Mapping[str, float]) -> tuple[list[Alarm], list[str]]:
+        """Take in watched values: the alarms that they raise, and the names that have recovered since theirs."""
+        alarms, recovered = [], []
+        for key, value in values.items():
+            detector = self._detectors.setdefault(key, self._new_detector())
+            if not detector.update(step, value):
+                recovered += [key] if key in self._raised else []
+            elif key not in self._raised:
+                alarms.append(Alarm(key, step, value, detector.reference or 0.0, f"{key}: {detector.reason}"))
+        return alarms, recovered
+
+    def note(self, alarms: Iterable[Alarm], recovered: Iterable[str]) -> dict[str, float]:
+        """Keep in mind what was raised, and return what is logged of it: 1 at an alarm, 0 at a recovery."""
+        changed = {alarm.key: 1.0 for alarm in alarms} | dict.fromkeys(recovered, 0.0)
+        self._raised |= {key for key, raised in changed.items() if raised}
+        self._raised -= {key for key, raised in changed.items() if not raised}
+        return {f"{_LOGGED}{key}": raised for key, raised in changed.items()}
+
+    def tell(self, alarms: Iterable[Alarm], alert: Callable[[str, str], None]) -> None:
+        """Say each alarm in one line, and hand it to ``alert``, as a title and a text."""
+        for alarm in alarms:
+            warnings.warn(alarm.message, stacklevel=2)
+            alert(f"Collapse of {alarm.key}", alarm.message)
+
+    def act(self, alarms: Iterable[Alarm]) -> None:
+        """Call ``action``, if it is a function."""
+        if callable(self.action):
+            for alarm in alarms:
+                with self.guard("what `action` does"):
+                    self.action(alarm)
+
+    def warn_if_never_logged(self, logged: Iterable[str]) -> None:
+        """Tell that nothing was watched, with the names that were logged."""
+        if not self._detectors:
+            warn_never_logged(self.monitor, logged, "no collapse of it could be told")

@@ -1,0 +1,151 @@
+"""What both frameworks' ``MatrixEntropyCallback`` take and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from matent_callbacks.accumulate.catalogue import Embedding, Solver, check_embedding
+from matent_callbacks.accumulate.reduction import check_groups
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.layer_pictures import LayerPictures
+from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps
+from matent_callbacks.callbacks.probe import check_name
+from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.monitor import EntropyMonitor
+
+
+@with_arguments_of(EntropyMonitor)
+class SharedEntropyCallback(GuardedHooks):
+    """Arguments of ``MatrixEntropyCallback`` and their checks; the adapters translate events and log.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
+            in evaluation mode in place of the training forwards; or several of these by their names, each of which
+            is read by itself and stands before the names of its values, ``<probe>/<metric>/<layer>``.
+        during_eval: Also read the forwards of evaluation.
+        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
+        mask: From a batch to its mask ``(B, T)``, for models that are given none; it goes before the model's own.
+        prog_bar: Show the values in the progress bar.
+        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
+            values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
+            dimensions of the Trainer's device mesh, or else all.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; without
+            ``process_group``, ``None`` is those of the mesh, too. Packed batches are refused then.
+        name: Stands before the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
+            callback with the same layers.
+        window_steps: Optimizer steps that a reading covers: the one that is due and the last ones before it. Metrics of
+            one vector a sequence need more sequences than one step has.
+        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+
+    Raises:
+        ValueError: Here for an argument out of range or an unknown metric; before training for an unknown layer, with
+            near matches, and for a second callback that would log the same names.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        probe: Any = None,
+        during_eval: bool = True,
+        max_tokens: int | None = None,
+        embedding: Embedding = "mean",
+        on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        prog_bar: bool = False,
+        module: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
+        background: bool = False,
+        name: str | None = None,
+        window_steps: int = 1,
+        pictures: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_every_n_steps(every_n_steps)
+        check_embedding(embedding)
+        check_groups(process_group, context_group)
+        check_name(name)
+        _check_window(window_steps, every_n_steps, probe)
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self.window_steps = window_steps
+        self.mask = mask
+        self._with_pictures = pictures
+        self._measurement = Measurement(
+            layers,
+            metrics=metrics,
+            probe=probe,
+            reference=reference,
+            background=background,
+            prefix=f"{name}/" if name else "",
+            guard=self.guard,
+            on_error=on_error,
+            module=module,
+            max_tokens=max_tokens,
+            embedding=embedding,
+            process_group=process_group,
+            context_group=context_group,
+            dtype=dtype,
+            solver=solver,
+        )
+        self.start_over()
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._measurement = self._measurement.renewed(self.guard)
+        measurement = self._measurement
+        self._pictures = LayerPictures(measurement.metrics, measurement.prefixes) if self._with_pictures else None
+
+    def mask_of(self, batch: Any) -> Tensor | None:
+        """What ``mask`` makes of a batch; None without ``mask``."""
+        if self.mask is None:
+            return None
+        if batch is None:
+            raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
+        return self.mask(batch)
+
+    def watch(self, model: nn.Module, trainer: Any) -> None:
+        """Set up the monitor of the Trainer's model, so that unknown layers are told before training."""
+        with self.guard("the choice of ranks by the Trainer's device mesh"):
+            self._measurement.choose_groups(trainer)
+        self._measurement.monitor(model)
+
+    def check_against(self, callbacks: Iterable[Any]) -> None:
+        """Raise ValueError if another callback of a run logs under the same names as this one."""
+        for other in callbacks:
+            if not isinstance(other, SharedEntropyCallback) or other is self or not other._measurement.is_on_a_model:
+                continue
+            same = sorted(self._measurement.keys & other._measurement.keys)
+            if same:
+                raise ValueError(
+                    f"Two callbacks would log {same[0]!r}{' and more' * (len(same) > 1)}, one over the other: give one "
+                    f"of them a `name`, or other layers or metrics; got `name` {other.name!r} and {self.name!r}."
+                )
+
+
+def _check_window(window_steps: int, every_n_steps: int, probe: Any) -> None:
+    if isinstance(window_steps, bool) or not isinstance(window_steps, int) or not 1 <= window_steps <= every_n_steps:
+        raise ValueError(
+            f"`window_steps` must be a whole number from 1 to `every_n_steps`, {every_n_steps}, got {window_steps!r}."
+        )
+    if window_steps > 1 and probe is not None:
+        raise ValueError(f"`window_steps` is for training forwards, and `probe` is read instead; got {window_steps}.")

@@ -1,0 +1,49 @@
+"""What modules are called with and give: arguments by name, and hidden states among other values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The hidden states in what a module takes or gives: a tensor, a tuple, or a mapping such as a model output.
+
+    Of a mapping, ``last_hidden_state``, else the first that could be hidden states: ``(B, T, d)``, or else ``(N, d)``.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        named = {name: item for name, item in value.items() if isinstance(item, Tensor)}
+        if "last_hidden_state" in named:
+            return named["last_hidden_state"]
+        floating = [item for name, item in named.items() if item.is_floating_point() and "mask" not in str(name)]
+        found = (item for ndim in (3, 2) for item in floating if item.ndim == ndim)
+        return next(found, next(iter(named.values()), None))
+    if isinstance(value, tuple | list):
+        tensors = [item for item in value if isinstance(item, Tensor)]
+        return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
+    return None
+
+
+def sentence_embedding(value: Any) -> Tensor | None:
+    """What the pooling layer of sentence-transformers, and each after it, gives beside the tokens."""
+    found = value.get("sentence_embedding") if isinstance(value, Mapping) else None
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By name; those of a batch that is handed on as it is, too."""
+    named = kwargs
+    if args:
+        try:
+            named = {**kwargs, **inspect.signature(module.forward).bind_partial(*args).arguments}
+        except TypeError:
+            named = {**kwargs, "": args[0]}
+    if "attention_mask" in named:
+        return named
+    batches = [value for value in named.values() if isinstance(value, Mapping) and "attention_mask" in value]
+    return {**batches[0], **named} if batches else named

@@ -1,0 +1,98 @@
+"""Telling the collapse of a logged value in a Lightning Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from matent_callbacks.accumulate.reduction import is_distributed
+from matent_callbacks.callbacks.collapse_alarm import Alarm, SharedCollapseAlarm
+from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.lightning._logged_values import LoggedValues
+from matent_callbacks.lightning._loggers import alert
+from matent_callbacks.lightning._trainer import GuardedCallback, publish
+
+
+@with_arguments_of(SharedCollapseAlarm)
+class CollapseAlarm(SharedCollapseAlarm, GuardedCallback):
+    """Raises an alarm when a logged value has fallen far below its level and does not come back.
+
+    Each time the value is logged is one observation, whatever logs it. The decision is
+    :class:`~matent_callbacks.CollapseDetector`'s, which the dip of a healthy run in its first steps does not deceive.
+    An alarm is one line, in a warning and among the alerts of W&B, and is not raised again until the value has
+    recovered. What was observed is in every checkpoint, so a resumed run tells what an uninterrupted one does. A value
+    is seen one batch late if it is logged by a callback further back in the list.
+
+    ====================  ===========================================================================================
+    ``collapse/<key>``    1 at the step at which the alarm is raised, 0 at that of a recovery
+    ====================  ===========================================================================================
+
+    With ``checkpoint=True`` it is saved as ``collapse-step=<step>.ckpt``, beside those of ``ModelCheckpoint`` or else
+    in the Trainer's ``default_root_dir``.
+
+    Example:
+        >>> from matent_callbacks.lightning import CollapseAlarm, MatrixEntropyCallback
+        >>> callbacks = [MatrixEntropyCallback(every_n_steps=10, layers="all"), CollapseAlarm(action="stop")]
+        >>> # Trainer(callbacks=callbacks).fit(module, data)
+    """
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._logged = LoggedValues()
+
+    @property
+    def state_key(self) -> str:
+        return str(self._generate_state_key(monitor=self.monitor, **self.settings))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._observe(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._observe(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._observe(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.warn_if_never_logged(trainer.callback_metrics)
+
+    def _observe(self, trainer: Any) -> None:
+        metrics = trainer.callback_metrics
+        new = self._logged.new(metrics, self.watched(metrics))
+        if not new:
+            return
+        alarms: list[Alarm] = []
+        recovered: list[str] = []
+        with self.guard("the observation of values"):
+            alarms, recovered = self.observe(trainer.global_step, {key: float(value) for key, value in new.items()})
+        # Ranks that log different values, or fail to observe one, must not stop or save at different steps.
+        if trainer.strategy.reduce_boolean_decision(bool(alarms), all=False):
+            alarms = _of_all_ranks(alarms)
+            trainer.should_stop |= self.action == "stop"
+        publish(trainer, self.note(alarms, recovered), self.guard)
+        if alarms and self.checkpoint:
+            trainer.save_checkpoint(_folder(trainer) / f"collapse-step={trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            self.tell(alarms, lambda title, text: alert(trainer, self.guard, title, text))
+        self.act(alarms)
+
+
+def _of_all_ranks(alarms: list[Alarm]) -> list[Alarm]:
+    """One for each name, from the first rank that raised it, so that all ranks go on alike."""
+    gathered = [alarms]
+    if is_distributed():
+        gathered = [alarms] * dist.get_world_size()
+        dist.all_gather_object(gathered, alarms)
+    first: dict[str, Alarm] = {}
+    for alarm in (alarm for own in gathered for alarm in own):
+        first.setdefault(alarm.key, alarm)
+    return list(first.values())
+
+
+def _folder(trainer: Any) -> Path:
+    """Where this run's checkpoints are."""
+    own = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(own or trainer.default_root_dir)

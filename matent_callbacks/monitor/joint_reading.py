@@ -1,0 +1,109 @@
+"""Reads a layer together with the ranks that hold other parts of its hidden states, so that none is left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+
+import torch.distributed as dist
+from torch import Tensor
+
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
+from matent_callbacks.accumulate.split_sequences import SequenceParts, agreed_parts
+from matent_callbacks.capture.sharded import Share, is_sharded, share_of
+from matent_callbacks.functional._tokens import check_hidden_states
+
+
+class JointReading:
+    """Records hidden states of this rank, and meets other ranks for it where they hold parts of the same sequences.
+
+    Args:
+        process_group: The ranks whose tokens belong together; ``None``: all.
+        context_group: Of these, the ones that hold parts of the same sequences; ``None``: none do.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, context_group: dist.ProcessGroup | None) -> None:
+        self.failed: set[str] = set()
+        """Layers that every rank knows to have failed: nobody waits to read them."""
+        self._members = None if process_group is None else dist.get_process_group_ranks(process_group)
+        self._context = [context_group] if context_group is not None and is_distributed(context_group) else []
+        self._met = True
+
+    @property
+    def has_whole_sequences(self) -> bool:
+        """Whether each sequence is that of the model's inputs on this rank."""
+        return not self._context
+
+    def begin(self, accumulators: dict[str, LayerAccumulator], failed: Collection[str]) -> None:
+        """Agree on whether all ranks have their hooks in place; one without would not meet the others."""
+        device = next(iter(accumulators.values())).device
+        for group in self._context:
+            if agreed_failures([all(layer in failed for layer in accumulators)], device, group)[0]:
+                self.failed |= set(accumulators)
+
+    def record(
+        self,
+        layer: str,
+        accumulator: LayerAccumulator,
+        hidden_states: Tensor | None,
+        mask: Tensor | None,
+        vectors: Tensor | None,
+        *,
+        failed: bool,
+    ) -> None:
+        """Add the tokens of one forward pass; ``failed`` tells that this rank could not do so before.
+
+        ``vectors`` stand for whole sequences, of which no rank has a part only.
+        """
+        if is_sharded(hidden_states):
+            share = share_of(hidden_states, mask, self._members)
+        elif self._context:
+            share = Share(lambda: check_hidden_states(hidden_states, mask), [], [], counts=True)
+        else:
+            if not failed:
+                accumulator.update(hidden_states, mask, vectors)
+            return
+        meeting, splitting = [*share.meeting, *self._context], [*share.splitting, *self._context]
+        if not meeting:
+            if share.counts and not failed:
+                accumulator.update(*share.local())
+            return
+        if layer in self.failed:
+            return
+
+        def prepare() -> SequenceParts:
+            if failed:
+                raise RuntimeError("it failed before.")
+            states = hidden_states.to_local() if is_sharded(hidden_states) else hidden_states
+            states, _ = check_hidden_states(states, None)
+            width = states.shape[-1] if hidden_states is None else hidden_states.shape[-1]
+            return accumulator.parts(len(states), width, share.local, splitting, device=states.device)
+
+        self._met = True
+        try:
+            parts = agreed_parts(prepare, meeting, accumulator.device)
+        except Exception:
+            self.failed.add(layer)
+            raise
+        if share.counts:
+            accumulator.update_by_parts(parts)
+        else:
+            share.local()
+
+    def expect(self) -> None:
+        """A layer is about to be recorded; if that fails before it begins, :meth:`excuse` has to be called."""
+        self._met = False
+
+    def excuse(self, layer: str, accumulator: LayerAccumulator) -> None:
+        """Tell the ranks that wait for this one, if any, that there is nothing to record."""
+        if self._met or not self._context or layer in self.failed:
+            return
+        self._met = True
+        self.failed.add(layer)
+        with suppress(Exception):
+            agreed_parts(_nothing, self._context, accumulator.device)
+
+
+def _nothing() -> SequenceParts:
+    raise RuntimeError("there is nothing to record.")
