@@ -78,3 +78,22 @@ def sequence_readings(batches: Iterable[Batch]) -> dict[str, float]:
         "holevo_information": slow_pooled_entropy(states, mask) - within,
         "curvature": sum(angles) / len(angles),
     }
+
+
+def slow_lidar(batches: Iterable[Batch], views: int = 8, delta: float = 1e-4) -> float:
+    """Of the views of each document as a sample of one class, as the paper has it."""
+    classes = []
+    for tokens in own_tokens(batches):
+        if len(tokens) >= views:
+            parts = [[z for r, z in enumerate(tokens) if r * views // len(tokens) == v] for v in range(views)]
+            classes.append(torch.stack([sum(part) / len(part) for part in parts]))
+    z = torch.stack(classes)  # (n, q, d)
+    n, q, d = z.shape
+    means = z.mean(1)
+    between = sum(torch.outer(m - means.mean(0), m - means.mean(0)) for m in means) / n
+    within = sum(torch.outer(v - m, v - m) for own, m in zip(z, means, strict=True) for v in own) / (n * q)
+    values, vectors = torch.linalg.eigh(within + delta * torch.eye(d, dtype=z.dtype))
+    root = vectors @ torch.diag(values**-0.5) @ vectors.T
+    eigenvalues = torch.linalg.eigvalsh(root @ between @ root)
+    p = eigenvalues.clamp(min=0) / eigenvalues.sum()
+    return math.exp(-sum(x * math.log(x) for x in p.tolist() if x > 0))

@@ -6,13 +6,25 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal, cast, get_args
 
-Source = Literal["pooled", "raw", "embedding", "raw_embedding", "sequence", "sequence_by_tokens", "curvature"]
+Source = Literal[
+    "pooled",
+    "raw",
+    "embedding",
+    "raw_embedding",
+    "between_documents",
+    "within_documents",
+    "sequence",
+    "sequence_by_tokens",
+    "curvature",
+]
 """What a metric is computed from.
 
 - ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
 - ``raw``: one covariance of all tokens as they are;
 - ``embedding``: one covariance of one vector a sequence, each scaled to unit length, centred by the mean of all;
 - ``raw_embedding``: one covariance of one vector a sequence as they are;
+- ``between_documents``: one covariance of the means of sequences, relative to ``within_documents``, one of the parts of
+  each about that mean;
 - ``sequence``: one covariance of each sequence, whose entropies are averaged;
 - ``sequence_by_tokens``: the same, and a sequence counts as often as it has tokens;
 - ``curvature``: the angles along each sequence.
@@ -45,7 +57,11 @@ CATALOGUE: dict[str, Source] = {
     "embedding_alpha_req": "raw_embedding",
     "curvature": "curvature",
     "holevo_information": "pooled",
+    "lidar": "between_documents",
 }
+# Those that take more than the source that they are listed with. The Holevo information is the entropy of all tokens
+# less that within sequences.
+_FURTHER_SOURCES: dict[str, Source] = {"holevo_information": "sequence_by_tokens", "lidar": "within_documents"}
 
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
@@ -63,15 +79,16 @@ _WITHOUT_EIGENVALUES = (
 
 def quantity(name: str) -> str:
     """The quantity of a spectrum that a metric is, or begins with, whatever the spectrum is of."""
-    return "matrix_entropy" if name == "holevo_information" else name.removeprefix("embedding_")
+    return {"holevo_information": "matrix_entropy", "lidar": "effective_rank"}.get(
+        name, name.removeprefix("embedding_")
+    )
 
 
 def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
     """All that has to be accumulated for ``metrics``."""
     names = frozenset(metrics)
-    sources = frozenset(CATALOGUE[name] for name in names)
-    # It is the entropy of all tokens less that within the sequences.
-    return sources | {"sequence_by_tokens"} if "holevo_information" in names else sources
+    further = frozenset(source for name, source in _FURTHER_SOURCES.items() if name in names)
+    return frozenset(CATALOGUE[name] for name in names) | further
 
 
 def check_embedding(embedding: str) -> Embedding:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import MEANS, Embedding, Source
 from matent_callbacks.accumulate.curvature import mean_curvature
+from matent_callbacks.accumulate.documents import Discriminant, add_documents
 from matent_callbacks.accumulate.embeddings import Embeddings, embeddings_at_a_time, rows_at_a_time
 from matent_callbacks.accumulate.moments import Center, empty_moments
 from matent_callbacks.accumulate.pieces import whole_sequences
-from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceEntropies,
     SequenceMean,
@@ -26,13 +27,28 @@ from matent_callbacks.accumulate.split_sequences import Groups, SequenceParts
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 
-CENTERS: dict[Source, Center] = {"pooled": "sequence", "raw": None, "embedding": "global", "raw_embedding": None}
-"""The sources that are one set of tokens, or of one vector a sequence, and what is subtracted from these."""
+CENTERS: dict[Source, Center] = {
+    "pooled": "sequence",
+    "raw": None,
+    "embedding": "global",
+    "raw_embedding": None,
+    "between_documents": "global",
+    "within_documents": "sequence",
+}
+"""The sources that are one set of tokens, or of vectors made of them, and what is subtracted from these."""
 
 OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
 """Those of one vector a sequence."""
+
+OF_DOCUMENTS: frozenset[Source] = frozenset({"between_documents", "within_documents"})
+"""Those that are decomposed together."""
+
+IN_FLOAT64: frozenset[Source] = OF_DOCUMENTS | {"raw_embedding"}
+"""Those whose smallest eigenvalues matter: their roots, their logarithms, or what is divided by them. In float32 these
+would be rounding. They are of few vectors, so it costs little."""
+
 _OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
-_OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | {"curvature"}
+_OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
 
 
 class LayerAccumulator:
@@ -44,7 +60,7 @@ class LayerAccumulator:
     Args:
         sources: What to accumulate.
         max_tokens: Upper bound on the number of tokens; the first ones count.
-        dtype: Of the statistics.
+        dtype: Of the statistics, apart from those :data:`.IN_FLOAT64`.
         device: Where the statistics of all layers come together.
         embedding: Which vector stands for a sequence of tokens.
     """
@@ -64,6 +80,7 @@ class LayerAccumulator:
         self._max_tokens = max_tokens
         self._slots = 0
         self.dtype = dtype
+        self._double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
         self._forget()
 
     def update(
@@ -109,6 +126,16 @@ class LayerAccumulator:
             self._forget()
             raise
 
+    def matrices(self) -> dict[Source, Matrix | Discriminant]:
+        """What has a spectrum, by source."""
+        found: dict[Source, Matrix | Discriminant] = {
+            source: tokens.matrix() for source, tokens in self.tokens.items() if source not in OF_DOCUMENTS
+        }
+        if self.tokens.keys() & OF_DOCUMENTS:
+            between, within = self.tokens["between_documents"], self.tokens["within_documents"]
+            found["between_documents"] = Discriminant(between.moments(), within.moments())
+        return found
+
     def parts(
         self,
         count: int,
@@ -132,7 +159,7 @@ class LayerAccumulator:
         """
         if self._sources & _OF_WHOLE_SEQUENCES:
             raise ValueError(
-                "embeddings and curvature are of whole sequences, and the hidden states are spread over ranks."
+                "embeddings, curvature and lidar are of whole sequences, and the hidden states are spread over ranks."
             )
         for tokens in self.tokens.values():
             tokens.check_width(width)
@@ -167,8 +194,11 @@ class LayerAccumulator:
 
     def _forget(self) -> None:
         nothing = empty_moments(dtype=self.dtype, device=self.device)
+        double = empty_moments(dtype=self._double, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
-            source: PooledTokens(center, nothing) for source, center in CENTERS.items() if source in self._sources
+            source: PooledTokens(center, double if source in IN_FLOAT64 else nothing)
+            for source, center in CENTERS.items()
+            if source in self._sources
         }
         of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
         self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
@@ -184,6 +214,9 @@ class LayerAccumulator:
             pooled.update(states, mask, normalize=True, dtype=self.dtype)
         if raw is not None:
             raw.update(states, mask, normalize=False, dtype=self.dtype)
+        if self.tokens.keys() & OF_DOCUMENTS:
+            between, within = self.tokens["between_documents"], self.tokens["within_documents"]
+            add_documents(states, mask, between=between, within=within, dtype=self._double)
         if "curvature" in self.means:
             self._merge("curvature", mean_curvature(states, mask, dtype=self.dtype))
         return entropy
@@ -215,8 +248,9 @@ class LayerAccumulator:
     def _add_embeddings(self, source: Source, some: Embeddings) -> None:
         tokens, vectors = self.tokens[source], some.values.unsqueeze(1)
         tokens.reserve(vectors)
+        dtype = self._double if source in IN_FLOAT64 else self.dtype
         normalize = source == "embedding"
-        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=self.dtype)
+        piece = whole_sequences(vectors, some.valid.unsqueeze(1), center=False, normalize=normalize, dtype=dtype)
         found = piece.tokens
         tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 

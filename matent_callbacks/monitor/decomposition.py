@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source, quantity
+from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import CENTERS
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.functional._estimate import estimate_entropy
@@ -34,7 +35,7 @@ Unit = tuple[Source, str]
 """What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
 
 
-def decompose(matrices: dict[Unit, Matrix], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """The numbers of each unit, ``(names,)``; NaN where no token was seen.
 
     Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
@@ -64,7 +65,7 @@ def decompose(matrices: dict[Unit, Matrix], names: Mapping[Unit, list[str]]) -> 
     return found
 
 
-def estimate(matrices: dict[Unit, Matrix], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """As :func:`_decompose`, but with the approximate solver for wide matrices."""
     wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
     estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
@@ -76,7 +77,7 @@ def _fewest(source: Source) -> int:
     return 2 if CENTERS[source] == "global" else 1
 
 
-def _estimated(matrix: Matrix, names: Sequence[str], fewest: int) -> Tensor:
+def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int) -> Tensor:
     full = matrix.full()
     # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
     with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
@@ -92,7 +93,7 @@ def _estimated(matrix: Matrix, names: Sequence[str], fewest: int) -> Tensor:
     return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
 
 
-def _eigenvalues(matrices: list[Matrix]) -> Tensor:
+def _eigenvalues(matrices: list[Matrix | Discriminant]) -> Tensor:
     """``(matrices, k)``: unit-trace spectra. The list is emptied, so that each matrix is freed once it is decomposed.
 
     A few small matrices are decomposed in one call; on the CPU large ones are, one on each thread.
@@ -107,7 +108,7 @@ def _eigenvalues(matrices: list[Matrix]) -> Tensor:
     return over_trace(torch.cat(eigenvalues), torch.cat(traces))
 
 
-def _solve(batch: list[Matrix]) -> tuple[Tensor, Tensor]:
+def _solve(batch: list[Matrix | Discriminant]) -> tuple[Tensor, Tensor]:
     lower = [batch.pop(0).lower() for _ in range(len(batch))]
     return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
 

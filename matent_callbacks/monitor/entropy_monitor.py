@@ -59,7 +59,8 @@ class EntropyMonitor:
             by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
             ``embedding_participation_ratio``; of these vectors as they are: ``embedding_rankme``,
             ``embedding_alpha_req``. And ``holevo_information`` (nats): how much of the matrix entropy tells sequences
-            apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences.
+            apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences;
+            ``lidar`` (dimensions): in how many directions sequences differ by more than they vary within themselves.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
         layer_offset: Where ``model`` is a stage of a pipeline, the number of blocks in the stages before it. Layers are

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
-from matent_callbacks.accumulate.layer_statistics import CENTERS, LayerAccumulator
+from matent_callbacks.accumulate.documents import Discriminant
+from matent_callbacks.accumulate.layer_statistics import CENTERS, IN_FLOAT64, LayerAccumulator
+from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
     agree,
@@ -153,7 +155,7 @@ class PendingReadings:
 class _Gathered(NamedTuple):
     widths: dict[Unit, int]
     """Number of features of every unit that is not left out."""
-    matrices: dict[Unit, Matrix]
+    matrices: dict[Unit, Matrix | Discriminant]
     """Those that this rank decomposes."""
     means: dict[Unit, SequenceMean]
     failed: set[str]
@@ -163,9 +165,7 @@ class _Gathered(NamedTuple):
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in failed}
     matrices = {
-        (source, layer): tokens.matrix().to(a.device)
-        for layer, a in used.items()
-        for source, tokens in a.tokens.items()
+        (source, layer): matrix.to(a.device) for layer, a in used.items() for source, matrix in a.matrices().items()
     }
     return _Gathered(
         {unit: matrix.num_features for unit, matrix in matrices.items()},
@@ -196,17 +196,31 @@ def _gather_over_ranks(
     moments = [used[layer].tokens[source].moments().to(device) for source, layer in units]
     widths = agreed_widths(moments, device, group)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
-    matrices = {
-        unit: Matrix(common, add_mean=CENTERS[unit[0]] is None)
-        for unit, common in zip(units, reduce_moments(moments, widths, share_out=True, group=group), strict=True)
-        if common is not None
-    }
+    matrices: dict[Unit, Matrix | Discriminant] = {}
+    within: dict[str, Moments] = {}
+    # Apart by dtype, and both of documents in the same order: the same rank owns both of a layer.
+    for sources in (CENTERS.keys() - IN_FLOAT64, {"raw_embedding"}, {"within_documents"}, {"between_documents"}):
+        own = [index for index, (source, _) in enumerate(units) if source in sources]
+        reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True, group=group)
+        for (source, layer), common in zip([units[i] for i in own], reduced, strict=True):
+            if common is None:
+                continue
+            if source == "within_documents":
+                within[layer] = common
+            elif source == "between_documents":
+                matrices[source, layer] = Discriminant(common, within[layer])
+            else:
+                matrices[source, layer] = Matrix(common, add_mean=CENTERS[source] is None)
     means = {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()}
-    common = all_reduce_sequence_means(list(means.values()), group)
+    common_means = all_reduce_sequence_means(list(means.values()), group)
     return _Gathered(
-        {unit: width.num_features for unit, width in zip(units, widths, strict=True) if width is not None},
+        {
+            unit: width.num_features
+            for unit, width in zip(units, widths, strict=True)
+            if width is not None and unit[0] != "within_documents"
+        },
         matrices,
-        dict(zip(means, common, strict=True)),
+        dict(zip(means, common_means, strict=True)),
         everywhere,
     )
 

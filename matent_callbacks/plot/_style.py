@@ -29,6 +29,7 @@ LOGARITHMIC = {
     "embedding_effective_rank",
     "embedding_rankme",
     "embedding_participation_ratio",
+    "lidar",
 }
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"

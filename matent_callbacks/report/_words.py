@@ -22,6 +22,7 @@ NAMES = {
     "embedding_alpha_req": "slope of the spectrum of sequence embeddings (alpha-ReQ)",
     "holevo_information": "Holevo information: entropy that tells sequences apart",
     "curvature": "curvature of sequences",
+    "lidar": "LiDAR, with documents as classes",
     "diff_erank": "Diff-eRank",
 }
 AXES = {
@@ -40,6 +41,7 @@ AXES = {
     "embedding_alpha_req": "alpha",
     "holevo_information": "nats",
     "curvature": "mean angle (radians)",
+    "lidar": "LiDAR (dimensions)",
     "diff_erank": "Diff-eRank (dimensions)",
 }
 PAIRS = {
@@ -72,6 +74,7 @@ RANKS = (
     "embedding_effective_rank",
     "embedding_rankme",
     "embedding_participation_ratio",
+    "lidar",
 )
 _STAGES = {
     **{place: place.replace("_", " ") for place in (*STAGES, *TOWERS)},

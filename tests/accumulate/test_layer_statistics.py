@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
-from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.catalogue import CATALOGUE, Source
+from matent_callbacks.accumulate.layer_statistics import OF_DOCUMENTS, OF_VECTORS, LayerAccumulator
 from matent_callbacks.monitor.readings import PendingReadings
 
 WIDTH = 32
@@ -70,3 +71,16 @@ def test_max_tokens_holds_across_the_change_from_tokens_to_moments():
     limited = accumulated(5, max_tokens=40)
     # Three forwards and the first sequence of the fourth, without what is masked, and the NaN.
     assert limited.tokens["pooled"].matrix().moments.num_tokens == 3 * 9 + 4 - 1
+
+
+@pytest.mark.parametrize("embedding", ["mean", "last", "first"])
+@pytest.mark.parametrize("shape", [(4, 20), (1, 3000)])
+def test_what_is_of_sequences_never_makes_the_host_wait_for_the_device(embedding, shape):
+    sources: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
+    with FakeTensorMode():  # a look at a value is an error
+        own = LayerAccumulator(
+            sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu"), embedding=embedding
+        )
+        own.update(torch.ones(*shape, 4096, dtype=torch.bfloat16), torch.ones(shape))
+        with pytest.raises(DataDependentOutputException):
+            own.means["curvature"].mean.item()

@@ -21,11 +21,11 @@ from matent_callbacks import untrained_like
 from matent_callbacks.cli._app import run
 from tests.cli.models import WIDTH, documents, last, measured, save_model, save_tokenizer, write_lines
 from tests.conftest import slow_entropy, slow_pooled_entropy
-from tests.slow import embedding_readings, sequence_readings, slow_vectors
+from tests.slow import embedding_readings, sequence_readings, slow_lidar, slow_vectors
 from tests.versions import needs
 
 KINDS = ("llama", "bert", "t5")
-METRICS = "rankme,embedding_effective_rank,embedding_rankme,holevo_information,curvature"
+METRICS = "rankme,embedding_effective_rank,embedding_rankme,holevo_information,curvature,lidar"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_quantities_of_sequences_and_their_embeddings(
 ) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    names = ("embedding_matrix_entropy", "embedding_rankme", "holevo_information", "curvature")
+    names = ("embedding_matrix_entropy", "embedding_rankme", "holevo_information", "curvature", "lidar")
     content = measured(
         tmp_path / "out.json",
         *(models["llama"], "--text", text, "--metrics", ",".join(names), "--embedding", embedding),
@@ -146,6 +146,7 @@ def test_quantities_of_sequences_and_their_embeddings(
             states.append(model(input_ids=inputs["input_ids"])[0])
     batches = [(z, torch.ones(z.shape[:2], dtype=torch.bool)) for z in states]
     expected = sequence_readings(batches) | embedding_readings(slow_vectors(batches, embedding))
+    expected["lidar"] = slow_lidar(batches)
     for name in names:
         value = {"value": pytest.approx(expected[name], rel=1e-6), "low": None, "high": None}
         assert last(content)[name] == value, name

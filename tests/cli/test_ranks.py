@@ -79,7 +79,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 def arguments_for(model: Path, text: Path) -> tuple[object, ...]:
     return (
         *(model, "--text", text, "--layers", "all", "--untrained"),
-        *("--metrics", "rankme,effective_rank,embedding_effective_rank,holevo_information,curvature"),
+        *("--metrics", "rankme,effective_rank,embedding_effective_rank,holevo_information,curvature,lidar"),
         *("--embedding", "last", "--batch-tokens", 1000),
     )
 

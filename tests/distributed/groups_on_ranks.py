@@ -19,7 +19,10 @@ from tests.distributed.reading import as_if_launched, small_llama
 from tests.distributed.trainer_on_ranks import make_trainer, weights
 
 WIDTH = 12
-METRICS = ("matrix_entropy", "spectrum", "rankme", "sequence_matrix_entropy", "sequence_effective_rank")
+METRICS = (
+    *("matrix_entropy", "spectrum", "rankme", "sequence_matrix_entropy", "sequence_effective_rank"),
+    "holevo_information",
+)
 
 
 class Stack(nn.Module):

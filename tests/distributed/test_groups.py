@@ -68,7 +68,7 @@ def test_the_numbers_of_a_group_are_those_of_one_process_over_its_tokens():
     results = run_on_ranks(in_groups, 4, seconds=60)
     for members in ([0, 2], [1, 3]):
         expected = read(members, depth=2 + members[0] % 2)
-        assert len(expected) == (3 + members[0] % 2) * (4 + 4)  # four directions of the spectrum
+        assert len(expected) == (3 + members[0] % 2) * (5 + 4)  # four directions of the spectrum
         for rank in members:
             assert results[rank]["values"] == pytest.approx(expected, rel=1e-5)
             assert results[rank]["values"] == results[members[0]]["values"]

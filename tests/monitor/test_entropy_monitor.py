@@ -15,6 +15,7 @@ from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRan
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.functional import curvature, matrix_entropy, spectral_summary, spectrum
 from tests.conftest import collate, text_examples
+from tests.slow import slow_lidar
 
 
 def hidden_states(model, batch, layer: int = -1):
@@ -61,6 +62,7 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
     within = (counts * matrix_entropy(hidden.double(), mask)).sum() / counts.sum()
     expected["holevo_information"] = pooled["matrix_entropy"] - within
     expected["curvature"] = curvature(hidden.double(), mask).mean()
+    expected["lidar"] = torch.tensor(slow_lidar([(hidden, mask.bool())]), dtype=torch.float64)
     for name, value in expected.items():
         assert readings[f"{name}/last"] == pytest.approx(value.item(), rel=1e-8), name
     assert {f"{name}/last" for name in expected} == set(readings)

@@ -1,0 +1,103 @@
+"""Documents as classes and their parts as views, as LiDAR wants them: spread between documents and within them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from matent_callbacks.accumulate.moments import Moments
+from matent_callbacks.accumulate.pieces import rows_of_a_piece, slices, whole_sequences
+from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
+
+VIEWS = 8
+"""Parts of a document, one after the other and about equally long."""
+
+# As in the paper. It is added to the variances within documents, whatever their size is.
+_DELTA = 1e-4
+
+
+class Discriminant(NamedTuple):
+    """A matrix with the eigenvalues of the spread between documents relative to that within them.
+
+    It is used as a :class:`.Matrix` is.
+    """
+
+    moments: Moments
+    """Of the means of documents."""
+    within: Moments
+    """Of their views, each without the mean of its document: about the origin."""
+
+    @property
+    def num_features(self) -> int:
+        """Number of features d; 0 if no document was seen."""
+        return self.moments.num_features
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the matrix."""
+        return self.num_features if self.moments.has_scatter else 0
+
+    def lower(self) -> Tensor:
+        """``(d, d)``, W^(-1/2) B W^(-1/2) in the basis of the eigenvectors of W, and not divided by a number."""
+        return self.full()
+
+    def full(self) -> Tensor:
+        """As :meth:`lower`."""
+        device = self.moments.scatter.device
+        within = symmetric(lower_triangle(self.within.scatter))
+        within /= self.within.num_tokens.clamp(min=1)
+        usable = torch.isfinite(within.trace())
+        within = torch.where(usable, within, 0.0)
+        # The solver has no MPS kernel.
+        variances, vectors = torch.linalg.eigh(within.cpu() if device.type == "mps" else within)
+        vectors = (vectors / (variances.clamp(min=0) + _DELTA).sqrt()).to(device)
+        between = vectors.T @ symmetric(lower_triangle(self.moments.scatter)) @ vectors
+        return torch.where(usable, between, torch.nan)
+
+    def to(self, device: torch.device) -> Discriminant:
+        """Copy to a device."""
+        return Discriminant(self.moments.to(device), self.within.to(device))
+
+
+def add_documents(
+    states: Tensor, mask: Tensor, *, between: PooledTokens, within: PooledTokens, dtype: torch.dtype
+) -> None:
+    """Add the sequences of ``(B, T, d)`` that have as many tokens as views, or more. To be called without TF32.
+
+    ``dtype`` should be float64: what is divided by the small variances within documents must not be rounding.
+    """
+    for views, counts, nonfinite in _views_at_a_time(states, mask, dtype):
+        valid = counts.unsqueeze(1)
+        for tokens, values, center in ((within, views, True), (between, views.mean(1, keepdim=True), False)):
+            tokens.reserve(values)
+            some = valid.expand(values.shape[:-1])
+            piece = whole_sequences(values, some, center=center, normalize=False, dtype=dtype)
+            tokens.add(piece._replace(tokens=piece.tokens._replace(nonfinite=nonfinite)))
+            del piece
+        del views
+
+
+def _views_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views ``(b, VIEWS, d)``, which documents have them ``(b,)``, and the number of tokens with NaN or Inf."""
+    length = states.shape[1]
+    rows = rows_of_a_piece(states.shape[-1], dtype)
+    for some in slices(len(states), max(1, rows // max(length, 2 * VIEWS))):
+        own, counted = states[some], mask[some]
+        parts = list(slices(length, max(1, rows // max(1, len(own)))))
+        finite = torch.cat([torch.isfinite(own[:, part].to(dtype).sum(-1)) for part in parts], 1)
+        valid = counted & finite
+        count = valid.sum(1)
+        of_view = (valid.cumsum(1) - 1) * VIEWS // count.clamp(min=1).unsqueeze(1)
+        views = torch.arange(VIEWS, device=states.device).unsqueeze(1)
+        belongs = (of_view.unsqueeze(1) == views) & valid.unsqueeze(1)
+        total = torch.zeros(len(own), VIEWS, states.shape[-1], dtype=dtype, device=states.device)
+        for part in parts:
+            x = torch.where(valid[:, part].unsqueeze(-1), own[:, part].to(dtype), 0.0)
+            total.baddbmm_(belongs[:, :, part].to(dtype), x)
+            del x
+        mean = total.div_(belongs.sum(2).clamp(min=1).unsqueeze(-1))
+        yield mean, count >= VIEWS, (counted & ~finite).sum()
