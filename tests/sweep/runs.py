@@ -233,6 +233,8 @@ def by_trainer(way: Way, folder: Path, callbacks: list[Any], record: Record, dat
     }
     if way.compiled == "whole":
         arguments |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    # As the Trainer does by itself from 5.0 on. With a cache packed documents see each other.
+    record.model.config.use_cache = False
     # Before 5.0 the arguments are written into the environment, from where every later Trainer has them.
     with mock.patch.dict(os.environ):
         parsed = transformers.TrainingArguments(**arguments)
