@@ -11,6 +11,7 @@ from matent_callbacks import measure_alignment
 from matent_callbacks.accumulate.gathering import all_gather_ragged
 from tests.pairs import IMAGE_TOKEN, clip_examples, collate_pairs, llava_examples, make_clip, make_llava, seeing_llava
 from tests.ranks import run_on_ranks
+from tests.versions import needs
 
 MEASURES = ["mutual_information"]
 # Pairs of each rank: different numbers, the next ones, none, and the first ones once more.
@@ -37,6 +38,7 @@ def on_rank(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+@needs("transformers", "5.0")
 def test_alignment_is_that_of_the_pairs_of_all_ranks_and_an_error_on_one_holds_nobody_up():
     first, second = run_on_ranks(on_rank, 2)
     expected = measured(0, 12)
@@ -73,6 +75,7 @@ def of_unequal_ranks(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+@needs("transformers", "5.0")
 def test_ranks_with_other_numbers_of_pairs_none_and_the_same_once_more():
     found = run_on_ranks(of_unequal_ranks, len(SPLITS))
     assert all(rank["llava"] == found[0]["llava"] for rank in found)

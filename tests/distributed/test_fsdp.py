@@ -18,6 +18,8 @@ WORLD_SIZE = 2
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("needs a torch whose FSDP2 runs on the CPU, which 2.6 is not")
     return run_on_ranks(on_rank, WORLD_SIZE, str(tmp_path_factory.mktemp("ranks")))
 
 

