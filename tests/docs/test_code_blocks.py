@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from tests.docs.fences import PAGES, ROOT, blocks
 from tests.docs.names import names_for
-from tests.versions import older
+from tests.versions import older, require
 
 WITH_PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
 WITH_BASH = [name for name, page in PAGES.items() if blocks(page, "bash")]
@@ -53,6 +53,8 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_python_runs(page: str, own_folder: Path, request: pytest.FixtureRequest):
     if page == "docs/at_scale.md":
         request.getfixturevalue("one_process")
+    if page == "docs/multimodal.md":
+        require("transformers", "5.0")
     names: dict[str, Any] = {**names_for(page), "__name__": "page"}
     for block in blocks(PAGES[page], "python"):
         before = names.get("trainer")

@@ -99,12 +99,16 @@ def test_a_stop_by_another_callback_is_not_put_down_to_the_plateau(make_trainer:
 def test_lightning_run_that_was_resumed(resumed: Path, logger: str) -> None:
     run = read_run(resumed / logger)
     rows: dict[int, dict[str, float]] = {}
-    for version, steps in (("version_0", range(12)), ("version_1", range(12, 24))):
+    for version in ("version_0", "version_1"):
         with open(resumed / "csv" / "lightning_logs" / version / "metrics.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                if int(row["step"]) in steps:
-                    values = {k: float(v) for k, v in row.items() if v and k not in ("step", "epoch")}
-                    rows.setdefault(int(row["step"]), {}).update(values)
+            logged = list(csv.DictReader(file))
+        # A later part takes the place of the earlier one from its first step on, which in Lightning 2.4 is the last one
+        # of the checkpoint.
+        first = min(int(row["step"]) for row in logged)
+        rows = {step: values for step, values in rows.items() if step < first}
+        for row in logged:
+            values = {k: float(v) for k, v in row.items() if v and k not in ("step", "epoch")}
+            rows.setdefault(int(row["step"]), {}).update(values)
     # Lightning 2.4 does not write the last row.
     assert run.steps == sorted(rows)
     assert set(rows) >= set(range(23))
