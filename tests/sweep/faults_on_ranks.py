@@ -73,6 +73,9 @@ def fails(*args: Any, **kwargs: Any) -> Any:
 
 fails.log = fails  # as a Trainer class
 
+# Accelerate has the ranks of a CPU load their checkpoints to `cpu:0`, which torch 2.6 does not know.
+register_package(99, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+
 
 @contextmanager
 def broken(places: list[tuple[Any, str]], here: bool) -> Any:
@@ -94,8 +97,6 @@ def total(model: Any) -> float:
 
 def by_trainer(folder: str, callbacks: list[Any]) -> tuple[int, float]:
     """Train, resume and evaluate."""
-    # Accelerate has the ranks of a CPU load their checkpoints to `cpu:0`, which torch 2.6 does not know.
-    register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
     saving = {"save_strategy": "steps", "save_steps": 2}
     for resume in (False, True):
         trainer = trainer_on_ranks.make_trainer(

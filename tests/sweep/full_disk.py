@@ -19,6 +19,8 @@ LIMIT = 4096
 def main(framework: str, folder: Path) -> None:
     # No privilege is needed for this, unlike for a small disk: beyond the limit a write fails all the same.
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+    # The limit holds for what W&B starts as well: git would leave a broken index in the checkout.
+    os.environ["WANDB_DISABLE_GIT"] = "true"
     runs = []
     for name, callbacks in (("watched", [make_callback(framework)]), ("alone", [])):
         own = folder / name
