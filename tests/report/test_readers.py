@@ -119,7 +119,8 @@ def test_lightning_run_that_was_resumed(resumed: Path, logger: str) -> None:
     assert run.keys[Quantity("loss")] == "train_loss"
     assert run.keys[Quantity("effective_rank", "last", "")] == "eval_effective_rank/last"
     assert "does not tell whether the run was finished" in run.notes[0]
-    assert "version_1, with steps 12 to 23. Steps 12 to 19 were run twice: the later part counts." in run.notes[1]
+    twice = f"Steps {first} to 19 were run twice: the later part counts."
+    assert f"version_1, with steps {first} to {max(rows)}. {twice}" in run.notes[1]
     # Where one part is named, that is the run.
     part = next((resumed / logger).rglob("version_0"))
     assert read_run(part).steps == list(range(20))

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
+from matent_callbacks.callbacks import alignment_callback
 from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
@@ -21,11 +22,10 @@ from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.lightning import AlignmentCallback as LightningAlignment
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.lightning import PlateauStopping as LightningStopping
-from matent_callbacks.lightning import _alignment_hooks, _entropy_hooks
+from matent_callbacks.lightning import _entropy_hooks
 from matent_callbacks.transformers import (
     AlignmentCallback,
     MatrixEntropyCallback,
-    _alignment_events,
     _background_readings,
     _entropy_events,
 )
@@ -136,14 +136,14 @@ def alignment_fails(here: bool, run: Callable[[list[Any]], tuple[int, float]], c
     """The second reading of the probe fails; then it cannot be found when training begins."""
     stages, read, reads = dict.fromkeys(STAGES, embedded), AlignmentMeasurement._read, []
 
-    def fails_later(self: Any, model: Any) -> Any:
+    def fails_later(*args: Any) -> Any:
         reads.append(1)
-        return fails() if here and len(reads) == 2 else read(self, model)
+        return fails() if here and len(reads) == 2 else read(*args)
 
     with broken([], here) as caught, mock.patch.object(AlignmentMeasurement, "_read", fails_later):
         later = run([callback(1, stages=stages, pair_measures=[], probe=probe())])
     told = any("boom" in str(w.message) or "Another rank failed" in str(w.message) for w in caught)
-    with broken([(_alignment_events, "first_batch"), (_alignment_hooks, "first_batch")], here):
+    with broken([(alignment_callback, "first_batch")], here):
         try:
             run([callback(1, stages=stages, pair_measures=[])])
             at_start = ""
