@@ -48,7 +48,8 @@ IN_FLOAT64: frozenset[Source] = OF_DOCUMENTS | {"raw_embedding"}
 would be rounding. They are of few vectors, so it costs little."""
 
 _OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
-_OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
+OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
+"""Those that cannot be had where ranks hold parts of the same sequences."""
 
 
 class LayerAccumulator:
@@ -157,7 +158,7 @@ class LayerAccumulator:
         Raises:
             ValueError: If d is not that of the forward passes before, or a source needs whole sequences.
         """
-        if self._sources & _OF_WHOLE_SEQUENCES:
+        if self._sources & OF_WHOLE_SEQUENCES:
             raise ValueError(
                 "embeddings, curvature and lidar are of whole sequences, and the hidden states are spread over ranks."
             )

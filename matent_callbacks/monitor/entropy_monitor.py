@@ -20,7 +20,7 @@ from matent_callbacks.accumulate.catalogue import (
     check_solver,
     sources_of,
 )
-from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.layer_statistics import OF_WHOLE_SEQUENCES, LayerAccumulator
 from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
@@ -130,6 +130,11 @@ class EntropyMonitor:
         self._dtype = dtype
         self._on_error = on_error
         check_groups(process_group, context_group)
+        whole = [name for name in self.metrics if sources_of([name]) & OF_WHOLE_SEQUENCES]
+        if whole and context_group is not None:
+            raise ValueError(
+                f"`metrics` asks for {whole[0]!r}, which is of whole sequences, and there is a `context_group`."
+            )
         self._process_group = process_group
         self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)

@@ -120,6 +120,10 @@ def refused(rank: int, world_size: int) -> list[str]:
         EntropyMonitor(Stack(1), process_group=alone[rank], context_group=dist.group.WORLD)
     except ValueError as error:
         told.append(str(error))
+    try:
+        EntropyMonitor(Stack(1), metrics=["matrix_entropy", "curvature"], context_group=dist.group.WORLD)
+    except ValueError as error:
+        told.append(str(error))
     return told
 
 

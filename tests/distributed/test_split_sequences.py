@@ -45,10 +45,13 @@ def test_a_rank_that_fails_in_the_middle_holds_nobody_up(fault):
 
 
 def test_what_cannot_be_read_in_parts_is_refused():
-    for rank, (packed, *_, group) in enumerate(run_on_ranks(refused, 2, seconds=60)):
+    for rank, (packed, *_, group, curvature) in enumerate(run_on_ranks(refused, 2, seconds=60)):
         assert "failed" in packed
         assert ("a batch is packed" in packed) == (rank == 0)
         assert group == (
             f"`process_group` must hold all ranks of `context_group`, [0, 1], since their tokens belong "
             f"together, got [{rank}]."
+        )
+        assert (
+            curvature == "`metrics` asks for 'curvature', which is of whole sequences, and there is a `context_group`."
         )
