@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matent_callbacks.callbacks.measure_alignment import measure_alignment
+    from matent_callbacks.capture.meshes import parallel_groups
     from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.metrics import (
         EffectiveRank,
@@ -29,6 +30,7 @@ __all__ = [
     "SequenceEffectiveRank",
     "SequenceMatrixEntropy",
     "measure_alignment",
+    "parallel_groups",
     "untrained_like",
 ]
 
@@ -37,6 +39,7 @@ _MODULES = {
     "EntropyMonitor": "monitor",
     "PlateauDetector": "plateau",
     "measure_alignment": "callbacks.measure_alignment",
+    "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }
 _SUBMODULES = ("functional", "metrics", "monitor", "plateau", "untrained")

@@ -40,6 +40,12 @@ def parallel_groups(owner: Any) -> ParallelGroups:
     Args:
         owner: A ``DeviceMesh``, or what has one: a model of transformers (``device_mesh``), a Hugging Face ``Trainer``
             (accelerate's ``ParallelismConfig``), a Lightning ``Trainer`` (``ModelParallelStrategy``).
+
+    Example:
+        >>> import torch
+        >>> from matent_callbacks import parallel_groups
+        >>> parallel_groups(torch.nn.Linear(2, 2))  # it has no mesh: all ranks belong together
+        ParallelGroups(process_group=None, context_group=None)
     """
     mesh = mesh_of(owner)
     names = [] if mesh is None else [name for name in mesh.mesh_dim_names or () if _size(mesh, name) > 1]
