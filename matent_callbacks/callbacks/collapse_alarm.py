@@ -74,6 +74,7 @@ class SharedCollapseAlarm(GuardedHooks):
         self.start_over()
 
     def start_over(self) -> None:
+        super().start_over()
         self._detectors: dict[str, CollapseDetector] = {}
         self._raised: set[str] = set()
 

@@ -109,7 +109,6 @@ class GuardedHooks:
 
     def start_over(self) -> None:
         """Put new objects in the place of all that comes from a run, so that only the arguments are left."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is pickled, has the arguments of the callback and nothing of its run."""

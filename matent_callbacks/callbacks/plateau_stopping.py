@@ -46,6 +46,7 @@ class SharedPlateauStopping(GuardedHooks):
         self.start_over()
 
     def start_over(self) -> None:
+        super().start_over()
         self.detector = self._new_detector()
         self.observed = False
 

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from matent_callbacks.accumulate.reduction import is_distributed
 from matent_callbacks.callbacks.collapse_alarm import Alarm, SharedCollapseAlarm
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.lightning._logged_values import LoggedValues
+from matent_callbacks.lightning._logged_values import ObservingCallback
 from matent_callbacks.lightning._loggers import alert
-from matent_callbacks.lightning._trainer import GuardedCallback, publish
+from matent_callbacks.lightning._trainer import publish
 
 
 @with_arguments_of(SharedCollapseAlarm)
-class CollapseAlarm(SharedCollapseAlarm, GuardedCallback):
+class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
     """Raises an alarm when a logged value has fallen far below its level and does not come back.
 
     Each time the value is logged is one observation, whatever logs it. The decision is
@@ -38,30 +38,16 @@ class CollapseAlarm(SharedCollapseAlarm, GuardedCallback):
         >>> # Trainer(callbacks=callbacks).fit(module, data)
     """
 
-    def start_over(self) -> None:
-        super().start_over()
-        self._logged = LoggedValues()
-
     @property
     def state_key(self) -> str:
         return str(self._generate_state_key(monitor=self.monitor, **self.settings))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._observe(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._observe(trainer)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._observe(trainer)
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.warn_if_never_logged(trainer.callback_metrics)
 
-    def _observe(self, trainer: Any) -> None:
+    def look(self, trainer: Any) -> None:
         metrics = trainer.callback_metrics
-        new = self._logged.new(metrics, self.watched(metrics))
+        new = self.logged.new(metrics, self.watched(metrics))
         if not new:
             return
         alarms: list[Alarm] = []

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from matent_callbacks.lightning._trainer import GuardedCallback
+
 
 class LoggedValues:
     """``callback_metrics`` keeps a value until it is logged again; this tells the new ones.
@@ -25,3 +27,25 @@ class LoggedValues:
 
     def _is_old(self, key: str, value: Tensor) -> bool:
         return key in self._seen and value.data_ptr() == self._seen[key].data_ptr()
+
+
+class ObservingCallback(GuardedCallback):
+    """Looks at what was logged wherever something may have been, whatever logged it."""
+
+    def start_over(self) -> None:
+        super().start_over()
+        self.logged = LoggedValues()
+
+    def look(self, trainer: Any) -> None:
+        """Called where values may have been logged."""
+        raise NotImplementedError
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.look(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.look(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.look(trainer)

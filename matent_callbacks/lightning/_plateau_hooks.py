@@ -6,12 +6,12 @@ from typing import Any
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
-from matent_callbacks.lightning._logged_values import LoggedValues
-from matent_callbacks.lightning._trainer import GuardedCallback, publish
+from matent_callbacks.lightning._logged_values import ObservingCallback
+from matent_callbacks.lightning._trainer import publish
 
 
 @with_arguments_of(SharedPlateauStopping)
-class PlateauStopping(SharedPlateauStopping, GuardedCallback):
+class PlateauStopping(SharedPlateauStopping, ObservingCallback):
     """Stops training when a logged value has demonstrably stopped changing in its direction.
 
     Each time the value is logged is one observation, whatever logs it: the training loss, a validation metric, a
@@ -29,10 +29,6 @@ class PlateauStopping(SharedPlateauStopping, GuardedCallback):
         >>> stopping = PlateauStopping("val_effective_rank/last", min_delta=0.5, patience=5, mode="any")
     """
 
-    def start_over(self) -> None:
-        super().start_over()
-        self._logged = LoggedValues()
-
     @property
     def state_key(self) -> str:
         return str(self._generate_state_key(monitor=self.monitor, **self.settings))
@@ -43,21 +39,11 @@ class PlateauStopping(SharedPlateauStopping, GuardedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.detector.load_state_dict(state_dict)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._observe(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._observe(trainer)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._observe(trainer)
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.warn_if_never_logged(trainer.callback_metrics)
 
-    def _observe(self, trainer: Any) -> None:
-        value = self._logged.new(trainer.callback_metrics, [self.monitor]).get(self.monitor)
+    def look(self, trainer: Any) -> None:
+        value = self.logged.new(trainer.callback_metrics, [self.monitor]).get(self.monitor)
         if value is None:
             return
         self.observed = True

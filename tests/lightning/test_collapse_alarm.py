@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,42 +11,13 @@ import pytest
 import torch
 
 from matent_callbacks.lightning import CollapseAlarm
-from tests.lightning.test_plateau_stopping import LOADER, make_trainer
+from tests.lightning.test_plateau_stopping import LOADER, make_module, make_trainer
 from tests.ranks import run_on_ranks
 from tests.transformers.test_collapse_alarm import DIP, FALL, NEVER, alarm_step
 from tests.versions import BOTH_PACKAGES
 from tests.wandb_history import read_alerts
 
-
-def make_module(values: list[float], package: str = "lightning.pytorch", *, where: str = "train") -> Any:
-    pl = importlib.import_module(package)
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(1, 1)
-            self.register_buffer("logged", torch.zeros((), dtype=torch.long))
-
-        def score(self) -> None:
-            if not self.trainer.sanity_checking:
-                self.log("rank/last", values[int(self.logged)])
-                self.logged += 1
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            if where == "train":
-                self.score()
-            return self.layer(batch).sum()
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
-
-        def on_validation_epoch_end(self) -> None:
-            if where == "validation":
-                self.score()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    return Module()
+make_module = functools.partial(make_module, key="rank/last")
 
 
 def alarm(**arguments: Any) -> CollapseAlarm:
@@ -63,7 +34,7 @@ def test_stops_at_the_alarm_with_a_checkpoint_before(package, where, steps, argu
     trainer = make_trainer(tmp_path, callbacks, package, max_steps=120, max_epochs=-1, **arguments)
     stop = alarm_step(FALL) * steps
     with pytest.warns(UserWarning, match=rf"^rank/last: collapse at step {stop}, value 2: below 15 \(0.25 of 60\)"):
-        trainer.fit(make_module(FALL, package, where=where), LOADER, LOADER)
+        trainer.fit(make_module(package, values=FALL, where=where), LOADER, LOADER)
     assert trainer.global_step == stop
     assert trainer.callback_metrics["collapse/rank/last"] == 1
     assert [(a.key, a.step, a.reference) for a in told] == [("rank/last", stop, 60.0)]
@@ -75,7 +46,7 @@ def test_stops_at_the_alarm_with_a_checkpoint_before(package, where, steps, argu
 @NEVER
 def test_a_dip_that_recovers_is_no_alarm(tmp_path):
     trainer = make_trainer(tmp_path, [alarm(action="stop")], max_steps=40)
-    trainer.fit(make_module(DIP), LOADER)
+    trainer.fit(make_module(values=DIP), LOADER)
     assert trainer.global_step == 40
     assert "collapse/rank/last" not in trainer.callback_metrics
 
@@ -84,17 +55,17 @@ def test_told_once_until_it_has_recovered(tmp_path):
     told: list[Any] = []
     trainer = make_trainer(tmp_path, [alarm(action=told.append)], max_steps=40)
     with pytest.warns(UserWarning, match="collapse at step 34"):
-        trainer.fit(make_module([*FALL[:30], *FALL[10:20]]), LOADER)
+        trainer.fit(make_module(values=[*FALL[:30], *FALL[10:20]]), LOADER)
     assert [a.step for a in told] == [alarm_step(FALL), 34]
 
 
 def test_resumed_run_tells_what_the_uninterrupted_one_does(tmp_path):
     first = make_trainer(tmp_path, [alarm()], max_steps=12)
-    first.fit(make_module(FALL), LOADER)
+    first.fit(make_module(values=FALL), LOADER)
     first.save_checkpoint(tmp_path / "at12.ckpt")
     second = make_trainer(tmp_path, [alarm()], max_steps=40)
     with pytest.warns(UserWarning, match=f"collapse at step {alarm_step(FALL)}"):
-        second.fit(make_module(FALL), LOADER, ckpt_path=tmp_path / "at12.ckpt")
+        second.fit(make_module(values=FALL), LOADER, ckpt_path=tmp_path / "at12.ckpt")
 
 
 def test_alert_reaches_wandb(own_wandb: Path):
@@ -103,7 +74,7 @@ def test_alert_reaches_wandb(own_wandb: Path):
     logger = WandbLogger(save_dir=own_wandb, offline=True)
     trainer = make_trainer(own_wandb, [alarm()], max_steps=20, logger=logger)
     with pytest.warns(UserWarning, match="rank/last: collapse"):
-        trainer.fit(make_module(FALL), LOADER)
+        trainer.fit(make_module(values=FALL), LOADER)
     logger.experiment.finish()
     ((title, text),) = read_alerts(own_wandb / "wandb")
     assert title == "Collapse of rank/last"
@@ -125,7 +96,7 @@ def collapse_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, 
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(make_module(FALL if rank else DIP), LOADER)
+        trainer.fit(make_module(values=FALL if rank else DIP), LOADER)
     lines = [str(w.message) for w in caught if "collapse at step" in str(w.message)]
     return trainer.global_step, told, lines
 

@@ -17,8 +17,10 @@ SCORES = [min(step, 12) / 2 for step in range(1, 80)]
 LOADER = torch.utils.data.DataLoader(torch.zeros(200, 1), batch_size=2)
 
 
-def make_module(package: str = "lightning.pytorch", *, where: str = "train") -> Any:
-    """Logs SCORES, one value a training batch, a training epoch or a validation."""
+def make_module(
+    package: str = "lightning.pytorch", *, where: str = "train", key: str = "score", values: list[float] = SCORES
+) -> Any:
+    """Logs ``values``, one a training batch, a training epoch or a validation."""
     pl = importlib.import_module(package)
 
     class Module(pl.LightningModule):
@@ -29,7 +31,7 @@ def make_module(package: str = "lightning.pytorch", *, where: str = "train") -> 
 
         def score(self) -> None:
             if not self.trainer.sanity_checking:
-                self.log("score", SCORES[int(self.logged)])
+                self.log(key, values[int(self.logged)])
                 self.logged += 1
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
