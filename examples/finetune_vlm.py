@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
+import transformers
 from matplotlib.figure import Figure
 from scenes import END, IMAGE, PAD, SIZE, Pair, Scenes, pixels, word_tokenizer
 from transformers import (
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
     arguments = parser.parse_args()
+    if int(transformers.__version__.split(".")[0]) < 5:
+        sys.exit(f"To read a LLaVA, transformers 5.0 or newer is needed, not {transformers.__version__}.")
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_PROJECT", "matent_callbacks")
     os.environ.setdefault("WANDB_DIR", str(arguments.output))
@@ -133,7 +137,8 @@ def clip_model() -> CLIPModel:
         pad_token_id=PAD,
     )
     vision = CLIPVisionConfig(num_hidden_layers=3, **TOWER)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+    # Before 5.0 transformers takes mappings only.
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=96))
 
 
 def train_clip(steps: int, seed: int, output: Path) -> CLIPModel:
