@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
+import transformers
 from matplotlib.figure import Figure
 from scenes import END, IMAGE, PAD, SIZE, Pair, Scenes, pixels, word_tokenizer
 from transformers import (
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
     arguments = parser.parse_args()
+    if int(transformers.__version__.split(".")[0]) < 5:
+        sys.exit(f"To read a LLaVA, transformers 5.0 or newer is needed, not {transformers.__version__}.")
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_PROJECT", "matent_callbacks")
     os.environ.setdefault("WANDB_DIR", str(arguments.output))
@@ -106,6 +110,8 @@ def main() -> None:
     if looks is not None:
         for axis in figure.axes:
             axis.axvline(looks, color="0.7", linewidth=1, zorder=0)
+        begins = f" begins to look, {looks}"
+        figure.axes[0].annotate(begins, (looks, 0.01), xycoords=("data", "axes fraction"), va="bottom", size="small")
     figure.savefig(arguments.output / "alignment.png", dpi=110)
     print_curves(history)
     print(f"\nIt begins to look: {looks or 'not yet'}. Plateau of the grounding: {stop or 'none'}.")
@@ -133,7 +139,8 @@ def clip_model() -> CLIPModel:
         pad_token_id=PAD,
     )
     vision = CLIPVisionConfig(num_hidden_layers=3, **TOWER)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+    # Before 5.0 transformers takes mappings only.
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=96))
 
 
 def train_clip(steps: int, seed: int, output: Path) -> CLIPModel:
@@ -246,13 +253,16 @@ def plateau(history: list[dict[str, Any]]) -> int | None:
 
 
 def print_curves(history: list[dict[str, Any]]) -> None:
-    columns = ("eval_loss", "alignment/grounding", "alignment/cka_z", "alignment/mutual_knn_z", "alignment/image_text")
-    values = [dict(zip(*series(history, key), strict=True)) for key in columns]
-    print("\n step  held-out loss  grounding  cka_z  mutual_knn_z  image_text")
+    columns = ("grounding", "cka_z", "mutual_knn_z", "image_text", "image_text_shift")
+    keys = ("eval_loss", *(f"alignment/{name}" for name in columns))
+    values = [dict(zip(*series(history, key), strict=True)) for key in keys]
+    print("\n step  held-out loss  grounding  cka_z  mutual_knn_z  image_text  its shift")
     steps = sorted(values[0])
-    for step in sorted({*steps[:: max(len(steps) // 15, 1)], steps[-1]}):
-        loss, grounding, cka_z, knn_z, image_text = (value.get(step, math.nan) for value in values)
-        print(f"{step:5}  {loss:13.3f}  {grounding:9.3f}  {cka_z:5.1f}  {knn_z:12.1f}  {image_text:10.3f}")
+    marked = [begins_to_look(history) or steps[-1], plateau(history) or steps[-1], steps[-1]]
+    for step in sorted({*steps[:: max(len(steps) // 15, 1)], *marked}):
+        loss, grounding, cka_z, knn_z, image_text, shift = (value.get(step, math.nan) for value in values)
+        print(f"{step:5}  {loss:13.3f}  {grounding:9.3f}  {cka_z:5.1f}  {knn_z:12.1f}", end="")
+        print(f"  {image_text:10.3f}  {shift:+9.3f}")
 
 
 def print_worth(model: LlavaForConditionalGeneration, pairs: list[Pair], history: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from tests.versions import needs
 from tests.wandb_history import read_history
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -98,6 +99,7 @@ def test_scenes(monkeypatch: pytest.MonkeyPatch):
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == captions
 
 
+@needs("transformers", "5.0")
 def test_finetune_vlm(tmp_path: Path):
     printed = run("finetune_vlm.py", "--steps", 4, "--tower-steps", 2, "--every", 2, "--output", tmp_path)
     for name in ("alignment.png", "captions.png"):

@@ -59,9 +59,8 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
         axis.set_xlabel("step")
         if stop is not None:
             axis.axvline(stop, color="black", linestyle="--", linewidth=1)
-            axis.annotate(
-                f"plateau, {stop}", (stop, 1), xycoords=("data", "axes fraction"), ha="right", va="bottom", size="small"
-            )
+            place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "center"}  # below the axis' title
+            axis.annotate(f"plateau, {stop}", (stop, 0.45), rotation=90, size="small", **place)
     if title:
         figure.suptitle(title)
     return figure
@@ -112,7 +111,7 @@ def _against_chance(axis: Axes, records: _Records) -> None:
     axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
     axis.set_ylabel("z (standard deviations)")
     axis.set_title("Pairing of image and text above chance")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(fontsize="small", framealpha=1)  # the first entry would be lost on the band
 
 
 def _debiased(axis: Axes, records: _Records) -> None:
