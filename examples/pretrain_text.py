@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.plot import training_overview
-from matent_callbacks.transformers import MatrixEntropyCallback, ReadingPrinter
+from matent_callbacks.transformers import CollapseAlarm, MatrixEntropyCallback, ReadingPrinter
 
 LENGTH = 128
 VOCABULARY = 2048
@@ -84,7 +84,11 @@ def main() -> None:
         ),
         train_dataset=train,
         eval_dataset=held_out,
-        callbacks=[MatrixEntropyCallback(arguments.every, layers="all", probe=probe), ReadingPrinter()],
+        callbacks=[
+            MatrixEntropyCallback(arguments.every, layers="all", probe=probe),
+            CollapseAlarm(),  # speaks if a layer falls below a quarter of its highest effective rank, and stays there
+            ReadingPrinter(),
+        ],
     )
     trainer.train()
     trainer.save_model()

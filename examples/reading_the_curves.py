@@ -2,6 +2,7 @@
 
 python examples/reading_the_curves.py                    # all runs, then effective rank at several sequence lengths
 python examples/reading_the_curves.py --only collapse    # one of: healthy, collapse, overfitting, lengths
+python examples/reading_the_curves.py --alarm            # with an alarm, which warns of a collapse of the last layer
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from transformers import default_data_collator as collate
 
 from matent_callbacks import EffectiveRank, EntropyMonitor, SequenceEffectiveRank
 from matent_callbacks.plot import series, training_overview
-from matent_callbacks.transformers import MatrixEntropyCallback
+from matent_callbacks.transformers import CollapseAlarm, MatrixEntropyCallback
 
 Sequences = list[dict[str, Any]]
 WIDTH = 96  # with 4 layers: 0.8 M parameters
 METRICS = ("matrix_entropy", "effective_rank", "sequence_effective_rank")
+EMBEDDINGS = "embedding_effective_rank"
 # Title, number of training sequences (None: all), and what differs in the training arguments.
 RUNS: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "healthy": ("Healthy: learning rate 2e-3 with warm-up", None, {}),
@@ -36,13 +38,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/reading_the_curves"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--only", choices=[*RUNS, "lengths"])
+    parser.add_argument("--alarm", action="store_true", help="tell of a collapse, and mark it in the pictures")
     arguments = parser.parse_args()
     sequences = tokenize(list(shipped_text()))
     held_out, train = sequences[::20], [s for i, s in enumerate(sequences) if i % 20]
     print(f"Held-out loss when only token frequencies are known: {frequency_loss(train, held_out[:64]):.3f}")
     for name in RUNS:
         if arguments.only in (None, name):
-            run(name, train, held_out, arguments.output, arguments.steps)
+            run(name, train, held_out, arguments.output, arguments.steps, alarm=arguments.alarm)
     if arguments.only in (None, "lengths"):
         folder = arguments.output / "healthy"
         if not (folder / "config.json").exists():
@@ -50,7 +53,7 @@ def main() -> None:
         lengths(LlamaForCausalLM.from_pretrained(folder), held_out)
 
 
-def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: int) -> None:
+def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: int, *, alarm: bool = False) -> None:
     """Train one model, draw its picture and print its numbers."""
     title, count, settings = RUNS[name]
     train = train[:count]
@@ -68,9 +71,21 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
     )
     monitor = EntropyMonitor(model, layers="all", metrics=METRICS)
     monitor.read(probe := collate(held_out[:32]))
-    untrained = {"step": 0, **monitor.compute()}
+    # One vector a sequence: of those there are never enough.
+    sentences = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
+    of_sentences = EntropyMonitor(model, metrics=EMBEDDINGS)
+    of_sentences.read(sentences)
+    embeddings = {f"sentences/{key}": value for key, value in of_sentences.compute().items()}
+    untrained = {"step": 0, **monitor.compute(), **embeddings}
     usual = {"learning_rate": 2e-3, "warmup_steps": steps // 15, "lr_scheduler_type": "cosine"}
-    every = max(steps // 40, 1)
+    every, eval_every = max(steps // 40, 1), max(steps // 10, 1)
+    callbacks: list[Any] = [
+        MatrixEntropyCallback(every, layers="all", metrics=METRICS, probe=probe, during_eval=False),
+        MatrixEntropyCallback(eval_every, metrics=EMBEDDINGS, probe=sentences, during_eval=False, name="sentences"),
+    ]
+    if alarm:
+        # A run may have collapsed by its first reading: what it falls from is the model before training.
+        callbacks.append(CollapseAlarm("effective_rank/last", relative_to=untrained["effective_rank/last"]))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -82,7 +97,7 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
             logging_steps=every,
             eval_strategy="steps",
             eval_on_start=True,
-            eval_steps=max(steps // 10, 1),
+            eval_steps=eval_every,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -91,7 +106,7 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
         ),
         train_dataset=train,
         eval_dataset=held_out[:64],
-        callbacks=[MatrixEntropyCallback(every, layers="all", metrics=METRICS, probe=probe, during_eval=False)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -99,9 +114,13 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
 
     records = [untrained, *trainer.state.log_history]
     draw(records, title, output / f"curves_{name}.png")
-    print(f"\n{title}\n\n{'':5}  {'loss (nats per token)':^21}  {'of the last layer':^32}")
-    print(f"{'step':>5}  {'training':>10} {'held-out':>10} {'entropy':>10} {'eff. rank':>10} {'Diff-eRank':>10}")
-    names = ["loss", "eval_loss", *(f"{metric}/last" for metric in METRICS)]
+    print(f"\n{title}\n\n{'':5}  {'loss (nats per token)':^21}  {'of the last layer':^43}")
+    print(
+        f"{'step':>5}  {'training':>10} {'held-out':>10} {'entropy':>10} {'eff. rank':>10} {'sentences':>10} "
+        f"{'Diff-eRank':>10}"
+    )
+    entropy, rank, sequence_rank = (f"{metric}/last" for metric in METRICS)
+    names = ["loss", "eval_loss", entropy, rank, f"sentences/{EMBEDDINGS}/last", sequence_rank]
     columns = [dict(zip(*series(records, key), strict=True)) for key in names]
     for step in columns[1]:  # where there was an evaluation
         numbers = [f"{column[step]:10.3f}" if step in column else f"{'-':>10}" for column in columns[:-1]]

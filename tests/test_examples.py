@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script: str, *arguments: object) -> str:
+    return finished(script, *arguments).stdout
+
+
+def finished(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
     environment["OMP_NUM_THREADS"] = "1"  # the models are tiny
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
 @pytest.fixture
@@ -65,8 +70,12 @@ def test_pretrain_lightning(tmp_path: Path, text: Path):
 
 
 def test_reading_the_curves(tmp_path: Path):
-    run("reading_the_curves.py", "--steps", 3, "--only", "overfitting", "--output", tmp_path)
-    assert next(tmp_path.rglob("*overfitting*.png")).read_bytes().startswith(b"\x89PNG")
+    done = finished("reading_the_curves.py", "--steps", 14, "--only", "collapse", "--alarm", "--output", tmp_path)
+    assert next(tmp_path.rglob("*collapse*.png")).read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"effective_rank/last: collapse at step 1\d, value [\d.]+: below [\d.]+ \(0.25 of 77", done.stderr)
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] in (["0"], ["14"])]
+    assert [len(row) for row in rows] == [7, 7]
+    assert float(rows[1][5]) < float(rows[0][5]) / 4
 
 
 def test_scenes(monkeypatch: pytest.MonkeyPatch):

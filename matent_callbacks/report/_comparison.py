@@ -76,7 +76,15 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def quantities(runs: Sequence[Run]) -> list[Shared]:
-    """What is compared, as far as any of the runs has logged it."""
+    """What is compared, as far as any of the runs has logged it; at the end what was logged under names."""
+    found = _quantities(runs)
+    for i, name in enumerate(sorted({name for run in runs for name in run.names})):
+        for shared in _quantities([run.named(name) for run in runs]):
+            found.append(shared._replace(name=f"named-{i}-{shared.name}", title=f"{name}: {shared.title}"))
+    return found
+
+
+def _quantities(runs: Sequence[Run]) -> list[Shared]:
     found = [_losses(runs, None, "loss", "Training loss")]
     for i, name in enumerate(sorted({name for run in runs for name in run.held_out_sets("loss")})):
         found.append(_losses(runs, name, f"loss-{i}", f"Loss, {held_out_name(name)}"))

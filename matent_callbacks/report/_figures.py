@@ -26,6 +26,7 @@ from matent_callbacks.report._words import (
     held_out_name,
     layers_only,
     metric_name,
+    named,
     number,
     pair_unit,
     place_name,
@@ -36,21 +37,26 @@ _CURVES, _COLUMNS = 4, 240
 
 
 def pictures(run: Run) -> dict[str, list[Picture]]:
-    """The pictures by the section that they belong to."""
+    """The pictures by the section that they belong to; those of each name of a callback or a probe have one."""
+    with style():
+        found = _sections(run)
+        for name in run.names:
+            found[named(name)] = [picture for section in _sections(run.named(name)).values() for picture in section]
+    return found
+
+
+def _sections(run: Run) -> dict[str, list[Picture]]:
     used_entropy = next((m for m in ENTROPIES if _layers(run, m)[1]), None)
     used_rank = next((m for m in RANKS if _layers(run, m)[1]), None)
-    with style():
-        return {
-            "Loss beside entropy and effective rank": [
-                *_loss(run),
-                *(p for m in (used_entropy, used_rank) if m for p in _metric(run, m)),
-            ],
-            "Layer by layer": [*_heatmap(run, used_rank or used_entropy), *_spectrum(run)],
-            "Image and text": [*_alignment(run), *_stages(run)],
-            "Further quantities": [
-                p for m in LAYER_METRICS if m not in (used_entropy, used_rank) for p in _metric(run, m)
-            ],
-        }
+    return {
+        "Loss beside entropy and effective rank": [
+            *_loss(run),
+            *(p for m in (used_entropy, used_rank) if m for p in _metric(run, m)),
+        ],
+        "Layer by layer": [*_heatmap(run, used_rank or used_entropy), *_spectrum(run)],
+        "Image and text": [*_alignment(run), *_stages(run)],
+        "Further quantities": [p for m in LAYER_METRICS if m not in (used_entropy, used_rank) for p in _metric(run, m)],
+    }
 
 
 def _loss(run: Run) -> Iterator[Picture]:
@@ -114,6 +120,7 @@ def _curves(
     everything = {**lines, **points}
     if not everything:
         return
+    name = f"{run.ids}{name}"
     figure, ax = empty_figure()
     drawn = {short(label): peaks(curve) for label, curve in everything.items()}
     stop = run.stop.step if run.stop else None
@@ -159,11 +166,12 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     if run.alarms:
         caption += f" Dotted: {', '.join(collapses(run))}."
     description = " ".join(moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8))
-    svg = heatmap_svg(records, metric, run=run, title=title, description=description)
+    name = f"{run.ids}heatmap"
+    svg = heatmap_svg(records, metric, run=run, name=name, title=title, description=description)
     listed = evenly(steps, 20)
     rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in listed)] for n in reversed(layers)]
     columns = ["layer", *(f"step {step(s)}" for s in listed)]
-    yield Picture("heatmap", title, caption.strip(), svg, columns, rows, how_many(len(listed), len(steps)), wide=True)
+    yield Picture(name, title, caption.strip(), svg, columns, rows, how_many(len(listed), len(steps)), wide=True)
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
@@ -192,13 +200,14 @@ def _spectrum(run: Run) -> Iterator[Picture]:
         f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(readings[layer][s].items())) + "."
         for s in chosen
     )
-    svg = to_svg(figure, name="spectrum", title=title, description=description)
+    name = f"{run.ids}spectrum"
+    svg = to_svg(figure, name=name, title=title, description=description)
     rows = [
         [place_name(n), step(s), *(f"{readings[n][s][k]:.1%}" if k in readings[n][s] else "" for k in sizes)]
         for n in layers
         for s in evenly(sorted(readings[n]), 3)
     ]
-    yield Picture("spectrum", title, caption, svg, ["layer", "step", *(f"k = {k}" for k in sizes)], rows, "")
+    yield Picture(name, title, caption, svg, ["layer", "step", *(f"k = {k}" for k in sizes)], rows, "")
 
 
 def _layers(run: Run, metric: str) -> tuple[str | None, list[str]]:

@@ -16,6 +16,7 @@ from matent_callbacks.report._words import (
     held_out_name,
     layers_only,
     metric_name,
+    named,
     number,
     place_name,
     step,
@@ -56,6 +57,15 @@ def summary(run: Run) -> dict[str, list[str]]:
     topics = {
         "Stop": _plateau(run),
         "Collapse": [f"The alarm was raised: {text}." for text in collapses(run)],
+        **_by_topic(run),
+        **{named(name): list(itertools.chain(*_by_topic(run.named(name)).values())) for name in run.names},
+    }
+    said = {topic: [sentence for sentence in sentences if sentence] for topic, sentences in topics.items()}
+    return {topic: sentences for topic, sentences in said.items() if sentences}
+
+
+def _by_topic(run: Run) -> dict[str, list[str]]:
+    return {
         "Loss": [
             moved("training loss", run.curve(Quantity("loss"))),
             *(moved(f"{_on(name)}loss", run.curve(Quantity("loss", "", name))) for name in run.held_out_sets("loss")),
@@ -66,14 +76,12 @@ def summary(run: Run) -> dict[str, list[str]]:
         "Stages": _stages(run),
         "Left out": _nonfinite(run),
     }
-    said = {topic: [sentence for sentence in sentences if sentence] for topic, sentences in topics.items()}
-    return {topic: sentences for topic, sentences in said.items() if sentences}
 
 
 def missing(run: Run) -> list[str]:
     """List what was never logged, and what was logged for a part of the run only."""
-    logged = {(q.metric, q.held_out is not None) for q in run.keys}
-    layered = {q.metric for q in run.keys if q.place and q.place not in (*STAGES, *TOWERS)}
+    logged = {(q.metric, q.held_out is not None) for q in run.all_keys}
+    layered = {q.metric for q in run.all_keys if q.place and q.place not in (*STAGES, *TOWERS)}
     absent = [
         name
         for name, there in (
@@ -82,15 +90,15 @@ def missing(run: Run) -> list[str]:
             ("matrix entropy of layers", bool(layered & {"matrix_entropy", "sequence_matrix_entropy"})),
             ("effective rank of layers", bool(layered & {"effective_rank", "sequence_effective_rank"})),
             ("Diff-eRank", "diff_erank" in layered),
-            ("spectrum", any(q.metric.startswith(SPECTRUM_TOP) for q in run.keys)),
-            ("image-text alignment", any(q.metric == "alignment" for q in run.keys)),
+            ("spectrum", any(q.metric.startswith(SPECTRUM_TOP) for q in run.all_keys)),
+            ("image-text alignment", any(q.metric == "alignment" for q in run.all_keys)),
         )
         if not there
     ]
     found = [f"Not in the log of this run: {', '.join(absent)}."] if absent else []
     partial: dict[tuple[str, float, float], list[str]] = {}
-    for quantity, key in run.keys.items():
-        steps = run.curve(quantity).steps
+    for quantity, key in run.all_keys.items():
+        steps = run.columns[key].steps
         # With fewer readings there is no telling how often it was meant to be read.
         if len(steps) < 3 or quantity.metric in ("nonfinite_tokens", "plateau"):
             continue

@@ -35,13 +35,16 @@ class _Cells(NamedTuple):
     layers: list[str]
 
 
-def heatmap_svg(records: list[dict[str, float]], metric: str, *, run: Run, title: str, description: str) -> str:
+def heatmap_svg(
+    records: list[dict[str, float]], metric: str, *, run: Run, name: str, title: str, description: str
+) -> str:
     """Draw the cells of :func:`~matent_callbacks.plot.layer_heatmap` between axes that keep their size at every width.
 
     Args:
         records: The readings that are shown.
         metric: The metric whose layers they are.
         run: Its plateau and its alarms are marked.
+        name: Comes before every id, so that several heat maps can be in one page.
         title: Read out as the picture's name.
         description: Read out after it.
     """
@@ -50,11 +53,11 @@ def heatmap_svg(records: list[dict[str, float]], metric: str, *, run: Run, title
     height = max(_LEAST_HEIGHT, min(len(names), _MOST_ROWS) * _ROW)
     bottom, margin = _TOP + height, 12 + math.ceil(_LETTER * max(map(len, names)))
     svg = ElementTree.Element(
-        "svg", {"class": "stretched", "role": "img", "aria-labelledby": "heatmap-title heatmap-desc"}
+        "svg", {"class": "stretched", "role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
     )
     svg.set("style", f"height: {bottom + _BELOW}px")
-    _add(svg, "title", title, id="heatmap-title")
-    _add(svg, "desc", description, id="heatmap-desc")
+    _add(svg, "title", title, id=f"{name}-title")
+    _add(svg, "desc", description, id=f"{name}-desc")
     _bar(svg, cells, UNITS.get(metric, metric))
     inside = f"height: {height}px; width: calc(100% - {margin + _RIGHT}px)"
     _image(svg, cells.png, x=0, y=_TOP, style=f"x: {margin}px; {inside}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP
@@ -13,8 +14,12 @@ LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_eran
 LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_epoch")
 
 _METRICS = "|".join((*LAYER_METRICS, "nonfinite_tokens", "alignment", "plateau", rf"{SPECTRUM_TOP}\d+"))
-_KEY = re.compile(
-    rf"(?P<held>eval_(?:(?P<set>.+?)_)??)?(?:loss|(?P<metric>{_METRICS})/(?P<place>.+?))(?:/dataloader_idx_(?P<loader>\d+))?"
+_LOADER = r"(?:/dataloader_idx_(?P<loader>\d+))?"
+_KEY = re.compile(rf"(?P<held>eval_(?:(?P<set>.+?)_)??)?(?:loss|(?P<metric>{_METRICS})/(?P<place>.+?)){_LOADER}")
+# The name of a callback, of a probe, or of both. What PlateauStopping and CollapseAlarm log has others' names in it.
+_NAMED = re.compile(
+    rf"(?P<held>eval_)?(?!(?:{_METRICS}|collapse)/)(?P<name>[^/]+(?:/[^/]+)?)/"
+    rf"(?P<metric>{_METRICS})/(?P<place>.+?){_LOADER}"
 )
 _HELD_OUT = re.compile(r"(?:eval|val|valid|validation)[/_]")
 
@@ -26,6 +31,8 @@ class Quantity(NamedTuple):
     place: str = ""
     held_out: str | None = None
     """``None``: the training data; otherwise the name of the held-out data, ``""`` where they have none."""
+    name: str = ""
+    """That of the callback or the probe, or of both with a slash between, that it was logged under."""
 
 
 def normalise(key: str) -> str | None:
@@ -43,10 +50,32 @@ def parse(key: str) -> Quantity | None:
     """Parse a normalised name; ``None`` for one that the report does not know."""
     if key in LOSSES:
         return Quantity("loss")
-    match = _KEY.fullmatch(key)
+    match = _NAMED.fullmatch(key) or _KEY.fullmatch(key)
     if match is None:
         return None
+    found = match.groupdict("")
     held_out = None
-    if match["held"]:
-        held_out = f"loader {match['loader']}" if match["loader"] else match["set"] or ""
-    return Quantity(match["metric"] or "loss", match["place"] or "", held_out)
+    if found["held"]:
+        held_out = f"loader {found['loader']}" if found["loader"] else found.get("set", "")
+    return Quantity(found["metric"] or "loss", found["place"], held_out, found.get("name", ""))
+
+
+def parse_all(keys: Iterable[str]) -> dict[Quantity, str]:
+    """The normalised names that the report knows; names of callbacks tell apart what one of them alone does not.
+
+    ``test_english/...`` are the test data of what logs as ``english/...``, if anything does, and
+    ``eval_wiki_english/...`` are its held-out data ``wiki``.
+    """
+    found = {key: quantity for key in sorted(keys) if (quantity := parse(key)) is not None}
+    names = {quantity.name for quantity in found.values() if quantity.held_out is None} - {""}
+    return {_without_data_set(quantity, names): key for key, quantity in found.items()}
+
+
+def _without_data_set(quantity: Quantity, names: Iterable[str]) -> Quantity:
+    if quantity.held_out is not None and quantity.name in names:
+        return quantity
+    for name in names:
+        data = quantity.name.removesuffix(f"_{name}")
+        if data != quantity.name and (data == "test" or quantity.held_out is not None):
+            return quantity._replace(held_out=quantity.held_out or data, name=name)
+    return quantity

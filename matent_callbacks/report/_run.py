@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matent_callbacks.plot._style import alarms, in_order
-from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse
+from matent_callbacks.plot._style import alarms, in_order, numbers_as_numbers
+from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse, parse_all
 from matent_callbacks.report._words import step as at
 
 Record = dict[str, float]
@@ -68,6 +68,8 @@ class Run:
     """The settings of the run, as far as its log knows them."""
     path: Path | None = None
     """Where it was read."""
+    part: str = ""
+    """The name of the callback or probe whose readings are looked at; empty: those that were logged without one."""
 
     @cached_property
     def alarms(self) -> dict[str, list[float]]:
@@ -80,12 +82,30 @@ class Run:
         return sorted({step for steps in self.alarms.values() for step in steps})
 
     @cached_property
-    def keys(self) -> dict[Quantity, str]:
+    def all_keys(self) -> dict[Quantity, str]:
         """The name in the records of each quantity that is known here."""
         names = self.columns.keys()
-        found = {quantity: key for key in sorted(names) if (quantity := parse(key)) is not None}
         loss = next((name for name in LOSSES if name in names), None)
-        return {**found, **({Quantity("loss"): loss} if loss else {})}
+        return {**parse_all(names), **({Quantity("loss"): loss} if loss else {})}
+
+    @cached_property
+    def keys(self) -> dict[Quantity, str]:
+        """The same for the part of the run that is looked at, whose name is left out."""
+        return {q._replace(name=""): key for q, key in self.all_keys.items() if q.name == self.part}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of callbacks and probes that readings were logged under."""
+        return sorted({quantity.name for quantity in self.all_keys} - {""}, key=numbers_as_numbers)
+
+    def named(self, name: str) -> Run:
+        """The same run with a look at the readings under a name."""
+        return replace(self, part=name)
+
+    @property
+    def ids(self) -> str:
+        """What tells the ids of this part's pictures from those of other parts in one page."""
+        return f"named-{self.names.index(self.part)}-" if self.part else ""
 
     @cached_property
     def steps(self) -> list[float]:

@@ -128,6 +128,11 @@ def held_out_name(name: str) -> str:
     return f"held out ({name})" if name else "held out"
 
 
+def named(name: str) -> str:
+    """The heading of what was logged under the name of a callback or a probe."""
+    return f"Readings named {name}"
+
+
 def layers_only(places: list[str]) -> list[str]:
     """Without the stages of a multimodal model, which are no layers."""
     return [place for place in places if place not in (*STAGES, *TOWERS)]
