@@ -18,7 +18,7 @@ _MOST_RECORDS = 512
 class LayerPictures:
     """Draws the layers of one metric, ever more rarely, so that the cost of it vanishes in a long run."""
 
-    def __init__(self, metrics: Sequence[str], prefixes: Sequence[str]) -> None:
+    def __init__(self, metrics: Sequence[str], prefixes: Sequence[str] = ("",)) -> None:
         """``prefixes`` are what stands before the names of values; each has pictures of its own."""
         self._prefixes = prefixes
         self._metric = "effective_rank" if "effective_rank" in metrics else metrics[0]

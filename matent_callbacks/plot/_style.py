@@ -19,7 +19,7 @@ UNITS = {
     "embedding_effective_rank": "effective rank (dimensions)",
 }
 # Differences of a factor matter, not those of so many dimensions.
-LOGARITHMIC = {
+LOGARITHMIC = (
     "effective_rank",
     "sequence_effective_rank",
     "rankme",
@@ -30,7 +30,7 @@ LOGARITHMIC = {
     "embedding_rankme",
     "embedding_participation_ratio",
     "lidar",
-}
+)
 # Okabe & Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")

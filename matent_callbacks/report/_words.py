@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot._style import UNITS
+from matent_callbacks.plot._style import LOGARITHMIC, UNITS
 
 TOWERS = ("image_tower", "text_tower")
 NAMES = {
@@ -64,18 +64,7 @@ ENTROPIES = (
     "renyi_2",
     "embedding_matrix_entropy",
 )
-RANKS = (
-    "effective_rank",
-    "sequence_effective_rank",
-    "rankme",
-    "participation_ratio",
-    "stable_rank",
-    "numerical_rank",
-    "embedding_effective_rank",
-    "embedding_rankme",
-    "embedding_participation_ratio",
-    "lidar",
-)
+RANKS = LOGARITHMIC  # the curves of dimensions, in this order
 _STAGES = {
     **{place: place.replace("_", " ") for place in (*STAGES, *TOWERS)},
     "image": "image alone",

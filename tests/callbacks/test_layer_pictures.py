@@ -13,7 +13,7 @@ def test_a_long_run_goes_on_being_drawn_and_is_drawn_at_its_end(monkeypatch):
     for name in ("layer_profile", "layer_heatmap"):
         monkeypatch.setattr(plot, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(layer_pictures, "_MOST_RECORDS", 64)
-    pictures, records, drawn = LayerPictures(["effective_rank"], [""]), [], []
+    pictures, records, drawn = LayerPictures(["effective_rank"]), [], []
     layers = ("layer_00", "last")
     for step in range(1, 301):
         records = thinned([*records, {"step": step, "effective_rank/layer_00": 1.0, "effective_rank/last": 2.0}])
