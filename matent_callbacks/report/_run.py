@@ -100,7 +100,10 @@ class Run:
 
     def named(self, name: str) -> Run:
         """The same run with a look at the readings under a name."""
-        return replace(self, part=name)
+        part = replace(self, part=name)
+        # A long log is not gone through again for each name.
+        vars(part).update(columns=self.columns, all_keys=self.all_keys)
+        return part
 
     @property
     def ids(self) -> str:
