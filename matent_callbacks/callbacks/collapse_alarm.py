@@ -99,10 +99,12 @@ class SharedCollapseAlarm(GuardedHooks):
         alarms, recovered = [], []
         for key, value in values.items():
             detector = self._detectors.setdefault(key, self._new_detector())
-            if not detector.update(step, value):
-                recovered += [key] if key in self._raised else []
-            elif key not in self._raised:
-                alarms.append(Alarm(key, step, value, detector.reference or 0.0, f"{key}: {detector.reason}"))
+            collapsed, reference = detector.update(step, value), detector.reference or 0.0
+            if collapsed and key not in self._raised:
+                alarms.append(Alarm(key, step, value, reference, f"{key}: {detector.reason}"))
+            # A value that only begins to climb has not recovered, and is not told of again.
+            elif key in self._raised and value >= self.settings["floor"] * reference:
+                recovered.append(key)
         return alarms, recovered
 
     def note(self, alarms: Iterable[Alarm], recovered: Iterable[str]) -> dict[str, float]:

@@ -54,6 +54,19 @@ def test_each_name_is_watched_told_once_and_told_again_after_a_recovery(make_tra
     assert recoveries == [(first, 1.0), (26, 0.0)]
 
 
+def test_a_value_that_climbs_below_the_floor_has_not_recovered(make_trainer):
+    climbs = [60.0] * 5 + [2.0] * 4 + [2.0 + 0.5 * step for step in range(15)] + [1.0] * 8
+    told: list[Any] = []
+    trainer = logging(make_trainer([alarm(action=told.append)], max_steps=32), climbs=climbs)
+    detector = CollapseDetector(floor=0.25, patience=4)
+    decisions = [detector.update(step, value) for step, value in enumerate(climbs, start=1)]
+    first = decisions.index(True)
+    assert True in decisions[first + decisions[first:].index(False) :]  # it says so, takes it back, and says so again
+    with pytest.warns(UserWarning, match="rank/climbs: collapse"):
+        trainer.train()
+    assert [a.step for a in told] == [first + 1]
+
+
 @NEVER
 def test_a_dip_that_recovers_is_no_alarm(make_trainer):
     trainer = logging(make_trainer([alarm(action="stop")], max_steps=40), dip=DIP)
