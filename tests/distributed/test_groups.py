@@ -84,6 +84,6 @@ def test_the_stages_of_a_pipeline_are_numbered_as_in_the_whole_model():
         for data_rank in range(2):
             model(batch_of(data_rank))
     expected = monitor.compute()
-    assert len(expected) == 5 * (4 + 4)
+    assert len(expected) == 5 * (5 + 4)
     for values in run_on_ranks(in_a_pipeline, 4, seconds=60):
         assert values == pytest.approx(expected, rel=1e-5)
