@@ -34,13 +34,13 @@ _reading = threading.RLock()
 class Capture:
     """Calls ``reader(key, hidden_states, attention_mask, vectors)`` for each read point of each forward that counts.
 
-    Each call is made inside ``guard(key)``, which decides what becomes of an exception. ``hidden_states`` is None
-    where a module gave something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a
-    module gives it beside its tokens. A forward counts unless a key-value cache is handed to it
-    (generation) and, with ``training_only``, unless it is in training mode with gradients; with ``same_adapters``,
-    unless the adapters that are on are others than at :meth:`open`. Recomputation by gradient checkpointing never
-    counts, nor does what another reader runs on the side. Compiled modules are read beside their graph. Without
-    ``whole_sequences`` a packed batch is an error: which document a token is of cannot be told from a part of a row.
+    Each call is made inside ``guard(key)``, which handles an exception. ``hidden_states`` is None where a module gave
+    something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a module gives it beside its
+    tokens. A forward counts unless a key-value cache is handed to it (generation) and, with ``training_only``, unless
+    it is in training mode with gradients; with ``same_adapters``, unless the adapters that are on are others than at
+    :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another reader.
+    Compiled modules are run once more eagerly, and read there. Without ``whole_sequences`` a packed batch is an error:
+    which document a token is of cannot be told from a part of a row.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class Capture:
         return forward.counts and not _in_backward(since=forward.graph_task)
 
     def _is_of_another(self) -> bool:
-        """Whether the model is run on the side for another reader."""
+        """Whether this forward is the inference of another reader, such as a second callback's probe."""
         return sides() > self._sides
 
     def _is_wanted(self, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Running a model on the side without the training noticing."""
+"""Inference without side effects on a model that is being trained."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import call_eagerly
 
-# Of those that run a model on the side now: one within another where several callbacks do.
+# The models that inference without side effects runs on now, the innermost call last.
 _on_the_side: list[object] = []
 
 
 def sides() -> int:
-    """How many run a model on the side now. Who began to read when there were fewer is not meant by its forwards."""
+    """How many calls of :func:`quiet` are under way.
+
+    The forwards inside a call are not for a reader that began before it.
+    """
     return len(_on_the_side)
 
 

@@ -1,4 +1,4 @@
-"""Callbacks for PyTorch Lightning, from ``lightning`` or ``pytorch_lightning``, whichever the Trainer comes from."""
+"""Callbacks for PyTorch Lightning, for the Trainer of the package ``lightning`` or of ``pytorch_lightning``."""
 
 try:
     import lightning.pytorch  # noqa: F401

@@ -1,4 +1,4 @@
-"""Pictures, alerts, and how W&B sums up a curve, for those of Lightning's loggers that know such things."""
+"""Pictures and alerts for Lightning's loggers, and the summary that W&B keeps of a key."""
 
 from __future__ import annotations
 

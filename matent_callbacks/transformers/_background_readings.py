@@ -1,4 +1,4 @@
-"""Numbers that come after the step they belong to."""
+"""Readings that are computed in the background, and logged under the step that they are of."""
 
 from __future__ import annotations
 

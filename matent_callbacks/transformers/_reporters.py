@@ -1,4 +1,4 @@
-"""Pictures, alerts, and how W&B sums up a curve, for the reporters of a Trainer that know such things."""
+"""Pictures and alerts for the reporters of a Trainer, and the summary that W&B keeps of a key."""
 
 from __future__ import annotations
 
