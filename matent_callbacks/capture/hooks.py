@@ -38,9 +38,9 @@ class Capture:
     something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a module gives it beside
     its tokens. A forward counts unless a key-value cache is handed to it (generation) and, with ``training_only``,
     unless it is in training mode with gradients; with ``same_adapters``, unless the adapters that are on are others
-    than at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another reader.
-    Compiled modules are run once more eagerly, and read there. Without ``whole_sequences`` a packed batch is an error:
-    which document a token is of cannot be told from a part of a row.
+    than at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another
+    reader. Compiled modules are run once more eagerly, and read there. Without ``whole_sequences`` a packed batch is
+    an error: which document a token is of cannot be told from a part of a row.
     """
 
     def __init__(
