@@ -69,6 +69,7 @@ def test_pretrain_lightning(tmp_path: Path, text: Path):
     assert any("plateau/val_matrix_entropy/last" in row for row in rows)
 
 
+@needs("transformers", "5.0")  # another beginning of the same run, which in 14 steps is told of nothing yet
 def test_reading_the_curves(tmp_path: Path):
     done = finished("reading_the_curves.py", "--steps", 14, "--only", "collapse", "--alarm", "--output", tmp_path)
     assert next(tmp_path.rglob("*collapse*.png")).read_bytes().startswith(b"\x89PNG")

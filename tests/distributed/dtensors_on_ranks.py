@@ -77,6 +77,7 @@ def spread(rank: int, world_size: int) -> dict[str, Any]:
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="DTensor random operators")  # torch 2.6, of any tensor on a CPU
         for name, placements in ways.items():
             states = placed(hidden, mesh, placements)
             with Collectives() as collectives:
