@@ -14,7 +14,7 @@ from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.measure_alignment import measure_alignment
 from matent_callbacks.callbacks.measurement import check_every_n_steps
-from matent_callbacks.callbacks.probe import check_name, first_batch
+from matent_callbacks.callbacks.probe import first_batch, prefix_of
 
 
 @with_arguments_of(measure_alignment)
@@ -59,7 +59,6 @@ class SharedAlignmentCallback(GuardedHooks):
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         check_every_n_steps(every_n_steps)
-        check_name(name)
         check_groups(process_group, None)
         if num_pairs < 2:
             raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
@@ -78,7 +77,7 @@ class SharedAlignmentCallback(GuardedHooks):
             towers=towers,
             k=k,
             alpha=alpha,
-            prefix=f"{name}/" if name else "",
+            prefix=prefix_of(name),
             group=process_group,
         )
         self.start_over()
@@ -96,13 +95,14 @@ class SharedAlignmentCallback(GuardedHooks):
         """The probe where none was given."""
         return first_batch(dataset, collate, self._num_pairs)
 
-    def choose_group(self, trainer: Any) -> None:
-        """Find the ranks whose pairs belong together."""
+    def join(self, trainer: Any, callbacks: Iterable[Any]) -> None:
+        """Find the ranks whose pairs belong together.
+
+        Raises:
+            ValueError: If another of ``callbacks`` logs under the same names.
+        """
         with self.guard("the choice of ranks by the Trainer's device mesh"):
             self._alignment.choose_group(trainer)
-
-    def check_against(self, callbacks: Iterable[Any]) -> None:
-        """Raise ValueError if another callback of a run logs under the same names as this one."""
         for other in callbacks:
             if not isinstance(other, SharedAlignmentCallback) or other is self:
                 continue

@@ -124,13 +124,9 @@ class AlignmentMeasurement:
         Raises:
             Exception: On every rank, if it cannot be read on one.
         """
-
-        def found() -> dict[str, Any]:
-            return {self._prefix: find_probe()} if find_probe is not None else {}
-
         values: dict[str, float] = {}
         for prefix in self.prefixes:
-            reading = self._measure_one(model, prefix, around, found)
+            reading = self._measure_one(model, prefix, around, find_probe)
             values |= {f"{prefix}{key}": value for key, value in reading.items()}
         return values
 
@@ -139,12 +135,13 @@ class AlignmentMeasurement:
         model: nn.Module,
         prefix: str,
         around: Callable[[], AbstractContextManager[Any]],
-        find: Callable[[], dict[str, Any]],
+        find_probe: Callable[[], Any] | None,
     ) -> dict[str, float]:
         error: Exception | None = None
         batches = _Batches([], [])
         try:
-            self.probes = self.probes or find()
+            if not self.probes and find_probe is not None:
+                self.probes = {self._prefix: find_probe()}
             with quiet(model), around():
                 batches = self._read(model, self.probes[prefix])
         except Exception as raised:

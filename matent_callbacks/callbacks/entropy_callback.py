@@ -15,7 +15,7 @@ from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps
-from matent_callbacks.callbacks.probe import check_name
+from matent_callbacks.callbacks.probe import prefix_of
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 
@@ -81,7 +81,6 @@ class SharedEntropyCallback(GuardedHooks):
         check_every_n_steps(every_n_steps)
         check_embedding(embedding)
         check_groups(process_group, context_group)
-        check_name(name)
         _check_window(window_steps, every_n_steps, probe)
         self.guard = Guard(type(self).__name__, on_error)
         self.every_n_steps = every_n_steps
@@ -97,7 +96,7 @@ class SharedEntropyCallback(GuardedHooks):
             probe=probe,
             reference=reference,
             background=background,
-            prefix=f"{name}/" if name else "",
+            prefix=prefix_of(name),
             guard=self.guard,
             on_error=on_error,
             module=module,
@@ -125,14 +124,15 @@ class SharedEntropyCallback(GuardedHooks):
             raise ValueError("`mask` is made from the batch, and a step that takes `dataloader_iter` gives none.")
         return self.mask(batch)
 
-    def watch(self, model: nn.Module, trainer: Any) -> None:
-        """Set up the monitor of the Trainer's model, so that unknown layers are told before training."""
+    def watch(self, model: nn.Module, trainer: Any, callbacks: Iterable[Any]) -> None:
+        """Set up the monitor of the Trainer's model, so that what is wrong is told before training.
+
+        Raises:
+            ValueError: If a layer is unknown, or another of ``callbacks`` logs under the same names.
+        """
         with self.guard("the choice of ranks by the Trainer's device mesh"):
             self._measurement.choose_groups(trainer)
         self._measurement.monitor(model)
-
-    def check_against(self, callbacks: Iterable[Any]) -> None:
-        """Raise ValueError if another callback of a run logs under the same names as this one."""
         for other in callbacks:
             if not isinstance(other, SharedEntropyCallback) or other is self or not other._measurement.is_on_a_model:
                 continue

@@ -63,8 +63,7 @@ class Measurement:
         self._reference_ranks: dict[str, float] | None = None
         self._guard = guard
         self.settings = {"solver": solver, **settings}
-        given = process_group is not None or context_group is not None
-        self._given_groups = self._groups = ParallelGroups(process_group, context_group) if given else None
+        self._given_groups = self._groups = ParallelGroups(process_group, context_group)
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
@@ -76,7 +75,7 @@ class Measurement:
 
     def choose_groups(self, owner: Any) -> None:
         """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
-        if self._groups is None:
+        if self._groups == ParallelGroups():
             self._groups = parallel_groups(owner)
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
@@ -138,7 +137,7 @@ class Measurement:
         if self._reference is None:
             return
         loaded = self._reference_ranks is not None
-        group = (self._groups or ParallelGroups()).process_group
+        group = self._groups.process_group
         if is_distributed(group):
             # A rank that could not load what the others have goes without: it would measure alone.
             loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
@@ -159,19 +158,17 @@ class Measurement:
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Another monitor with the same arguments."""
-        groups = self._groups or ParallelGroups()
         return EntropyMonitor(
             model,
             self.layers,
             metrics=metrics or self.metrics,
-            process_group=groups.process_group,
-            context_group=groups.context_group,
+            **self._groups._asdict(),
             **self.settings,
         )
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """What a monitor has read since the last call."""
-        return self._values(monitor, self._prefix, at_once=True)()
+        return self._computed(monitor, self._prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -186,9 +183,12 @@ class Measurement:
         ranks = state["reference_ranks"]
         self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
 
-    def _values(self, monitor: EntropyMonitor, prefix: str, *, at_once: bool = False) -> Callable[[], dict[str, float]]:
-        if at_once or not self.background:
-            values = _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
+    def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
+        return _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
+
+    def _values(self, monitor: EntropyMonitor, prefix: str) -> Callable[[], dict[str, float]]:
+        if not self.background:
+            values = self._computed(monitor, prefix)
             return lambda: values
         finish: Callable[[], dict[str, float]] = dict
         with self._guard("the beginning of a reading in the background"):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 
-def check_name(name: str | None) -> None:
-    """Raise ValueError for what cannot stand before the names of values."""
+def prefix_of(name: str | None) -> str:
+    """What a name puts before the names of values; ValueError for what cannot stand there."""
     if name is not None and (not isinstance(name, str) or not name or "/" in name):
         raise ValueError(f"`name` must be a text without '/', or None, got {name!r}.")
+    return "" if name is None else f"{name}/"
 
 
 def probes_by_prefix(probe: Any, prefix: str) -> dict[str, Any]:
@@ -32,9 +33,7 @@ def probes_by_prefix(probe: Any, prefix: str) -> dict[str, Any]:
         return {prefix: probe}
     if not probe:
         raise ValueError("`probe` must hold at least one batch or one named probe, got none.")
-    for name in probe:
-        check_name(name)
-    return {f"{prefix}{name}/": own for name, own in probe.items()}
+    return {f"{prefix}{prefix_of(name)}": own for name, own in probe.items()}
 
 
 def _is_probe(value: Any) -> bool:

@@ -35,8 +35,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.choose_group(trainer)
-        self.check_against(trainer.callbacks)
+        self.join(trainer, trainer.callbacks)
 
     @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -93,9 +93,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().setup(trainer, pl_module, stage)
         if self.off:
             return
-        # Unknown layers, and names that another callback logs as well, are told before training.
-        self.watch(pl_module, trainer)
-        self.check_against(trainer.callbacks)
+        self.watch(pl_module, trainer, trainer.callbacks)
         if not self._measurement.probes and compiled_whole(pl_module):
             self.off = True
             warnings.warn(

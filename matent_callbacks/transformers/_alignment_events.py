@@ -57,8 +57,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        self.choose_group(trainer)
-        self.check_against(trainer.callback_handler.callbacks)
+        self.join(trainer, trainer.callback_handler.callbacks)
 
     @property
     def state_key(self) -> str:

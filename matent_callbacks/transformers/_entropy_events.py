@@ -60,9 +60,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        # Unknown layers, and names that another callback logs as well, are told before training.
-        self.watch(trainer.model, trainer)
-        self.check_against(trainer.callback_handler.callbacks)
+        self.watch(trainer.model, trainer, trainer.callback_handler.callbacks)
 
     @property
     def state_key(self) -> str:
