@@ -32,6 +32,9 @@ class SharedAlignmentCallback(GuardedHooks):
         name: Stands before the names of all values, ``<name>/alignment/...``: for a second callback.
         process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
             Trainer's device mesh, or else all.
+        context_group: Of these, the ones that hold parts of the same sequences in every forward of the language model
+            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the probe
+            whole. It does not go with ``stages``; towers of a dual encoder are run whole.
         on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
 
     Raises:
@@ -56,10 +59,11 @@ class SharedAlignmentCallback(GuardedHooks):
         prog_bar: bool = False,
         name: str | None = None,
         process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         check_every_n_steps(every_n_steps)
-        check_groups(process_group, None)
+        check_groups(process_group, context_group)
         if num_pairs < 2:
             raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
         self.guard = Guard(type(self).__name__, on_error)
@@ -79,6 +83,7 @@ class SharedAlignmentCallback(GuardedHooks):
             alpha=alpha,
             prefix=prefix_of(name),
             group=process_group,
+            context_group=context_group,
         )
         self.start_over()
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
-from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
+from matent_callbacks.accumulate.reduction import agree, agreed_failures, is_distributed
 from matent_callbacks.callbacks.alignment_reading import (
     EXCHANGED,
     TOWERS,
@@ -37,6 +37,7 @@ from matent_callbacks.callbacks.pair_measures import (
 )
 from matent_callbacks.callbacks.probe import fingerprint, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
+from matent_callbacks.capture.in_parts import in_parts
 from matent_callbacks.capture.inference import quiet
 from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
@@ -71,6 +72,7 @@ class AlignmentMeasurement:
         alpha: float,
         prefix: str = "",
         group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name, given, allowed in (
@@ -85,9 +87,12 @@ class AlignmentMeasurement:
             raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
         if stages is not None and towers is not None:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
+        if stages is not None and context_group is not None:
+            raise ValueError("`context_group` is for models whose stages are found: pass it or `stages`, not both.")
         self._given_probes = self.probes = probes_by_prefix(probe, prefix)
         self._prefix = prefix
         self._given_group = self._group = group
+        self._context_group = context_group
         self._basis = basis
         self._pair_measures = pair_measures if pair_measures is None else tuple(pair_measures)
         self._stages = stages
@@ -140,10 +145,10 @@ class AlignmentMeasurement:
         error: Exception | None = None
         batches = _Batches([], [])
         try:
-            if not self.probes and find_probe is not None:
-                self.probes = {self._prefix: find_probe()}
-            with quiet(model), around():
-                batches = self._read(model, self.probes[prefix])
+            probe = self._found_probe(model, prefix, find_probe)
+            context = None if self._is_dual_encoder(model) else self._context_group
+            with quiet(model), around(), in_parts(model, context):
+                batches = self._read(model, probe)
         except Exception as raised:
             error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
@@ -153,9 +158,30 @@ class AlignmentMeasurement:
             raise error
         return self._values(self._together(batches, model), model)
 
-    def _read(self, model: nn.Module, probe: Any) -> _Batches:
+    def _found_probe(self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None) -> list[Any]:
+        """The batches of this rank's probe: the same on all ranks of a context group, or an error on all of them."""
+        batches: list[Any] = []
+        error: Exception | None = None
+        try:
+            if not self.probes and find_probe is not None:
+                self.probes = {self._prefix: find_probe()}
+            probe = self.probes[prefix]
+            batches = [probe] if isinstance(probe, Mapping) else list(probe)
+        except Exception as raised:
+            error = raised
+        if self._context_group is not None and is_distributed(self._context_group):
+            hashes = str([fingerprint(batch) for batch in batches])
+            any_failed, hashes_of_ranks = agree(hashes, error is not None, device_of(model), self._context_group)
+            if any_failed:
+                raise error or RuntimeError("Another rank failed to find the probe.")
+            if hashes_of_ranks:
+                raise ValueError("`probe` must be the same on all ranks of `context_group`, got unlike batches.")
+        if error is not None:
+            raise error
+        return batches
+
+    def _read(self, model: nn.Module, batches: list[Any]) -> _Batches:
         """Read the batches of this rank's probe."""
-        batches = [probe] if isinstance(probe, Mapping) else list(probe)
         if not batches and not is_distributed(self._group):
             raise ValueError("`probe` must hold at least one batch, got none.")
         readings = [self._read_batch(model, batch) for batch in batches]

@@ -9,6 +9,7 @@ import torch
 
 from matent_callbacks import measure_alignment
 from matent_callbacks.accumulate.gathering import all_gather_ragged
+from tests.distributed import alignment_in_parts
 from tests.pairs import IMAGE_TOKEN, clip_examples, collate_pairs, llava_examples, make_clip, make_llava, seeing_llava
 from tests.ranks import run_on_ranks
 from tests.versions import needs
@@ -125,3 +126,13 @@ def test_pairs_of_all_ranks_are_counted():
     first, second = run_on_ranks(too_few, 2)
     assert first == second
     assert first == ["`probe` must hold at least 5 pairs for mutual_knn (k=4), got 4.", ["alignment/cka_debiased"]]
+
+
+@needs("transformers", "5.0")
+def test_a_language_model_that_holds_parts_of_sequences_gives_the_values_of_whole_ones():
+    for found in run_on_ranks(alignment_in_parts.on_rank, 2):
+        assert {"alignment/grounding", "alignment/cka_z", "effective_rank/image_text"} < set(found["alone"])
+        assert found["values"] == pytest.approx(found["alone"], **EXACT)
+        assert max(found["lengths"]) < alignment_in_parts.probe()["input_ids"].shape[1]
+        told = "`probe` must be the same on all ranks of `context_group`, got unlike batches."
+        assert found["other"] == found["none"] == told
