@@ -21,8 +21,8 @@ from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import find_packing
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
-# Of attention, and of Mamba and its like.
-_CACHES = ("past_key_values", "cache_params")
+# All of transformers from 5.24 on; before, of attention, and of Mamba and its like.
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
@@ -168,7 +168,7 @@ class Capture:
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
             # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-            if any(arguments.get(name) is not None for name in _CACHES):
+            if any(not isinstance(arguments.get(name), bool | None) for name in _CACHES):
                 forward.counts = False
             forward.masks.look(watched, arguments)
             if forward.packing is None and forward.counts:

@@ -222,6 +222,26 @@ def test_generation_and_recomputation_are_not_counted(make_llama, batch):
         assert monitor.compute() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_forward_with_a_cache_is_generation_whatever_its_name(name):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return self.layer(x)
+
+    monitor, hidden = EntropyMonitor(model := Model(), "layer"), torch.randn(2, 5, 8)
+    with monitor:
+        model(hidden, **{name: None})
+    expected = monitor.compute()
+    with monitor:
+        model(hidden, **{name: False})  # a switch of the model's own
+        model(torch.randn(2, 5, 8), **{name: object()})
+    assert monitor.compute() == expected
+
+
 def test_autograd_is_not_touched_and_nothing_is_kept(make_llama, batch):
     model = make_llama(dropout=0.0)
     model(**batch).loss.backward()
