@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from matent_callbacks.capture.sharded import on_whole
@@ -29,7 +30,7 @@ def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | No
     """Where documents begin, by position ids that start again, or None for a batch of one document a row.
 
     Packing is given in no other way that all models share: there is no mask, or one that marks padding only. Looking
-    into the positions makes the host wait for the device, but few batches carry any.
+    into the positions makes the host wait for the device, once, but few batches carry any.
     """
     positions = arguments.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2:
@@ -43,12 +44,16 @@ def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | No
     again = torch.zeros_like(valid)
     falls = (positions[:, 1:] == 0) | (positions[:, 1:] < positions[:, :-1])
     again[:, 1:] = falls & valid[:, 1:] & valid[:, :-1]
-    if not bool(again.any()):
+    starting = (first | again).flatten()
+    token = torch.arange(starting.numel(), device=starting.device)
+    length_so_far = token + 1 - torch.where(starting, token, 0).cummax(0).values
+    # The only wait, however the batch is packed.
+    is_packed, count, longest = torch.stack([again.any(), starting.sum(), length_so_far.max()]).tolist()
+    if not is_packed:
         return None
-    starts = (first | again).flatten().nonzero().squeeze(1)
-    ends = torch.cat([starts[1:], starts.new_full((1,), valid.numel())])
-    place = torch.arange(int((ends - starts).max()), device=starts.device)
-    index = starts.unsqueeze(1) + place
+    starts = torch.where(starting, token, starting.numel()).sort().values[:count]
+    ends = F.pad(starts[1:], (0, 1), value=starting.numel())
+    index = starts.unsqueeze(1) + torch.arange(longest, device=starts.device)
     inside = index < ends.unsqueeze(1)
     index = torch.where(inside, index, 0)
     return Packing(positions.shape, index, inside & valid.flatten()[index])
