@@ -88,5 +88,5 @@ def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
         yield (
             f"Padding is counted in {', '.join(keys)}: the mask that the model is handed has length {lengths[0]}, the "
             f"hidden states have {lengths[1]}, and no module around them is handed one that fits. Pass that of the "
-            "hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the Lightning callback."
+            "hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the callback."
         )

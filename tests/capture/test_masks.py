@@ -196,7 +196,7 @@ def test_whisper_sees_silence_as_sound_and_pads_its_decoder():
     with pytest.warns(UserWarning, match="counted in layer_00, layer_01, last: .* has length 40, .* have 20, ") as told:
         readings, output = read(monitor, lambda: model(**inputs, attention_mask=mask, output_hidden_states=True))
     assert len(told) == 1
-    assert "`attention_mask=` of EntropyMonitor.start, or `mask=` of the Lightning callback" in str(told[0].message)
+    assert "`attention_mask=` of EntropyMonitor.start, or `mask=` of the callback" in str(told[0].message)
     assert_reads(readings, output.encoder_hidden_states, None)
     own = lengths_as_mask([20, 11, 16], 20)
     monitor.start(attention_mask=own)

@@ -242,6 +242,21 @@ def test_a_forward_with_a_cache_is_generation_whatever_its_name(name):
     assert monitor.compute() == expected
 
 
+def test_rankme_of_a_complete_collapse_is_exact_in_float64_and_ten_per_cent_high_at_most_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 256, 3, generator=generator) @ torch.randn(3, 768, generator=generator)
+    share = torch.linalg.svdvals(hidden.flatten(0, 1).double())
+    expected = float(torch.special.entr(share / share.sum()).sum().exp())
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        monitor = EntropyMonitor(model := nn.Sequential(nn.Identity()), "0", metrics="rankme", dtype=dtype)
+        with monitor:
+            model(hidden)
+        found[dtype] = monitor.compute()["rankme/0"]
+    assert found[torch.float64] == pytest.approx(expected, rel=1e-4)
+    assert expected < found[torch.float32] < 1.1 * expected
+
+
 def test_autograd_is_not_touched_and_nothing_is_kept(make_llama, batch):
     model = make_llama(dropout=0.0)
     model(**batch).loss.backward()
