@@ -5,6 +5,8 @@ INSTALLED := .venv/installed
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+# Each test uses one thread. The tests of a file share what is slow to make, so they stay in one process.
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
 
@@ -17,24 +19,24 @@ demo-multimodal: $(INSTALLED)
 	$(BIN)/python examples/finetune_vlm.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 # With the lowest releases that pyproject.toml allows.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/$(PYTEST)
 
 test-oldest-core: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest $(CORE)
+	$(OLDEST)/bin/$(PYTEST) $(CORE)
 
 # With the newest releases that the index has now, whenever the environment was made.
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/$(PYTEST)
 
 # Before each commit: under two minutes.
 check: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

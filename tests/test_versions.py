@@ -26,7 +26,7 @@ def requirements(extra: str | None) -> list[Requirement]:
     found = []
     for requirement in map(Requirement, given):
         if requirement.name == PROJECT["name"]:
-            found += [inner for name in requirement.extras for inner in requirements(name)]
+            found += [inner for name in sorted(requirement.extras) for inner in requirements(name)]
         else:
             found.append(requirement)
     return found

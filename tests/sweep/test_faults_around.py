@@ -286,7 +286,7 @@ def test_every_hook_is_guarded(framework, make, tmp_path, alone, recwarn):
         (PlateauDetector, stopping, {"of": "somebody else"}),
         (PlateauDetector, stopping, {"window": [["a", "b", "c"]]}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_foreign_or_broken_state_in_the_checkpoint(
     framework, owner, make, state, tmp_path, alone, monkeypatch, recwarn
