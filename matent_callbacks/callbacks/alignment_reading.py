@@ -31,7 +31,7 @@ Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 
 TOWERS = ("image_tower", "text_tower")
 EXCHANGED = tuple(f"exchanged/{name}" for name in ("image", "text", "image_text", "image_text_moved"))
-"""The stages of the samples that exchanged images, and image and text of these with the images moved on."""
+"""The stages of the samples that exchanged images, and their ``image_text`` with the images moved on."""
 
 
 class Counts(NamedTuple):

@@ -44,7 +44,7 @@ class SharedEntropyCallback(GuardedHooks):
         name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
             callback with the same layers.
         window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
-            Metrics of one vector per sequence may need more sequences than one step has.
+            Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
             the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 

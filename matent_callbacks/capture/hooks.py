@@ -21,8 +21,7 @@ from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import find_packing
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
-# What models call their key-value cache: transformers has only the first from 5.24 on; before, attention had the
-# second, and Mamba and similar models the third.
+# Names of a key-value cache: all models of transformers from 5.24 on; before, attention; Mamba and similar models.
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]

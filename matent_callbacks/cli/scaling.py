@@ -51,9 +51,8 @@ def scaling(
     """Fit H(N) = a N^-b and H(N) = a N^-b + c to measured models, and say which the points support.
 
     Every model counts the same: the intervals of a measurement come from the choice of texts, which is the same for
-    all models, and say nothing about how far a model lies off the curve. They are drawn, but are not used as weights.
-    The noise is estimated from the residuals; intervals of a, b and c are 95 % profile likelihood; the form is chosen
-    by AICc.
+    all models, and say nothing about how far a model lies off the curve. They are drawn, not used as weights. The noise
+    is estimated from the residuals; intervals of a, b and c are 95 % profile likelihood; the form is chosen by AICc.
 
     The law of what `matent measure --out results.json` found, with its picture:
 

@@ -12,9 +12,8 @@ from torch.utils.data import DistributedSampler
 def counted_samples(trainer: Any, batch_idx: int, dataloader_idx: int) -> Tensor | None:
     """``(B,)``: false for the padding samples of the loader's ``DistributedSampler``; None: all count.
 
-    The sampler deals out one sample to each rank in turn, and after the last one those from the beginning again, so
-    that every rank has as many. Padding samples cannot be identified, and are not left out, without such a sampler, or
-    with batches of no fixed size.
+    The sampler deals out one sample to each rank in turn, then some from the beginning again, so that all have as many.
+    Padding samples cannot be identified, and are not left out, without such a sampler or with batches of no fixed size.
     """
     combined = trainer._evaluation_loop._combined_loader
     loader = combined.flattened[dataloader_idx]

@@ -72,7 +72,7 @@ class EntropyMonitor:
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
-            is ``matrix_entropy_error/<layer>``. It has ``matrix_entropy``, ``normalized_matrix_entropy``,
+            is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
             ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
         process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
@@ -166,7 +166,7 @@ class EntropyMonitor:
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
-        """Start reading forwards, where there is no block to put into a ``with monitor:``.
+        """Start reading forwards, for where a ``with monitor:`` block cannot be used.
 
         Args:
             training_only: Leave out forwards that are not in training mode with gradients.
