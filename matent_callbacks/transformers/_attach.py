@@ -55,7 +55,7 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
         self.start_over()
         self.find_trainer()
         self.check()
-        with self.guard("its state of the checkpoint"):
+        with self.guard("its state from the checkpoint"):
             # If the Trainer resumes, its state was loaded from the checkpoint, and ours is part of it.
             saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
             if saved is not None:

@@ -134,7 +134,7 @@ class MeasuringCallback(AttachedCallback):
         if not self.during_eval:
             yield
             return
-        with self.guard("a new beginning of the reading"):
+        with self.guard("the reset of the reading before an evaluation"):
             self.begin_evaluation()
         self._in_evaluation = True
         try:
