@@ -22,7 +22,7 @@ class Tower(NamedTuple):
     mask: Tensor
     """``(S, T)`` bool."""
     embedding: Tensor
-    """``(S, d')``: one vector a sample, which is compared with the other tower's."""
+    """``(S, d')``: one vector per sample, which is compared with the other tower's."""
 
 
 def is_dual_encoder(model: nn.Module) -> bool:

@@ -144,7 +144,7 @@ def _is_container(module: nn.Module) -> bool:
 def _masked_by(
     model: nn.Module, path: tuple[nn.Module, ...], place: tuple[nn.Module, ...], main: Stack | None
 ) -> frozenset[nn.Module]:
-    """The modules whose masks describe a read point; a multi-tower model's own is that of its main stack alone."""
+    """Modules whose masks describe a read point; what a multi-tower model is given describes its main stack only."""
     nearest = max((index for index, module in enumerate(path) if is_hugging_face(module)), default=None)
     if nearest is None or (main is not None and main.owner in path[nearest:]):
         return frozenset((model, *path, *place))

@@ -24,7 +24,7 @@ from matent_callbacks.functional.alignment import STAGES
 
 
 class Stage(NamedTuple):
-    """The hidden states of one stage: one row a sample, all its images together."""
+    """The hidden states of one stage: one row per sample, all its images together."""
 
     hidden_states: Tensor
     """``(S, T, d)``."""

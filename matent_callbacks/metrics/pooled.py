@@ -209,7 +209,7 @@ class EffectiveRank(_PooledMetric):
 
     Shapes:
         ``update(hidden_states, attention_mask=None)``: ``(N, d)`` and ``(N,)``, or ``(B, T, d)`` and ``(B, T)``.
-        ``compute()``: ``()``, from 1 to ``min(N - 1, d)``; NaN while no token has been seen.
+        ``compute()``: ``()``, from 1 to ``min(N - 1, d)`` (N without centring); NaN while no token has been seen.
 
     Example:
         >>> import torch
