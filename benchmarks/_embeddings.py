@@ -15,7 +15,7 @@ from matent_callbacks.lightning import MatrixEntropyCallback
 
 
 class Embeddings(pl.LightningModule):  # type: ignore[misc]
-    """Hands on embeddings whose spectrum falls as a power law, as those of trained models do."""
+    """Outputs embeddings whose spectrum falls as a power law, as those of trained models do."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def fit(name: str, data: list[dict[str, Tensor]], width: int, values: dict[str, 
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        # Not those that stable-pretraining has put there.
+        # Without those that stable-pretraining adds.
         trainer.callbacks = callbacks
         trainer.fit(Embeddings(width), loader(data), loader(data[:1]))
     key = {"ours": "rankme/encoder", "theirs": "theirs"}.get(name)

@@ -15,7 +15,7 @@ PLOTS = Path(__file__).parent / "plots"
 
 
 def begin(title: str, explanation: str | None) -> None:
-    """Print the heading of a section, and below it all of the explanation but its first line."""
+    """Print the heading of a section, and below it the explanation without its first line."""
     print(f"## {title}\n")
     _, _, rest = inspect.cleandoc(explanation or "").partition("\n\n")
     if rest:
@@ -23,7 +23,7 @@ def begin(title: str, explanation: str | None) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; a cell may hold ``|`` where it stands for several columns."""
+    """Print a table; a cell may hold ``|`` if it stands for several columns."""
     titles = " | ".join(header)
     print(f"| {titles} |")
     print("|---" * (titles.count("|") + 1) + "|")

@@ -1,4 +1,4 @@
-"""One ``matent measure``, alone or under torchrun, which prints how long it took once everything was imported."""
+"""Runs ``matent measure`` once, alone or under torchrun, and prints how long it took, imports left out."""
 
 from __future__ import annotations
 

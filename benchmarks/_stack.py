@@ -1,4 +1,4 @@
-"""A model that does nothing, so that all that is measured is the monitor."""
+"""A model that does nothing, so that only the cost of the monitor is measured."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import nn
 
 
 def identities(layers: int) -> nn.Sequential:
-    """Layers that hand on what they are given."""
+    """Create layers that return their input."""
     return nn.Sequential(*(nn.Identity() for _ in range(layers)))

@@ -24,12 +24,12 @@ class Ratio(NamedTuple):
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
     def judged(self, at_most: float) -> str:
-        """The ratio beside its goal."""
+        """Format the ratio, its goal, and whether it is met, as cells of a table."""
         return f"{self} | {at_most:g} | {'yes' if self.median <= at_most else '**no**'}"
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
-    """Of two series that were measured in turn: drift of the machine is in both parts of each pair."""
+    """Compare two series that were measured in turn, so that drift of the machine is in both parts of each pair."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     if len(ratios) == 1:
         return Ratio(ratios[0], ratios[0], ratios[0])
@@ -38,7 +38,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function in each round; the order within a round is drawn anew."""
+    """Return the seconds of each function in each round; the order is drawn anew for each round."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
@@ -51,13 +51,13 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warm
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most that torch's CPU allocator had handed out in a call on one thread, beyond what it had before it.
+    """Return the peak memory that torch's CPU allocator handed out in a call on one thread, beyond that before it.
 
-    From the profiler's record of every allocation: exact, and with the solver's workspace, which resident memory
-    would show only if no freed page had been kept.
+    From the profiler's record of every allocation: exact, and including the solver's workspace, which resident memory
+    would only show if no freed page were kept.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the profiler sees no other
+    torch.set_num_threads(1)  # the profiler sees no other thread
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             function()

@@ -1,4 +1,4 @@
-"""A Llama on the English text that ships with CPython, and a Trainer whose callbacks come and go."""
+"""A Llama on the English text that ships with CPython, and a Trainer that switches callbacks between steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = BATCH * LENGTH
 
 
 def make_model(width: int, layers: int) -> Any:
-    """Shapes as in Llama: 64 numbers a head, an MLP 4 times as wide."""
+    """Create a model with shapes as in Llama: heads of width 64, an MLP 4 times as wide."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -46,7 +46,7 @@ def stack(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def batches() -> Iterator[dict[str, Tensor]]:
-    """The text over and over."""
+    """Yield batches of the text, over and over."""
     examples = text_dataset()
     while True:
         for start in range(0, len(examples) - BATCH, BATCH):
@@ -56,7 +56,7 @@ def batches() -> Iterator[dict[str, Tensor]]:
 class SwitchingTrainer(transformers.Trainer):  # type: ignore[misc]
     """Takes a step with one set of callbacks, then with another, and so on, and times each.
 
-    One model in one thread: two Trainers would differ by several percent for where their memory happens to lie.
+    One model in one thread: two Trainers would differ by several percent just because of where their memory lies.
     """
 
     def __init__(self, sets: Mapping[str, list[Any]], **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class SwitchingTrainer(transformers.Trainer):  # type: ignore[misc]
             self.remove_callback(callback)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        # The first thing of a step, and outside the events: during one the list of callbacks must stay as it is.
+        # Called first in a step, and outside of events, during which the list of callbacks must not change.
         now = time.perf_counter()
         if self._now:
             self.seconds[self._now].append(now - self._start)
@@ -89,7 +89,7 @@ class SwitchingTrainer(transformers.Trainer):  # type: ignore[misc]
 def seconds_in_turn(
     sets: Mapping[str, list[Any]], *, width: int, layers: int, rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of a step with each set of callbacks, once a round; the order within a round is drawn anew."""
+    """Return the seconds of a step with each set of callbacks, once per round; the order is drawn anew each time."""
     trainer = make_trainer(sets, width=width, layers=layers, steps=len(sets) * (warm_up + rounds) + 1)
     trainer.train()
     return {name: seconds[warm_up:] for name, seconds in trainer.seconds.items()}

@@ -1,7 +1,7 @@
-"""How often `CollapseDetector` raises a false alarm and how late it tells a collapse, beside a plain threshold.
+"""How often `CollapseDetector` raises a false alarm and how late it detects a collapse, beside a plain threshold.
 
 Both get the same simulated series, a floor of 0.25 of the highest value and the same patience; the threshold alarms
-once the last `patience` observations lie below the floor, without a look at their trend. A series begins at 1 and has
+once the last `patience` observations lie below the floor, whatever their trend. A series begins at 1 and has
 multiplicative noise with a standard deviation of 5 to 30 %, drawn per series.
 
 A dip falls within 2 to 5 observations to 0.02 to 0.12, lies there for up to 0.3 patience, and climbs evenly on a
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """In the order of the table."""
+    """Return the cases in the order of the table."""
     found = []
     for suffix, spikes, missing in (("", 0.0, 0.0), (", spikes", 0.02, 0.0), (", missing", 0.0, 0.1)):
         found += [
@@ -58,7 +58,7 @@ def cases() -> list[Case]:
 
 
 def simulate(case: Case, patience: int, rng: np.random.Generator) -> tuple[Floats, int | None]:
-    """A series, and where it is below the floor for good; None where it comes back."""
+    """Return a series, and the index from which it stays below the floor; None if it recovers."""
     depth, drop = rng.uniform(0.02, 0.12), int(rng.integers(2, 6))
     if case.climb is not None:
         climb = round(rng.uniform(*case.climb) * patience)
@@ -93,12 +93,12 @@ def _spikes(rng: np.random.Generator, count: int) -> Floats:
 
 
 def ours(patience: int) -> Callable[[int, float], bool]:
-    """The alarm of this package."""
+    """Return the alarm rule of this package."""
     return CollapseDetector(floor=FLOOR, patience=patience).update
 
 
 def threshold(patience: int) -> Callable[[int, float], bool]:
-    """The last ``patience`` finite observations below the floor of the highest."""
+    """Return a rule that alarms once the last ``patience`` finite observations are below the floor."""
     highest, count = -np.inf, 0
 
     def update(step: int, value: float) -> bool:
@@ -115,7 +115,7 @@ METHODS = {"ours": ours, "threshold": threshold}
 
 
 def score(case: Case, method: str, patience: int, series: list[tuple[Floats, int | None]]) -> tuple[str, str, str]:
-    """Percentage of false alarms, median delay in patience, percentage of misses, as text."""
+    """Return the percentage of false alarms, the median delay in patience, and the percentage of misses, as text."""
     false, missed, delays = 0, 0, []
     for values, collapsed in series:
         update = METHODS[method](patience)

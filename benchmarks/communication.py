@@ -27,7 +27,7 @@ from benchmarks._timing import interleaved, mebibytes, peak_bytes, ratio
 from matent_callbacks import EntropyMonitor, MatrixEntropy
 from tests.ranks import run_on_ranks
 
-# How much a rank receives for each number that it hands in, by the world size.
+# How much a rank receives for each number that it passes to a collective, by the world size.
 RECEIVED: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda world: 2 * (world - 1) / world,
     "reduce": lambda world: (world - 1) / world,
@@ -132,7 +132,7 @@ def on_rank(rank: int, world: int, widths: tuple[int, ...], rounds: int) -> list
 
 
 def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
-    """Of each way the numbers handed in, those received, the peak bytes and the state; their times; the monitor's."""
+    """Measure both ways: numbers sent and received, peak bytes, state, time; and what the monitor sends."""
     torch.manual_seed(rank)
     hidden = torch.randn(8, 128, width)
     metrics: dict[str, Metric] = {"ours": MatrixEntropy(num_features=width), "theirs": SummedMoments(width)}
@@ -159,7 +159,7 @@ def of_width(rank: int, width: int, rounds: int) -> dict[str, Any]:
 
 
 def traffic(function: Callable[[], Any]) -> tuple[int, float, Counter[str]]:
-    """Numbers that this rank hands to collectives in a call, numbers that it receives, and how often it calls which."""
+    """Count the numbers that this rank passes to collectives in a call, those that it receives, and calls by name."""
     sent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     with _listening(sent, calls):

@@ -2,8 +2,8 @@
 
 `EntropyMonitor` on layers that do nothing: all the time and memory are the monitor's. Times are relative to the
 leftmost point of their curve, all points measured in turn; memory is the peak during a reading on one thread: each
-further one has a layer's matrix, twice, of its own. Beside them slopes of 1, 2 and 3 on the logarithmic axes. Over
-tokens memory is flat from where a batch has as many numbers as are worked on at a time.
+further thread needs two copies of a layer's matrix. The grey lines have slopes of 1, 2 and 3 on the logarithmic axes.
+Over tokens memory is flat as soon as a batch has more numbers than are processed at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.ranks import run_on_ranks
 
 
 class Shape(NamedTuple):
-    """Of one reading."""
+    """The shape of one reading."""
 
     tokens: int = 1024
     width: int = 512
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What one axis does to time and memory."""
+    """Time and memory along one axis."""
 
     axis: str
     points: list[int]
@@ -75,7 +75,7 @@ def curve(axis: str, points: list[int], base: Shape, rounds: int) -> Curve:
 
 
 def reading(shape: Shape) -> Callable[[], Any]:
-    """One forward that is read, and the values of all its layers."""
+    """Return a function that reads one forward and computes the values of all its layers."""
     length = min(128, shape.tokens)
     hidden = torch.randn(shape.tokens // length, length, shape.width)
     model = identities(shape.layers)
@@ -90,7 +90,7 @@ def reading(shape: Shape) -> Callable[[], Any]:
 
 
 def over_ranks(worlds: list[int], base: Shape, rounds: int) -> Curve:
-    """Every rank with as many tokens. The ranks share this machine's cores, which slows those that are many."""
+    """Measure with the same tokens on every rank. The ranks share this machine's cores, so many ranks are slower."""
     time, memory = [], []
     for world in worlds:
         found = run_on_ranks(on_rank, world, tuple(base), rounds, seconds=240)
@@ -100,7 +100,7 @@ def over_ranks(worlds: list[int], base: Shape, rounds: int) -> Curve:
 
 
 def on_rank(rank: int, world: int, shape: tuple[int, int, int], rounds: int) -> tuple[float, int]:
-    """Seconds of a reading over those of a matrix product, which takes the machine's load out, and its peak bytes."""
+    """Time a reading relative to a matrix product, which cancels the machine's load; also return its peak bytes."""
     torch.manual_seed(rank)
     read = reading(Shape(*shape))
     square = torch.randn(shape[1], shape[1])

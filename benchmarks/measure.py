@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def batching_difference(folder: Path, *, size: int) -> float:
-    """Over every value of every layer, Diff-eRank too, of the command itself."""
+    """Return the largest difference over every value of every layer, Diff-eRank included, as the command prints."""
     text = write(folder / "text.txt", islice(documents(), size))
     found: list[dict[str, Any]] = []
     for tokens in (1, BATCH_TOKENS):
@@ -81,7 +81,7 @@ def batching_difference(folder: Path, *, size: int) -> float:
 
 
 def times(folder: Path, *, rounds: int, size: int) -> tuple[list[float], list[float], float]:
-    """Seconds of each round, the two in turn on the same documents, and how far their mean entropies are apart."""
+    """Return the seconds of each round, both in turn on the same documents, and how far the mean entropies differ."""
     loaded = load(MODEL, dtype="float32", device="cpu", trust_remote_code=False, allow_pickle=False)
     source = documents()
     slow, ours, apart = [], [], 0.0
@@ -100,7 +100,7 @@ def times(folder: Path, *, rounds: int, size: int) -> tuple[list[float], list[fl
 
 
 def two_ranks(folder: Path, *, rounds: int, size: int) -> Ratio:
-    """The time of one rank over that of two, imports left out, on documents of at most 200 characters."""
+    """Return the time of one rank over that of two, imports left out, on documents of at most 200 characters."""
     text = write(folder / "short.txt", [line[:200] for line in islice(documents(), size)])
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
@@ -114,7 +114,7 @@ def two_ranks(folder: Path, *, rounds: int, size: int) -> Ratio:
 
 
 def papers_procedure(loaded: Loaded, chunk: list[str]) -> float:
-    """One sentence at a time, the full SVD of the d x d covariance (Wei et al., arXiv 2401.17139)."""
+    """Run one sentence at a time, with a full SVD of the d x d covariance (Wei et al., arXiv 2401.17139)."""
     total = 0.0
     for line in chunk:
         inputs = loaded.tokenizer(line, return_tensors="pt", truncation=True, max_length=LENGTH)
@@ -129,7 +129,7 @@ def papers_procedure(loaded: Loaded, chunk: list[str]) -> float:
 
 
 def measured(loaded: Loaded, text: Path) -> float:
-    """What the command does once the model is loaded: read, tokenize, batch, run, measure, bootstrap."""
+    """Do what the command does once the model is loaded: read, tokenize, batch, run, measure, bootstrap."""
     state = State()
     for _ in stream(
         loaded.model,

@@ -1,12 +1,12 @@
-"""Ours / what one would do otherwise for the same step: by hand, or with the monitor of W&B.
+"""Ours / the alternatives for the same step: by hand, or with the monitor of W&B.
 
 *By hand* is `output_hidden_states=True`, then for each layer the covariance of the tokens that count, `eigvalsh` and
 the entropy: the same values. `wandb.watch(model, log="all")` keeps histograms of parameters and gradients, offline,
-every step here as ours is. One model takes a step with each in turn, but for the hooks of `wandb.watch`, which stay on
-a second one: two models differ by a percent or two for where their memory happens to lie. *Time* is that of the whole
+every step here as ours is. One model takes a step with each in turn, except for `wandb.watch`, whose hooks stay on a
+second one: two models differ by a percent or two just because of where their memory lies. *Time* is that of the whole
 step over the other's whole step. *Extra* time and memory are what a step costs beyond a plain one, over the same of
 the other. Memory is the peak of the forward or of the backward half of the step, whichever exceeds the plain one by
-more: which of them limits a run depends on it. Ours is that of all threads.
+more: which of them limits a run depends on the run. Ours is that of all threads.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Steps:
         found: list[tuple[Tensor, dict[str, float]]] = []
         forward = peak_bytes(lambda: found.append(self._forward(name)))
         if name == "ours":
-            # What was measured is one thread. Each of the others decomposes a matrix, and LAPACK has a copy of it.
+            # One thread was measured. Each of the others decomposes a matrix of its own, and LAPACK has a copy of it.
             forward += (torch.get_num_threads() - 1) * 2 * 4 * self._width**2
         return forward, peak_bytes(lambda: self._backward(name, *found[0]))
 

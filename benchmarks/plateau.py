@@ -111,7 +111,7 @@ METHODS: dict[str, Callable[[int], Callable[[int, float], bool]]] = {
 
 def score(case: Case, method: str, patience: int, series: NDArray[np.float64]) -> tuple[str, str, str]:
     """Returns the percentage of false stops, the median delay in patience, and the percentage of misses, as text."""
-    # The last value of the rise has still risen; without a rise the first value is of the plateau.
+    # The last value of the rise has still risen; without a rise the first value belongs to the plateau.
     start = case.rise * patience + 1 if case.rise else 0
     false, missed = 0, 0
     delays = []

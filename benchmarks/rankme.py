@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def compare(width: int, count: int, *, rounds: int) -> list[str]:
-    # Only now: Lightning, too, imports torchvision where it finds it.
+    # Imported only now: Lightning itself imports torchvision if it is there.
     from benchmarks._embeddings import fit
 
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def compare(width: int, count: int, *, rounds: int) -> list[str]:
 
 
 def make_torchvision_importable() -> None:
-    """Declare its operators where its compiled part does not load beside this build of torch: RankMe uses none."""
+    """Declare its operators if its compiled part does not load with this build of torch; RankMe uses none of them."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -84,7 +84,7 @@ def make_torchvision_importable() -> None:
 
 
 _KEPT: list[torch.library.Library] = []
-"""A library's operators are gone with it."""
+"""Keeps the library alive: its operators would be gone with it."""
 
 
 if __name__ == "__main__":

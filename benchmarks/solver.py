@@ -99,7 +99,7 @@ def matrices(width: int, quick: bool) -> list[tuple[str, Tensor]]:
             rotated(torch.cat([torch.full((width // 8,), 63.0), torch.ones(width - width // 8)])),
         )
     )
-    # Untrained, which is the hardest: its spectrum is the flattest.
+    # An untrained model, which is the hardest: its spectrum is the flattest.
     model = make_model(width, 1 if quick or width > 2048 else 2)
     data = batches()
     with torch.no_grad():

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models and few steps: shows that it runs")
     quick = parser.parse_args().quick
     begin("Step time with the callback / without", __doc__)
-    # Width, blocks, rounds of monitored steps and of such as are not due: what those cost is little, so it takes many.
+    # Width, blocks, rounds of monitored steps and of steps that are not due: these cost little, so it takes many.
     settings = [(64, 2, 6, 6), (128, 2, 3, 3)] if quick else [(256, 6, 100, 250), (768, 4, 16, 30), (2048, 2, 5, 5)]
     print(f"Llama, {BATCH} x {LENGTH} tokens a step; in the first column the seconds of a plain step.\n")
     rows = [row for width, blocks, *rounds in settings for row in step_rows(width, blocks, *rounds)]

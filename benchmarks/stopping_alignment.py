@@ -36,7 +36,7 @@ Record = dict[str, float]
 
 
 class Watched(NamedTuple):
-    """A key, what counts as progress of it, and in which direction."""
+    """A key, how much of a change counts as progress, and in which direction."""
 
     key: str
     min_delta: float
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def cached(*, retrain: bool) -> tuple[list[list[Record]], str]:
-    """All runs and where they were trained; each is written as soon as it is there."""
+    """Return all runs and the conditions they were trained under; each is saved as soon as it is finished."""
     found: dict[str, Any] = {"trained": conditions("transformers"), "runs": []}
     if RUNS.exists() and not retrain:
         found = json.loads(RUNS.read_text(encoding="utf-8"))
@@ -85,20 +85,20 @@ def cached(*, retrain: bool) -> tuple[list[list[Record]], str]:
 
 
 def train(seed: int, *options: str) -> list[Record]:
-    """What a run of the example logs at its readings."""
+    """Run the example, and return what it logs at its readings."""
     keys = ["step", "eval_loss", *(watched.key for watched in WATCHED)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(EXAMPLE), "--to-the-end", "--seed", str(seed), "--output", folder, *options]
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "WANDB_MODE": "disabled"})
         history = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     readings: dict[int, Record] = {}
-    for record in history:  # several of one step
+    for record in history:  # a step may have several records
         readings.setdefault(record["step"], {}).update({key: round(record[key], 6) for key in keys if key in record})
     return [reading for _, reading in sorted(readings.items()) if len(reading) == len(set(keys))]
 
 
 def first_look(run: list[Record]) -> float:
-    """The step from which on the model looks; infinite if it never does."""
+    """Return the step from which on the model looks; infinite if it never does."""
     return next((reading["step"] for reading in run if reading["alignment/grounding"] > LOOKS), float("inf"))
 
 
@@ -118,14 +118,14 @@ def row(watched: Watched, rule: str, runs: list[list[Record]], looks: list[float
 
 
 def stopped(watched: Watched, rule: str, run: list[Record]) -> Record | None:
-    """The reading at which a rule ends a run."""
-    update = METHODS[rule](PATIENCE)  # for values of which 1 is progress, upwards
+    """Return the reading at which a rule ends a run."""
+    update = METHODS[rule](PATIENCE)  # for values scaled so that an increase of 1 is progress
     scale = watched.sign / watched.min_delta
     return next((reading for reading in run if update(int(reading["step"]), scale * reading[watched.key])), None)
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median, least and greatest."""
+    """Format median, minimum and maximum."""
     if not values:
         return "-"
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -2,14 +2,13 @@
 
 torch's fake process group gives this rank a number and answers every collective at once; under `FakeTensorMode` tensors
 have shapes and no values, so that they take no memory. The code that runs is that of a training step. *Numbers* and
-*bytes* are what this rank hands to the collectives. *State* is held from the first forward to the end of the reading;
-*peak* is the most beyond it. The step has 3 sequences of 3,072 tokens in bf16
-on each data rank: of more than d tokens the state is half of a covariance, and more tokens change nothing but what is
-exchanged of each sequence. A rank in the middle of the world is looked at, which decomposes no layer where the ranks
-are more than the layers.
+*bytes* are what this rank passes to the collectives. *State* is held from the first forward to the end of the reading;
+*peak* is the most beyond it. The step has 3 sequences of 3,072 tokens in bf16 on each data rank: with more than d
+tokens the state is half of a covariance, and further tokens only change what is exchanged of each sequence. The rank
+is in the middle of the world: if there are more ranks than layers, it decomposes none.
 
 *Seconds* are the bytes that a rank sends in a ring (2 (W - 1) / W of an all-reduce, (W - 1) / W of a reduce or a
-reduce-scatter) at so many GB/s, as between machines and within one; the share is that of a step of 10 s.
+reduce-scatter) at a bandwidth as between machines, and as within one; the share is that of a step of 10 s.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 POOLED = ("matrix_entropy", "effective_rank")
 SEQUENCES = "sequence_matrix_entropy"
 RANK = 515
-# Name, bytes handed in and number of ranks of each collective.
+# Name, bytes passed in and number of ranks of each collective.
 Sent = list[tuple[str, int, int]]
 SEQUENCES_OF_A_STEP, LENGTH = 3, 3072
 
@@ -53,9 +52,9 @@ class Strategy(NamedTuple):
     """Names and sizes of its dimensions."""
     metrics: Any = POOLED
     split: int = 1
-    """Ranks that a sequence of plain tensors is spread over."""
+    """Number of ranks that a sequence of plain tensors is split over."""
     placement: Any = None
-    """Of DTensors, along the dimension of tensor parallelism; all ranks are one process group then."""
+    """Of DTensors, along the tensor-parallel dimension; all ranks are one process group then."""
 
 
 STRATEGIES = (
@@ -73,7 +72,7 @@ STRATEGIES = (
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that are there, and the most that were there at once.
+    """Counts the bytes of all tensors alive, and their maximum.
 
     What DTensors send is added to ``sent``.
     """
@@ -86,7 +85,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # on the CPU it is asked whether all tokens count: yes
+            return 1  # the CPU code checks whether all tokens count: yes
         if func.namespace == "_c10d_functional" and "wait" not in str(func):
             ranks = next(argument for argument in args if isinstance(argument, int))
             self._sent.append((func._schema.name.split("::")[1], args[0].numel() * args[0].itemsize, ranks))
@@ -139,7 +138,7 @@ def of_one_rank(strategy: Strategy, layers: int, width: int) -> list[str]:
     if "pp" in strategy.mesh:
         layers //= strategy.mesh["pp"]
     mesh = init_device_mesh("cpu", tuple(strategy.mesh.values()), mesh_dim_names=tuple(strategy.mesh))
-    # What is spread over tokens belongs together along the dimension of tensor parallelism, too.
+    # Tokens of DTensors belong together along the tensor-parallel dimension, too.
     groups = parallel_groups(mesh) if strategy.placement is None else ParallelGroups()
     monitor = EntropyMonitor(identities(layers), "*", metrics=strategy.metrics, **groups._asdict())
     spread_over = None if strategy.placement is None else mesh["tp"]
@@ -197,7 +196,7 @@ def amount(count: float) -> str:
 
 @contextmanager
 def listening(sent: Sent) -> Iterator[None]:
-    """Notes each collective, how many bytes this rank hands in, and of how many ranks it is."""
+    """Record each collective, how many bytes this rank passes in, and how many ranks it has."""
 
     def listener(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def collective(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
@@ -218,7 +217,7 @@ def listening(sent: Sent) -> Iterator[None]:
 
 @contextmanager
 def answered(width: int) -> Iterator[None]:
-    """What the code asks of tensors without values: that ranks agree, of what width they are, and numbers to report."""
+    """Answer what the code reads from tensors without values: that ranks agree, their width, and numbers to report."""
 
     def values(tensor: Tensor) -> Any:
         if tensor.ndim == 2:

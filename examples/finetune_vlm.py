@@ -42,7 +42,7 @@ PATCH = 12  # pixels
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TOWER = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
 PLATEAU: Any = {"min_delta": 0.2, "patience": 5}
-LOOKS = 0.1  # nats per token that the right image has to be worth
+LOOKS = 0.1  # nats per token by which the right image has to lower the loss
 Batch = dict[str, Any]
 
 
@@ -139,7 +139,7 @@ def clip_model() -> CLIPModel:
         pad_token_id=PAD,
     )
     vision = CLIPVisionConfig(num_hidden_layers=3, **TOWER)
-    # Before 5.0 transformers takes mappings only.
+    # Before 5.0, transformers only accepts mappings.
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=96))
 
 
@@ -164,7 +164,7 @@ def train_clip(steps: int, seed: int, output: Path) -> CLIPModel:
 
 
 def llava(clip: CLIPModel) -> LlavaForConditionalGeneration:
-    """A LLaVA of a trained tower, which stays as it is, and a projector and a Llama from random weights."""
+    """A LLaVA from a trained tower, which stays frozen, and a projector and a Llama with random weights."""
     text = LlamaConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=128,
@@ -225,7 +225,7 @@ def retrieved(clip: CLIPModel, pairs: list[Pair]) -> float:
 
 @torch.inference_mode()
 def describe(model: LlavaForConditionalGeneration, pairs: list[Pair]) -> list[str]:
-    """The captions that the model gives."""
+    """Generate captions."""
     image = torch.full((len(pairs), IMAGE_TOKENS), IMAGE)
     inputs = {"input_ids": image, "attention_mask": torch.ones_like(image), "pixel_values": pixels(pairs)}
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
@@ -240,7 +240,7 @@ def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> float:
 
 
 def begins_to_look(history: list[dict[str, Any]]) -> int | None:
-    """The first reading at which the right image is worth more than `LOOKS`."""
+    """The first reading at which the right image lowers the loss by more than `LOOKS`."""
     grounding = zip(*series(history, "alignment/grounding"), strict=True)
     return next((int(step) for step, nats in grounding if nats > LOOKS), None)
 
@@ -266,7 +266,7 @@ def print_curves(history: list[dict[str, Any]]) -> None:
 
 
 def print_worth(model: LlavaForConditionalGeneration, pairs: list[Pair], history: list[dict[str, Any]]) -> None:
-    """What the held-out pictures are worth to the model in the end."""
+    """Print how much the held-out pictures lower the loss of the trained model."""
     batch = caption_batch(pairs)
     turned = loss_of(model, {**batch, "pixel_values": batch["pixel_values"].rot90(1, (2, 3))})
     own = loss_of(model, batch)
@@ -279,7 +279,7 @@ def print_worth(model: LlavaForConditionalGeneration, pairs: list[Pair], history
 
 
 def draw_sheet(pairs: list[Pair], captions: list[str]) -> Figure:
-    """Pictures over the captions that the model gives, wrong ones in orange."""
+    """Draw pictures with the captions that the model generates, wrong ones in orange."""
     figure, axes = plt.subplots(2, (len(pairs) + 1) // 2, figsize=(12, 5), layout="constrained")
     for axis, (true, picture), caption in zip(axes.flat, pairs, captions, strict=False):
         axis.imshow(picture)

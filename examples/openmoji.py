@@ -19,7 +19,7 @@ def pictures(size: int) -> list[tuple[str, Image.Image]]:
     characters = [chr(point) for point in sorted(int(name, 16) for name in names if "-" not in name)]
     with as_file(emoji / "font" / "glyf_colr0.ttf") as path:
         font = ImageFont.truetype(str(path), round(size * 0.75))  # a glyph is 4/3 as wide as the font's size
-    blank = draw("\uffff", font, size)  # what the font lacks is drawn as nothing
+    blank = draw("\uffff", font, size)  # characters that the font lacks are drawn as nothing
     return [
         (name.lower(), image)
         for character in characters

@@ -86,7 +86,7 @@ def main() -> None:
         eval_dataset=held_out,
         callbacks=[
             MatrixEntropyCallback(arguments.every, layers="all", probe=probe),
-            CollapseAlarm(),  # speaks if a layer falls below a quarter of its highest effective rank, and stays there
+            CollapseAlarm(),  # warns if a layer falls below a quarter of its highest effective rank, and stays there
             ReadingPrinter(),
         ],
     )
@@ -113,7 +113,7 @@ def shipped_text() -> Iterator[str]:
 
 
 def train_tokenizer(documents: list[str], special_tokens: tuple[str, ...] = ()) -> Any:
-    """A byte-level BPE tokenizer of the documents."""
+    """Train a byte-level BPE tokenizer on the documents."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         documents, vocab_size=VOCABULARY, special_tokens=list(special_tokens), show_progress=False
@@ -130,7 +130,7 @@ def tokenize(documents: list[str], tokenizer: Any = None) -> list[dict[str, Any]
 
 
 def print_table(layers: tuple[str, ...], untrained: dict[str, float], trained: dict[str, float]) -> None:
-    """The paper's data-set quantities on held-out text, before and after."""
+    """Print the paper's data-set quantities on held-out text, before and after training."""
     print(f"\n{'':10}  {'entropy (nats)':>17}  {'effective rank':>17}")
     print(f"{'layer':10}  {'start':>8} {'end':>8}  {'start':>8} {'end':>8}  {'Diff-eRank':>10}")
     for layer in layers:

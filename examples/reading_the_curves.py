@@ -71,7 +71,7 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
     )
     monitor = EntropyMonitor(model, layers="all", metrics=METRICS)
     monitor.read(probe := collate(held_out[:32]))
-    # One vector a sequence: of those there are never enough.
+    # With one vector per sequence, many sequences are needed: all of the held-out ones.
     sentences = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
     of_sentences = EntropyMonitor(model, metrics=EMBEDDINGS)
     of_sentences.read(sentences)
@@ -84,7 +84,7 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
         MatrixEntropyCallback(eval_every, metrics=EMBEDDINGS, probe=sentences, during_eval=False, name="sentences"),
     ]
     if alarm:
-        # A run may have collapsed by its first reading: what it falls from is the model before training.
+        # A run may have collapsed by its first reading, so it is compared with the model before training.
         callbacks.append(CollapseAlarm("effective_rank/last", relative_to=untrained["effective_rank/last"]))
     trainer = Trainer(
         model=model,
@@ -130,7 +130,7 @@ def run(name: str, train: Sequences, held_out: Sequences, output: Path, steps: i
 
 
 def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
-    """The overview of a run, with the same scales for all runs."""
+    """Draw the overview of a run, with the same scales for all runs."""
     figure = training_overview(records, title=title)
     heat_map, loss, _, entropy = figure.axes
     heat_map.collections[0].set_clim(1, WIDTH)
@@ -140,7 +140,7 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def lengths(model: Any, held_out: Sequences) -> None:
-    """Effective rank of one model and of noise that fills all dimensions: only how the tokens are cut changes."""
+    """Print effective ranks of one model, and of noise that fills all dimensions, for tokens cut in different ways."""
     tokens = torch.tensor([sequence["input_ids"] for sequence in held_out]).flatten()
     monitor = EntropyMonitor(model, metrics=METRICS)
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 python examples/scaling_law.py             # seven sizes from 0.1 to 5.8 M parameters, under 20 minutes on 2 cores
 python examples/scaling_law.py --quick     # a few steps of tiny models, to see that it runs
 
-A size that the output folder holds already, with as many steps, is not trained again.
+A size that is in the output folder already, trained for as many steps, is not trained again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     (output / "held_out_loss.json").write_text(json.dumps(losses, indent=2), encoding="utf-8")
 
     results = output / "results.json"
-    results.unlink(missing_ok=True)  # `measure` goes on from what it finds, and would keep models of an earlier run
+    results.unlink(missing_ok=True)  # `measure` resumes from what it finds, and would keep models of an earlier run
     measuring = ("--text", text, "--field", "text", "--max-length", LENGTH, "--untrained", "--seed", 0)
     matent("measure", *folders, *measuring, "--out", results)
     for metric in FITS:
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def pieces(documents: Any) -> list[str]:
-    """The documents' paragraphs, put together to pieces of at least ``PIECE`` characters."""
+    """Join the documents' paragraphs into pieces of at least ``PIECE`` characters."""
     found, piece = [], ""
     for paragraph in "\n\n".join(documents).split("\n\n"):
         piece += paragraph + "\n\n"
@@ -149,7 +149,7 @@ def train_size(
 
 
 def matent(*arguments: object, refusal_is_fine: bool = False) -> None:
-    """Run the command line as a user does; ``matent scaling`` exits with 1 where it has nothing to fit."""
+    """Run the command line as a user does; ``matent scaling`` exits with 1 if it has nothing to fit."""
     command = [sys.executable, "-m", "matent_callbacks", *map(str, arguments)]
     print("\n$ matent", *command[3:], flush=True)
     code = subprocess.run(command, check=False).returncode
@@ -158,7 +158,7 @@ def matent(*arguments: object, refusal_is_fine: bool = False) -> None:
 
 
 def summary(models: list[dict[str, Any]], losses: dict[str, float]) -> None:
-    """What the fits do not show: the untrained models, Diff-eRank and the held-out loss, side by side."""
+    """Print what the fits do not show: the untrained models, Diff-eRank and the held-out loss, side by side."""
     columns = ("H", "H/log d", "H_0/log d", "eRank", "eRank_0", "Diff-eRank", "loss")
     rows = []
     for model in models:

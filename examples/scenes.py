@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 class Scenes(Dataset[Pair]):
     """Two or three things on a 3 x 3 grid, and where each is; the same seed and index give the same scene.
 
-    One company of things in eight is held out: training shows its members at every place, but never together.
+    One combination of things in eight is held out: training shows its members at every place, but never together.
     """
 
     def __init__(self, count: int, *, seed: int, held_out: bool = False) -> None:
@@ -85,7 +85,7 @@ def pixels(pairs: list[Pair]) -> torch.Tensor:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word and for the comma."""
+    """Make a tokenizer with a token for each word and for the comma."""
     special = ["<pad>", "<end>", "<image>"]  # PAD, END, IMAGE
     words = dict.fromkeys([*special, ",", *THINGS, *" ".join(PLACES).split()])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))

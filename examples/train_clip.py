@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def retrieval(similarity: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How often the right caption, on the diagonal, is among the most similar to its picture."""
+    """Compute how often the right caption, on the diagonal, is among the most similar to its picture."""
     rank = (similarity >= similarity.diagonal().unsqueeze(1)).sum(dim=1)  # 1 is best; ties count against it
     return {f"val_top{count}": (rank <= count).float().mean() for count in (1, 5)}
 

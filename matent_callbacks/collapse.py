@@ -1,4 +1,4 @@
-"""Telling a collapse from the dip of a healthy run."""
+"""Distinguishes a collapse from the dip of a healthy run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from matent_callbacks.plateau import kendall_score
 
 _Z = NormalDist().inv_cdf(0.95)
-_HORIZON = 8  # in patience: a slower climb is none. benchmarks/collapse.py and three real runs have decided for it.
+_HORIZON = 8  # in patience: a slower climb does not count. Chosen by benchmarks/collapse.py and three real runs.
 
 
 class CollapseDetector:
@@ -22,7 +22,7 @@ class CollapseDetector:
     must not climb. Kendall's S (Mann 1945; Kendall 1975) over the observations since the fall, at most 2 ``patience``
     of them, decides with 95 % confidence, one-sided. After ``patience`` observations the alarm is raised if they fall,
     or are all equal. From 1.5 ``patience`` on it is raised unless they climb at a pace that leads back to the floor
-    within 8 ``patience``: that half ``patience`` more is what it takes to see a slow recovery through noise of 30 %.
+    within 8 ``patience``: it takes that further half ``patience`` to see a slow recovery through noise of 30 %.
     Ranks make single outliers among them harmless.
 
     An observation is one call of ``update`` with a finite value.
@@ -30,9 +30,9 @@ class CollapseDetector:
     Args:
         floor: Share of the reference below which the series has to lie; between 0 and 1.
         patience: Number of observations that have to lie there.
-        relative_to: The reference. ``"max"``: the highest level so far, which is that of the first observation or of
-            two neighbours, so that a single spike is none; ``"first"``: the first observation; or a number above 0.
-            A reference that is not above 0 never gives an alarm.
+        relative_to: The reference. ``"max"``: the highest level so far, a level being the first observation or the
+            lower one of two neighbours, so that a single spike does not count; ``"first"``: the first observation; or
+            a number above 0. A reference that is not above 0 never gives an alarm.
         warmup_steps: Values at steps below this are not observed.
 
     Raises:
@@ -69,7 +69,7 @@ class CollapseDetector:
         self._window: deque[tuple[int, float, float | None]] = deque(maxlen=2 * patience)
 
     def update(self, step: int, value: float | None) -> bool:
-        """Take in one value and tell whether the series has collapsed.
+        """Observe one value and return whether the series has collapsed.
 
         Args:
             step: Training step of the value. Observations at this step or later ones are dropped first, so a run that
@@ -94,7 +94,7 @@ class CollapseDetector:
 
     @property
     def reference(self) -> float | None:
-        """What the floor is a share of; None before the first observation.
+        """The level that the floor is a share of; None before the first observation.
 
         Example:
             >>> detector = CollapseDetector(floor=0.25, patience=5)
@@ -167,7 +167,7 @@ class CollapseDetector:
         self._window = deque(window, maxlen=self._window.maxlen)
 
     def _below(self) -> list[float]:
-        """The latest observations in a row that lie below the floor."""
+        """Return the latest consecutive observations that lie below the floor."""
         reference, below = self.reference, list[float]()
         for _, value, _ in reversed(self._window):
             if reference is None or reference <= 0 or value >= self._floor * reference:

@@ -1,4 +1,4 @@
-"""Stopping when a noisy metric has demonstrably stopped moving."""
+"""Detects when a noisy metric has demonstrably stopped moving."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PlateauDetector:
     Early stopping that compares with the best value so far lets one lucky value end a run that makes progress. This
     stops when the 95 % confidence interval of the Theil-Sen slope (Theil 1950; Sen 1968, doi:10.2307/2285891) over
     the latest observations lies wholly below ``min_delta`` per ``patience`` observations. By Sen's construction that is
-    the same as Kendall's S (Mann 1945; Kendall 1975) of the series less a line of that slope being significantly
+    the same as Kendall's S (Mann 1945; Kendall 1975) of the series minus a line of that slope being significantly
     negative, which is what is computed. Ranks make single outliers harmless.
 
     The window is 1.5 ``patience``, or longer if needed to recognise a flat series with noise of the stated size in 95 %
@@ -34,7 +34,7 @@ class PlateauDetector:
 
     Args:
         min_delta: Change per ``patience`` observations that counts as progress. Must be positive: a flat series
-            cannot be told from one that rises arbitrarily slowly.
+            cannot be distinguished from one that rises arbitrarily slowly.
         patience: Number of observations in which ``min_delta`` has to be gained.
         mode: "max" stops when the series no longer rises (a falling one has a plateau, too), "min" when it no longer
             falls, "any" when it does neither.
@@ -77,7 +77,7 @@ class PlateauDetector:
         self._mode, self._directions = mode, directions[mode]
         # Standard error of a slope over n points: sd * sqrt(12 / n^3) per observation.
         needed = 12 ** (1 / 3) * ((_Z_LIMIT + _Z_POWER) * smoothing * patience) ** (2 / 3)
-        # A plateau cannot be told much sooner than after ``patience``; half as much again buys certainty.
+        # A plateau cannot be recognised much sooner than after ``patience``; half as much again buys certainty.
         size = max(_MIN_WINDOW, math.ceil(1.5 * patience), math.ceil(needed))
         # Normal approximation of S; for windows of 5 and more its 2.5 % are 0.8 to 3.1 % by exact count.
         self._critical = _Z_LIMIT * math.sqrt(size * (size - 1) * (2 * size + 5) / 18)
@@ -85,7 +85,7 @@ class PlateauDetector:
         self._window: deque[tuple[int, float, int]] = deque(maxlen=size)
 
     def update(self, step: int, value: float | None) -> bool:
-        """Take in one value and tell whether the plateau is reached.
+        """Observe one value and return whether the plateau is reached.
 
         Args:
             step: Training step of the value. Observations at this step or later ones are dropped first, so an
@@ -111,7 +111,7 @@ class PlateauDetector:
         return self._is_plateau()
 
     def _kendall(self, direction: int) -> int:
-        """Kendall's S of the window less a line rising by min_delta per patience observations in ``direction``."""
+        """Kendall's S of the window minus a line rising by min_delta per patience observations in ``direction``."""
         # Rounded, so that float errors on a noise-free line are ties and not a trend.
         return kendall_score(
             round(direction * value / self._min_delta - index / self._patience, 9)
@@ -174,7 +174,7 @@ class PlateauDetector:
         return {"window": [list(observation) for observation in self._window]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; the latest observations are kept if ``patience`` or ``smoothing`` have been lowered.
+        """Restore a state; the latest observations are kept if ``patience`` or ``smoothing`` have been lowered.
 
         Args:
             state: What ``state_dict`` returned.

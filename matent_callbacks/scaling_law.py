@@ -1,4 +1,4 @@
-"""How a quantity falls with the size of a model: H(N) = a N^-b + c, with confidence intervals.
+"""Fits how a quantity falls with the size of a model: H(N) = a N^-b + c, with confidence intervals.
 
 Needs scipy: ``pip install 'matent-callbacks[cli]'``.
 """
@@ -131,14 +131,14 @@ class _Profile:
         self.middle = math.exp(logs.mean())
         self._logs = logs - logs.mean()
         span = float(np.ptp(logs))
-        # From what cannot be told from a logarithm or a constant to what has vanished at the second size.
+        # From a curve that looks like a logarithm or a constant to one that has vanished at the second size.
         grid = np.geomspace(1e-3 / span, 30 / span, _GRID)
         sums = self._solve(grid)[2]
         best = int(sums.argmin())
         around = (grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)])
         self.b = float(minimize_scalar(self._sum, bounds=around, method="bounded", options={"xatol": 1e-12}).x)
         self.a, self.c, least = (float(part[0]) for part in self._solve(np.array([self.b])))
-        # Values are hardly exact to more than nine digits, and the logarithm of 0 helps nobody.
+        # Values are hardly exact to more than nine digits, and a residual of 0 would have no logarithm.
         self.least = max(least, len(y) * (1e-9 * float(self._y.max())) ** 2)
         freedom = len(y) - (3 if constant else 2)
         self._limit = self.least * (1 + float(f.ppf(_CONFIDENCE, 1, freedom)) / freedom)
@@ -205,7 +205,7 @@ class _Profile:
         return np.where(c + reach * with_c >= 0, inner, edge)
 
     def _slack(self, fitted: Array) -> Array:
-        """Square root of what the limit leaves for each row; NaN: the limit is exceeded already."""
+        """Square root of what remains up to the limit for each row; NaN: the limit is exceeded already."""
         left = self._limit - ((fitted - self._y) ** 2).sum(1)
         return np.sqrt(np.where(left > -1e-9 * self._limit, np.maximum(left, 0), np.nan))
 

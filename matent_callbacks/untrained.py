@@ -11,9 +11,9 @@ from matent_callbacks.capture.stack import unwrap
 
 
 def untrained_like(model: nn.Module, *, seed: int | None = None) -> nn.Module:
-    """The same architecture with fresh random weights, on the same device; the global random state is not touched.
+    """Create the same architecture with fresh random weights, on the same device, keeping the global random state.
 
-    A Hugging Face model is made anew from its config, without adapters and wrappers. Any other model is copied, and
+    A Hugging Face model is created anew from its config, without adapters and wrappers. Any other model is copied, and
     every module that has weights of its own must be able to draw them again by ``reset_parameters``.
 
     Args:
@@ -38,7 +38,7 @@ def untrained_like(model: nn.Module, *, seed: int | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        # On the CPU, so that the random state of no other device is drawn from.
+        # On the CPU, so that nothing is drawn from the random state of another device.
         if hasattr(inner, "config") and hasattr(inner, "base_model"):
             fresh = type(inner)(copy.deepcopy(inner.config))
         else:

@@ -21,17 +21,17 @@ Source = Literal[
 
 - ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
 - ``raw``: one covariance of all tokens as they are;
-- ``embedding``: one covariance of one vector a sequence, each scaled to unit length, centred by the mean of all;
-- ``raw_embedding``: one covariance of one vector a sequence as they are;
-- ``between_documents``: one covariance of the means of sequences, relative to ``within_documents``, one of the parts of
-  each about that mean;
-- ``sequence``: one covariance of each sequence, whose entropies are averaged;
-- ``sequence_by_tokens``: the same, and a sequence counts as often as it has tokens;
+- ``embedding``: one covariance of one vector per sequence, each scaled to unit length, centred by the mean of all;
+- ``raw_embedding``: one covariance of one vector per sequence, as they are;
+- ``between_documents``: one covariance of the means of documents (sequences), relative to ``within_documents``, that
+  of the parts of each document about its mean;
+- ``sequence``: one covariance for each sequence, whose entropies are averaged;
+- ``sequence_by_tokens``: the same, with each sequence weighted by its number of tokens;
 - ``curvature``: the angles along each sequence.
 """
 
 MEANS: tuple[Source, ...] = ("sequence", "sequence_by_tokens", "curvature")
-"""The sources that are one number a sequence, and their mean. All others are one covariance."""
+"""The sources that average one number per sequence. All others are one covariance."""
 
 Embedding = Literal["mean", "last", "first"]
 """Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
@@ -59,8 +59,8 @@ CATALOGUE: dict[str, Source] = {
     "holevo_information": "pooled",
     "lidar": "between_documents",
 }
-# Those that take more than the source that they are listed with. The Holevo information is the entropy of all tokens
-# less that within sequences.
+# The second source of metrics that need two. The Holevo information is the entropy of all tokens minus that within
+# sequences.
 _FURTHER_SOURCES: dict[str, Source] = {"holevo_information": "sequence_by_tokens", "lidar": "within_documents"}
 
 SPECTRUM_TOP = "spectrum_top_"
@@ -78,21 +78,21 @@ _WITHOUT_EIGENVALUES = (
 
 
 def quantity(name: str) -> str:
-    """The quantity of a spectrum that a metric is, or begins with, whatever the spectrum is of."""
+    """Return the quantity of a spectrum that a metric is, or is computed from, whatever the spectrum's source."""
     return {"holevo_information": "matrix_entropy", "lidar": "effective_rank"}.get(
         name, name.removeprefix("embedding_")
     )
 
 
 def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
-    """All that has to be accumulated for ``metrics``."""
+    """Return all sources that have to be accumulated for ``metrics``."""
     names = frozenset(metrics)
     further = frozenset(source for name, source in _FURTHER_SOURCES.items() if name in names)
     return frozenset(CATALOGUE[name] for name in names) | further
 
 
 def check_embedding(embedding: str) -> Embedding:
-    """``embedding``, or an error if it is not known."""
+    """Return ``embedding``, or raise if it is not known."""
     if embedding not in get_args(Embedding):
         raise ValueError(f"`embedding` must be 'mean', 'last' or 'first', got {embedding!r}.")
     return cast(Embedding, embedding)
@@ -110,7 +110,7 @@ def check_solver(solver: str, metrics: Iterable[str]) -> None:
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
-    """``metrics`` as a tuple of different names; an unknown name is an error that lists near matches."""
+    """Return ``metrics`` as a tuple without duplicates; the error for an unknown name lists near matches."""
     names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     if not names:
         raise ValueError(f"`metrics` must name at least one of {', '.join(CATALOGUE)}; got none.")

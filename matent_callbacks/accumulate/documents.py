@@ -1,4 +1,4 @@
-"""Documents as classes and their parts as views, as LiDAR wants them: spread between documents and within them."""
+"""Accumulates the scatter between documents and within them, for LiDAR: documents are classes, their parts views."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
 
 VIEWS = 8
-"""Parts of a document, one after the other and about equally long."""
+"""How many consecutive parts, about equally long, a document is split into."""
 
 # As in the paper. It is added to the variances within documents, whatever their size is.
 _DELTA = 1e-4
 
 
 class Discriminant(NamedTuple):
-    """A matrix with the eigenvalues of the spread between documents relative to that within them.
+    """The scatter between documents relative to that within them (the matrix of a linear discriminant analysis).
 
-    It is used as a :class:`.Matrix` is.
+    It has the interface of :class:`.Matrix`.
     """
 
     moments: Moments
     """Of the means of documents."""
     within: Moments
-    """Of their views, each without the mean of its document: about the origin."""
+    """Of their views, centred by the mean of their document, with the scatter about the origin."""
 
     @property
     def num_features(self) -> int:
@@ -42,7 +42,7 @@ class Discriminant(NamedTuple):
         return self.num_features if self.moments.has_scatter else 0
 
     def lower(self) -> Tensor:
-        """``(d, d)``, W^(-1/2) B W^(-1/2) in the basis of the eigenvectors of W, and not divided by a number."""
+        """``(d, d)``, W^(-1/2) B W^(-1/2) in the basis of the eigenvectors of W; B is a sum, not a mean."""
         return self.full()
 
     def full(self) -> Tensor:
@@ -66,9 +66,9 @@ class Discriminant(NamedTuple):
 def add_documents(
     states: Tensor, mask: Tensor, *, between: PooledTokens, within: PooledTokens, dtype: torch.dtype
 ) -> None:
-    """Add the sequences of ``(B, T, d)`` that have as many tokens as views, or more. To be called without TF32.
+    """Add the sequences of ``(B, T, d)`` that have at least ``VIEWS`` tokens. To be called with TF32 switched off.
 
-    ``dtype`` should be float64: what is divided by the small variances within documents must not be rounding.
+    ``dtype`` should be float64: dividing by small variances within documents amplifies rounding errors.
     """
     for views, counts, nonfinite in _views_at_a_time(states, mask, dtype):
         valid = counts.unsqueeze(1)
@@ -82,7 +82,7 @@ def add_documents(
 
 
 def _views_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views ``(b, VIEWS, d)``, which documents have them ``(b,)``, and the number of tokens with NaN or Inf."""
+    """Yield views ``(b, VIEWS, d)``, which documents have them ``(b,)``, and the number of tokens with NaN or Inf."""
     length = states.shape[1]
     rows = rows_of_a_piece(states.shape[-1], dtype)
     for some in slices(len(states), max(1, rows // max(length, 2 * VIEWS))):

@@ -1,4 +1,4 @@
-"""One vector a sequence: the mean, the last or the first of its tokens."""
+"""Computes one vector per sequence: the mean, the last or the first of its tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Embeddings(NamedTuple):
 def embeddings_at_a_time(
     states: Tensor, mask: Tensor, embedding: Embedding, *, dtype: torch.dtype
 ) -> Iterator[Embeddings]:
-    """The vectors of ``(B, T, d)`` in ``dtype``, those of a few sequences at a time."""
+    """Yield the vectors of ``(B, T, d)`` in ``dtype``, for a few sequences at a time."""
     if embedding == "mean":
         for some, valid in sequences_at_a_time(states, mask, dtype):
             yield _means(some, valid, dtype)
@@ -44,13 +44,13 @@ def embeddings_at_a_time(
 
 
 def rows_at_a_time(rows: Tensor, mask: Tensor, *, dtype: torch.dtype) -> Iterator[Embeddings]:
-    """Vectors ``(N, d)``, of which each is that of a sequence already, in ``dtype``, a few at a time."""
+    """Yield vectors ``(N, d)``, which are one per sequence already, in ``dtype``, a few at a time."""
     for some in slices(len(rows), rows_of_a_piece(rows.shape[-1], dtype)):
         yield Embeddings(rows[some].to(dtype), mask[some], mask.new_zeros((), dtype=torch.int64))
 
 
 def _means(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Embeddings:
-    """Of sequences that fit into the work space, or of one that does not and is read part by part."""
+    """Compute the means of sequences that fit into the work space, or of one that does not, part by part."""
     batch, length, num_features = states.shape
     total = torch.zeros(batch, num_features, dtype=dtype, device=states.device)
     count = torch.zeros(batch, dtype=torch.int64, device=states.device)

@@ -1,4 +1,4 @@
-"""Gathers rows of all ranks on every rank, and finds what several ranks hold."""
+"""Gathers rows of all ranks on every rank, and finds items that several ranks hold."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def all_gather_ragged(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Gather the rows ``(n, d)`` of each rank on every rank. A rank may have none, and need not know d then.
+    """Gather the rows ``(n, d)`` of each rank on every rank. A rank without rows need not know d.
 
-    Floating point rows come in float64 if any rank has them so, else in float32.
+    Floating point rows are returned in float64 if any rank has float64 rows, else in float32.
 
     Raises:
         ValueError: On every rank, if those with rows differ in d.
@@ -38,7 +38,7 @@ def all_gather_ragged(rows: Tensor, group: dist.ProcessGroup | None = None) -> l
 
 
 def held_first(names: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Tell for each thing that this rank holds, by its number, whether no rank before this one holds it, too."""
+    """Return for each item of this rank, given by its number, whether no lower rank holds it as well."""
     everybodys = all_gather_ragged(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 1), group)
     before = {name for part in everybodys[: dist.get_rank(group)] for name in part.flatten().tolist()}
     return [name not in before for name in names]

@@ -1,4 +1,4 @@
-"""What a layer accumulates during one reading."""
+"""Accumulates what one reading needs of a layer."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ CENTERS: dict[Source, Center] = {
 """The sources that are one set of tokens, or of vectors made of them, and what is subtracted from these."""
 
 OF_VECTORS: frozenset[Source] = frozenset({"embedding", "raw_embedding"})
-"""Those of one vector a sequence."""
+"""Those of one vector per sequence."""
 
 OF_DOCUMENTS: frozenset[Source] = frozenset({"between_documents", "within_documents"})
 """Those that are decomposed together."""
 
 IN_FLOAT64: frozenset[Source] = OF_DOCUMENTS | {"raw_embedding"}
-"""Those whose smallest eigenvalues matter: their roots, their logarithms, or what is divided by them. In float32 these
-would be rounding. They are of few vectors, so it costs little."""
+"""Those whose metrics take roots or logarithms of the smallest eigenvalues, or divide by them. In float32 these would
+be rounding errors. They hold few vectors, so float64 costs little."""
 
 _OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
 OF_WHOLE_SEQUENCES: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
-"""Those that cannot be had where ranks hold parts of the same sequences."""
+"""Those that cannot be computed where ranks hold parts of the same sequences."""
 
 
 class LayerAccumulator:
-    """The statistics of one layer since the last reading: those that the chosen metrics need.
+    """Accumulates those statistics of one layer that the chosen metrics need, since the last reading.
 
-    Its memory is that of :class:`.PooledTokens` for each source and a few numbers. While it is updated it takes
-    :data:`.WORK_SPACE` more, however large the batch is.
+    It takes the memory of a :class:`.PooledTokens` for each source and a few numbers, and :data:`.WORK_SPACE` more
+    during an update, however large the batch is.
 
     Args:
         sources: What to accumulate.
         max_tokens: Upper bound on the number of tokens; the first ones count.
         dtype: Of the statistics, apart from those :data:`.IN_FLOAT64`.
-        device: Where the statistics of all layers come together.
+        device: Where the statistics of all layers are brought together.
         embedding: Which vector stands for a sequence of tokens.
     """
 
@@ -89,12 +89,12 @@ class LayerAccumulator:
     ) -> Tensor | None:
         """Add the tokens of one forward pass: ``(B, T, d)``, or ``(N, d)``.
 
-        The latter are one sequence of N tokens to all sources but those of one vector a sequence, to which they are N
-        vectors; of ``(B, T, d)`` the B vectors are ``vectors`` ``(B, d')`` if given. Of a sequence that ``max_tokens``
-        cuts there is no such vector.
+        Sources of one vector per sequence take ``(N, d)`` as N vectors, all others as one sequence of N tokens. With
+        ``(B, T, d)`` they take ``vectors`` ``(B, d')`` if given. A sequence that ``max_tokens`` cuts short has no such
+        vector.
 
-        An error in the middle, such as running out of memory, frees all that was accumulated: half of a batch is no
-        statistic. Hidden states that are refused, see below, leave it as it was.
+        An error in the middle, such as running out of memory, discards all that was accumulated, since it would hold
+        part of a batch. Hidden states that are rejected (see below) leave it as it was.
 
         Returns:
             ``(B,)``: the entropy of each sequence, NaN where fewer than two tokens count. ``None`` where the sources
@@ -128,7 +128,7 @@ class LayerAccumulator:
             raise
 
     def matrices(self) -> dict[Source, Matrix | Discriminant]:
-        """What has a spectrum, by source."""
+        """Return what has a spectrum, by source."""
         found: dict[Source, Matrix | Discriminant] = {
             source: tokens.matrix() for source, tokens in self.tokens.items() if source not in OF_DOCUMENTS
         }
@@ -146,13 +146,13 @@ class LayerAccumulator:
         *,
         device: torch.device,
     ) -> SequenceParts:
-        """The part of each sequence that this rank has of one forward pass, for :meth:`update_by_parts`.
+        """Return this rank's parts of the sequences of one forward pass, for :meth:`update_by_parts`.
 
         Args:
             count: Number of sequences B.
             width: Number of features d.
-            local: Gives hidden states and mask of this rank.
-            groups: Whose ranks hold the other parts.
+            local: Returns hidden states and mask of this rank.
+            groups: The groups whose ranks hold the other parts.
             device: Of the hidden states.
 
         Raises:
@@ -175,9 +175,9 @@ class LayerAccumulator:
         )
 
     def update_by_parts(self, parts: SequenceParts) -> None:
-        """Add the tokens of one forward pass whose sequences are spread over ranks; each of them has to call this.
+        """Add the tokens of one forward pass whose sequences are split over ranks; each of them has to call this.
 
-        ``max_tokens`` is a bound for each rank, as it is without such parts. An error frees all that was accumulated.
+        ``max_tokens`` bounds each rank separately, as it does elsewhere. An error discards all that was accumulated.
         """
         budget = self._max_tokens
         try:
@@ -229,12 +229,12 @@ class LayerAccumulator:
             self._merge("sequence_by_tokens", mean_by_tokens(found))
 
     def _merge(self, source: Source, batch: SequenceMean) -> None:
-        # The layers of a model that is spread over several devices come together on one.
+        # The layers of a model that is spread over several devices are brought together on one.
         home = SequenceMean(*(tensor.to(self.device) for tensor in batch))
         self.means[source] = merge_sequence_means(self.means[source], home)
 
     def _embed(self, states: Tensor, mask: Tensor, given: Tensor, vectors: Tensor | None, *, is_one_row: bool) -> None:
-        """Add one vector for each sequence of ``(B, T, d)``, if ``mask`` has all of its tokens in that were given."""
+        """Add one vector for each sequence of ``(B, T, d)`` of which ``mask`` has all tokens that ``given`` has."""
         whole = mask & ~(given & ~mask).any(1, keepdim=True)
         if vectors is None:
             found = embeddings_at_a_time(states, whole, self._embedding, dtype=self.dtype)
@@ -256,9 +256,9 @@ class LayerAccumulator:
         tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 
     def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """The first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
+        """Keep the first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
 
-        By shape and not by what the mask holds, since a look into it would make the host wait for the device.
+        How many sequences follows from shapes, not from the values of the mask: these would cost a device-to-host sync.
         """
         sequences = -(-max(budget - self._slots, 0) // states.shape[1])
         return states[:sequences], self._first_tokens(mask[:sequences], budget)

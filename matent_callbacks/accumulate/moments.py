@@ -20,8 +20,8 @@ Center = Literal["sequence", "global"] | None
 class Moments(NamedTuple):
     """Moments of a set of tokens: O(d^2) numbers, however many tokens there are.
 
-    Tokens that were centred by their sequence have their scatter about the origin, and no mean is kept. All others have
-    it about their mean: in float32 the difference of large sums about the origin would lose the small eigenvalues.
+    For tokens that were centred by their sequence, the scatter is about the origin, and no mean is kept. For all others
+    it is about their mean: in float32, the difference of large sums about the origin would lose the small eigenvalues.
     """
 
     num_tokens: Tensor
@@ -135,7 +135,7 @@ def ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attainable_rank(moments: Moments, *, center: Center) -> Tensor:
-    """``()``: the largest rank that the covariance of so many tokens can have.
+    """``()``: the largest rank that the covariance of that many tokens can have.
 
     Centring about one mean takes one from it, centring by sequence takes one for each sequence.
     """

@@ -1,9 +1,9 @@
 """Reads hidden states a piece at a time, in a fixed amount of memory.
 
-Statistics are computed in float32 or float64, whatever the hidden states come in, and on copies, since the model goes
-on with the originals. Copies of a whole batch would take several times its memory, in the middle of the forward pass,
-when a GPU is fullest. So short sequences are prepared a few at a time, and one that is too long for that part by part:
-first the mean of its tokens, then the tokens.
+Statistics are computed in float32 or float64, whatever the dtype of the hidden states, and on copies, since the model
+goes on with the originals. Copies of a whole batch would take several times its memory, in the middle of the forward
+pass, when a GPU is fullest. So short sequences are prepared a few at a time, and one that is too long for that part by
+part: first the mean of its tokens, then the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matent_callbacks.accumulate.symmetric import add_second_moment
 from matent_callbacks.functional._tokens import Tokens, directions_from, prepare_tokens, scaled_to_unit_length_
 
 WORK_SPACE = 64 * 2**20
-"""Bytes that a reading takes beyond its state, however many tokens and sequences there are and however long they are.
+"""Bytes that a reading takes beyond its state, however many and however long the sequences are.
 One sequence's matrix of min(T, d)^2 numbers may be larger: it is needed twice for its eigenvalues."""
 
 # Preparing tokens takes two copies of them for a moment. Half of the work space is left for matrices.
@@ -136,7 +136,7 @@ class LongSequence:
     def gram(self) -> Tensor:
         """Gram matrix ``(T, T)`` of the centred and normalised tokens, summed over a few features at a time.
 
-        No token is there as a whole, so tokens are normalised at the end: their lengths are the square roots of the
+        No token is complete before the end, so tokens are normalised then: their lengths are the square roots of the
         diagonal.
         """
         length, num_features = self._states.shape
@@ -165,7 +165,7 @@ class LongSequence:
 
     @cached_property
     def _residual(self) -> Tensor:
-        """Mean of the tokens after the mean was subtracted: what rounding has left of it."""
+        """Mean of the tokens after the mean was subtracted: what is left of it because of rounding."""
         total = torch.zeros_like(self._mean)
         for part in self._parts:
             total += self._without_mean(part).sum(0)

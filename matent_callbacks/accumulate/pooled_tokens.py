@@ -85,8 +85,8 @@ def entropy_of_lower(lower: Tensor, *, alpha: float) -> Tensor:
 class PooledTokens:
     """Accumulates tokens: keeps them as they are while they are few, and their moments from then on.
 
-    Of N tokens the Gram matrix costs N^2 d to make and N^3 to decompose, the covariance N d^2 and d^3. So tokens are
-    kept as long as there are not more than ``keep * d`` of them; that takes at most ``keep * d^2`` numbers.
+    The Gram matrix of N tokens costs N^2 d to compute and N^3 to decompose, their covariance N d^2 and d^3. So tokens
+    are kept as long as there are not more than ``keep * d`` of them; that takes at most ``keep * d^2`` numbers.
 
     Args:
         center: What is subtracted from the tokens.
@@ -120,7 +120,7 @@ class PooledTokens:
             del piece
 
     def check_width(self, width: int) -> None:
-        """Raise ``ValueError`` if tokens of another number of features are there already."""
+        """Raise ``ValueError`` if tokens with another number of features were accumulated before."""
         if self.num_features not in (0, width):
             raise ValueError(f"it had {self.num_features} features before and has {width} now.")
 
@@ -136,7 +136,7 @@ class PooledTokens:
             # The layers of one model may be on several devices. Each accumulates on the device of its tokens.
             moments = self._moments.to(states.device)
             self._moments = moments._replace(scatter=moments.scatter.new_zeros(0, width + 1))
-        # The number of rows, because counting the tokens that are not masked would make the host wait for the device.
+        # By the number of rows, because counting the valid tokens would cost a device-to-host sync.
         if self._num_kept + states.shape[:-1].numel() > self._keep * width:
             self._fold_kept()
             self._moments = with_scatter(self._moments, width, about_origin=self._center == "sequence")
@@ -145,7 +145,7 @@ class PooledTokens:
         """Add one piece of what was reserved."""
         device = self._moments.scatter.device
         values, valid, nonfinite = (tensor.to(device) for tensor in piece.tokens)
-        # Detached from what it is a view of, which would otherwise stay as long as the view does.
+        # Detached from its base tensor, which would otherwise stay in memory as long as this view.
         new = KeptTokens(values.flatten(0, 1).detach(), valid.flatten().detach())
         if self._moments.has_scatter:
             self._add_to_scatter(new, self._moments.num_tokens)

@@ -16,7 +16,7 @@ from matent_callbacks.accumulate.sequence_mean import SequenceMean
 
 
 class Width(NamedTuple):
-    """The shape of moments, which is the same on all ranks."""
+    """The shape of moments that all ranks agreed on."""
 
     num_features: int
     """d; 0 if no rank knows it."""
@@ -64,9 +64,9 @@ def _check_group(name: str, group: Any) -> None:
 
 
 def agree(description: str, failed: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> Agreement:
-    """Find out whether all ranks are about to exchange the same: three numbers, whatever they are about to exchange.
+    """Find out whether all ranks are about to exchange the same, by an all-reduce of three numbers.
 
-    Collectives of unlike shapes would wait for each other without end. Only where descriptions differ are they sent.
+    Collectives of different shapes would hang. The descriptions themselves are only sent if they differ.
     """
     number = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
     table = torch.tensor([number, -number, failed], dtype=torch.int64, device=device)
@@ -82,7 +82,7 @@ def agree(description: str, failed: bool, device: torch.device, group: dist.Proc
 def agreed_widths(
     moments: Sequence[Moments], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[Width | None]:
-    """Width of each on all ranks, ``None`` if ranks differ in d. A rank without tokens learns d from the others."""
+    """Return the common width of each, ``None`` if ranks differ in d. Ranks without tokens learn d from the others."""
     if not moments:
         return []
     unknown = torch.iinfo(torch.int64).max
@@ -102,13 +102,13 @@ def reduce_moments(
     share_out: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> list[Moments | None]:
-    """Moments of the tokens of all ranks. Every rank has to call this, with as many moments as the others.
+    """Return the moments of the tokens of all ranks. Every rank has to call this with as many moments as the others.
 
     Args:
         moments: Of the tokens of this rank. They stay as they are.
-        widths: What :func:`agreed_widths` gave. Moments without a width are left out: ``None`` is returned for them.
+        widths: What :func:`agreed_widths` returned. For moments without a width ``None`` is returned.
         share_out: Send the i-th moments to rank i of the group, modulo its size, and return ``None`` for those of
-            others; otherwise every rank has all.
+            others; otherwise every rank gets all.
         group: The ranks that take part; ``None``: all.
     """
     reduced: list[Moments | None] = [None] * len(moments)
@@ -126,12 +126,12 @@ def reduce_moments(
 
 
 def global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
-    """The number in the world of a rank of the group."""
+    """Return the global rank of a rank of ``group``."""
     return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def agreed_failures(failed: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each of them, whether it failed on any rank."""
+    """Return for each flag whether it is set on any rank."""
     flags = torch.tensor(failed, dtype=torch.int64, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
@@ -159,7 +159,7 @@ def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def _about_common_mean(moments: Sequence[Moments], group: dist.ProcessGroup | None) -> Iterator[Moments]:
-    """Counts and mean of all ranks, and the scatter of this rank about that mean. The scatters are still to be summed.
+    """Yield counts and mean of all ranks, with the scatter of this rank about that mean, which is still to be summed.
 
     The scatters are copies, made one at a time, so that no more than one of them is in memory twice.
     """

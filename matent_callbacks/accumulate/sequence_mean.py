@@ -29,7 +29,7 @@ class SequenceEntropies(NamedTuple):
 
 
 class SequenceMean(NamedTuple):
-    """Mean over the sequences seen so far, of their entropy or another number of each."""
+    """Mean of the entropy, or of another number, over the sequences seen so far."""
 
     num_sequences: Tensor
     """``()`` int64: sequences that have one (a covariance takes two valid tokens; one, without centring). In a mean
@@ -124,8 +124,8 @@ def mean_of_sequences(
 def mean_by_tokens(found: SequenceEntropies) -> SequenceMean:
     """Mean over the tokens of the entropies of their sequences, which were centred and scaled to unit length.
 
-    A token that equals the mean of its sequence has no part in any covariance, and does not count: so the covariance
-    of all tokens is the mean of those of the sequences, with the same weights.
+    A token that equals the mean of its sequence contributes to no covariance, and does not count: so the covariance of
+    all tokens is the mean of those of the sequences, with the same weights.
     """
     weight = found.trace.round()
     total = torch.where(weight > 0, found.entropy * weight, 0.0).sum()

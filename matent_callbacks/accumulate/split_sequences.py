@@ -1,7 +1,7 @@
-"""Sequences of which each rank holds a part, as in context parallelism: centred by their whole mean, counted once.
+"""Statistics of sequences split over ranks, as in context parallelism: centred by their whole mean, counted once.
 
-Ranks meet in the middle of a forward pass for this, so a rank that fails there would leave the others waiting. First
-they agree that all of them are able to go on, and what fails after that is raised only once nobody waits any more.
+They take collectives in the middle of a forward pass, where a rank that fails would leave the others waiting. So ranks
+first agree that all of them are able to go on, and an error after that is only raised once no rank waits any more.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from matent_callbacks.accumulate.symmetric import add_second_moment, lower_trian
 from matent_callbacks.functional._tokens import Tokens, scaled_to_unit_length_
 
 Groups = Sequence[dist.ProcessGroup]
-"""Groups of ranks that cross each other: together they hold the parts of the same sequences."""
+"""Groups along different dimensions of a mesh of ranks, which together hold the parts of the same sequences."""
 
 _Result = TypeVar("_Result")
 
 
 class SequenceParts:
-    """One batch of sequences of which this rank holds a part, with memory for what ranks exchange about it.
+    """One batch of sequences of which this rank holds a part, with the buffers that ranks exchange.
 
     Args:
         count: Number of sequences B.
         width: Number of features d.
-        local: Gives states ``(B, T, d)`` and mask ``(B, T)`` bool: T is that of this rank, and may be 0.
-        groups: Whose ranks hold the other parts.
+        local: Returns states ``(B, T, d)`` and mask ``(B, T)`` bool: T is that of this rank, and may be 0.
+        groups: The groups whose ranks hold the other parts.
         dtype: Of the statistics.
         device: Of the states.
         sequences: Whether the entropy of each sequence is asked for.
@@ -76,9 +76,9 @@ class SequenceParts:
     ) -> SequenceEntropies | None:
         """Add the tokens of this rank: centred and normalised to ``pooled``, and as they are to ``raw``.
 
-        To be called by all ranks of the groups, with autocast and TF32 switched off. They exchange one sum a sequence,
-        d + 1 numbers, and for entropies of sequences one half of a second moment each, d(d + 1)/2 numbers. ``limited``
-        is given the mask and leaves out what is not to count.
+        To be called by all ranks of the groups, with autocast and TF32 switched off. They exchange one sum per
+        sequence, d + 1 numbers, and for entropies of sequences half of a second moment each, d(d + 1)/2 numbers.
+        ``limited`` takes the mask and returns it without the tokens that are not to count.
 
         Returns:
             The entropies of a share of the sequences: each is decomposed on one rank. ``None`` if not asked for.
@@ -115,7 +115,7 @@ class SequenceParts:
         pooled.reserve(self._states)
         is_first = all(dist.get_rank(group) == 0 for group in self._groups)
         for some, part in self._places(self._dtype):
-            # What is of whole sequences is counted with the first part of one rank.
+            # Counts of whole sequences go with the first part, on one rank only.
             begins = int(part.start == 0)
             num_sequences = (self._totals[some, -1] > 0).sum() * int(is_first) * begins
             nonfinite = self._nonfinite * int(some.start == 0) * begins
@@ -132,7 +132,7 @@ class SequenceParts:
             if _reduced(scatter, self._groups, _place(turn, sizes)):
                 owned.append(number)
                 lower = attempt(lower_triangle, scatter)
-            # Only when each rank has one: while one decomposes, none waits for it to take part in the next sum.
+            # Only when each rank has one: otherwise the others would wait for this one in the next reduction.
             if lower is not None and (turn == math.prod(sizes) - 1 or number == self.count - 1):
                 both = attempt(_entropy_and_trace, lower)
                 found += [] if both is None else [both.unsqueeze(1)]
@@ -153,7 +153,7 @@ class SequenceParts:
         return scaled_to_unit_length_(x.masked_fill_(~self._valid[some, part].unsqueeze(-1), 0.0))
 
     def _places(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-        """Sequences, and the part of them, that fit into the work space at a time."""
+        """Yield slices of sequences and of their tokens that fit into the work space."""
         count, length, d = self._states.shape
         rows = rows_of_a_piece(d, dtype)
         for some in slices(count, max(1, rows // max(1, length))):
@@ -167,13 +167,13 @@ def _entropy_and_trace(lower: Tensor) -> Tensor:
 
 
 def agreed_parts(prepare: Callable[[], SequenceParts], groups: Groups, device: torch.device) -> SequenceParts:
-    """What ``prepare`` gives on this rank, if it does so on every rank of the groups, and of as many sequences on each.
+    """Return what ``prepare`` returns, if it succeeds on every rank of ``groups`` with as many sequences and features.
 
-    The host waits for the device once.
+    Costs one device-to-host sync.
 
     Raises:
         Exception: What ``prepare`` raised.
-        ValueError: If it raised on another rank, or ranks hold parts of batches of unlike shapes.
+        ValueError: If it raised on another rank, or ranks differ in the number of sequences or features.
     """
     error, table = None, [0, 0, 0, 0, 1]
     try:
@@ -198,13 +198,13 @@ def agreed_parts(prepare: Callable[[], SequenceParts], groups: Groups, device: t
 
 
 class _Attempt:
-    """Does one thing after the other until one fails, so that this rank can still take part in what ranks exchange."""
+    """Runs steps until one fails and skips the others, so that this rank still takes part in all collectives."""
 
     def __init__(self) -> None:
         self._error: Exception | None = None
 
     def __call__(self, work: Callable[..., _Result], *args: object) -> _Result | None:
-        """What ``work`` gives; ``None`` if it fails, or anything did before."""
+        """Return what ``work`` returns; ``None`` if it, or an earlier step, failed."""
         if self._error is None:
             try:
                 return work(*args)
@@ -213,13 +213,13 @@ class _Attempt:
         return None
 
     def end(self) -> None:
-        """Raise what was raised."""
+        """Raise the error of the step that failed, if any."""
         if self._error is not None:
             raise self._error
 
 
 def _reduced(tensor: Tensor, groups: Groups, owner: Sequence[int]) -> bool:
-    """Sum a tensor to one rank, whose number in each group is given; tell whether this is the one."""
+    """Reduce a tensor to one rank, given by its rank in each group; return whether this rank is the one."""
     for group, own in zip(groups, owner, strict=True):
         dist.reduce(tensor, dst=global_rank(own, group), group=group)
         if dist.get_rank(group) != own:
@@ -228,7 +228,7 @@ def _reduced(tensor: Tensor, groups: Groups, owner: Sequence[int]) -> bool:
 
 
 def _place(number: int, sizes: Sequence[int]) -> list[int]:
-    """A number by its digits, which count up to ``sizes``."""
+    """Return the digits of ``number`` in the mixed radix ``sizes``, the lowest first."""
     digits = []
     for size in sizes:
         number, digit = divmod(number, size)

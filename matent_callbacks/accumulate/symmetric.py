@@ -85,6 +85,6 @@ def lower_triangle(packed: Tensor) -> Tensor:
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle this is; what stands above the diagonal of ``lower`` is overwritten."""
+    """Return the symmetric matrix with the lower triangle of ``lower``, whose upper triangle is overwritten."""
     lower.tril_()
     return lower + lower.tril(-1).T

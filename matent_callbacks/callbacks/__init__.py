@@ -1,1 +1,1 @@
-"""What the callbacks of both frameworks share: when to measure, on what, and what is drawn of it."""
+"""What the callbacks of both frameworks share: what they measure and when, and what they draw of it."""

@@ -1,4 +1,4 @@
-"""What both frameworks' ``AlignmentCallback`` take and keep."""
+"""The base class of both frameworks' ``AlignmentCallback``: arguments and state."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class SharedAlignmentCallback(GuardedHooks):
     Args:
         every_n_steps: Optimizer steps between two readings.
         probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
-            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or several
-            probes by their names, each of which stands before the names of its values.
+            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
+            of several named probes; each name is put before the names of its values.
         num_pairs: How many pairs ``probe=None`` takes.
         during_eval: Also measure at the end of each evaluation.
         prog_bar: Show the values in the progress bar.
-        name: Stands before the names of all values, ``<name>/alignment/...``: for a second callback.
+        name: Prefix of the names of all values, ``<name>/alignment/...``: for a second callback.
         process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
             Trainer's device mesh, or else all.
-        context_group: Of these, the ones that hold parts of the same sequences in every forward of the language model
-            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the probe
-            whole. It does not go with ``stages``; towers of a dual encoder are run whole.
-        on_error: ``"warn"``: what goes wrong later in a run is said once and training goes on; ``"raise"``.
+        context_group: Those of them that hold parts of the same sequences in every forward of the language model
+            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the whole
+            probe. Cannot be combined with ``stages``; towers of a dual encoder always run whole sequences.
+        on_error: ``"warn"``: an error later in a run is warned about once, and training goes on; ``"raise"``.
 
     Raises:
         ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read,
@@ -93,11 +93,11 @@ class SharedAlignmentCallback(GuardedHooks):
 
     @property
     def summarized_by_maximum(self) -> list[str]:
-        """The names of which the greatest value of a run is to stand beside the last."""
+        """The names whose maximum over the run belongs in a run's summary, beside their last value."""
         return [f"{prefix}{key}" for prefix in self._alignment.prefixes for key in SUMMARIZED_BY_MAXIMUM]
 
     def first_pairs(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> Any:
-        """The probe where none was given."""
+        """Return the probe to use where none was given."""
         return first_batch(dataset, collate, self._num_pairs)
 
     def join(self, trainer: Any, callbacks: Iterable[Any]) -> None:

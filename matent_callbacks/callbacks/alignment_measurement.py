@@ -1,4 +1,4 @@
-"""Image-text alignment of a model on a probe of pairs: what both frameworks' callbacks measure."""
+"""Measures image-text alignment of a model on a probe of pairs, for both frameworks' callbacks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SUMMARIZED_BY_MAXIMUM = (
     "alignment/image_text",
     *(f"alignment/{name}" for name in OF_VISION_LANGUAGE_MODELS),
 )
-"""The keys of which the greatest value of a run is to stand beside the last."""
+"""The keys whose maximum over the run belongs in a run's summary, beside their last value."""
 
 
 class _Batches(NamedTuple):
@@ -102,19 +102,19 @@ class AlignmentMeasurement:
         self._told: set[str] = set()
 
     def renewed(self) -> AlignmentMeasurement:
-        """The same arguments without the probe that was found."""
+        """Return a copy with the same arguments, but without a probe that was found."""
         new = copy.copy(self)
         new.probes, new._group = self._given_probes, self._given_group
         return new
 
     def choose_group(self, owner: Any) -> None:
-        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        """Find the ranks that belong together from a Trainer's device mesh, unless they were given."""
         if self._group is None:
             self._group = parallel_groups(owner).process_group
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What stands before the names of the values."""
+        """The prefixes of the names of the values, one for each probe."""
         return tuple(self._given_probes) or (self._prefix,)
 
     def measure(
@@ -124,10 +124,10 @@ class AlignmentMeasurement:
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         find_probe: Callable[[], Any] | None = None,
     ) -> dict[str, float]:
-        """All values on each probe; ``around`` the forwards, ``find_probe`` for where none was given.
+        """Measure all values on each probe; forwards run inside ``around()``, ``find_probe`` is used if none was given.
 
         Raises:
-            Exception: On every rank, if it cannot be read on one.
+            Exception: On every rank, if a probe cannot be read on one of them.
         """
         values: dict[str, float] = {}
         for prefix in self.prefixes:
@@ -159,7 +159,7 @@ class AlignmentMeasurement:
         return self._values(self._together(batches, model), model)
 
     def _found_probe(self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None) -> list[Any]:
-        """The batches of this rank's probe: the same on all ranks of a context group, or an error on all of them."""
+        """Return this rank's probe; raise on all ranks of a context group unless it is the same on each of them."""
         batches: list[Any] = []
         error: Exception | None = None
         try:
@@ -268,7 +268,7 @@ class AlignmentMeasurement:
         """Measure the paired vectors of image and text, as far as there are enough pairs."""
         measures = [name for name in self._measures(model) if name in VECTOR_MEASURES]
         if self._pair_measures is None and image.shape[-1] != text.shape[-1]:
-            measures = [name for name in measures if name != "modality_gap"]  # of one space only
+            measures = [name for name in measures if name != "modality_gap"]  # defined in a common space only
         needed = {name: pairs_needed(name, k=self._k) for name in measures}
         few = [name for name in measures if len(image) < needed[name]]
         if few and (self._pair_measures is not None or (self._is_dual_encoder(model) and few == measures)):

@@ -31,7 +31,7 @@ Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 
 TOWERS = ("image_tower", "text_tower")
 EXCHANGED = tuple(f"exchanged/{name}" for name in ("image", "text", "image_text", "image_text_moved"))
-"""The stages of the samples that exchanged images, and of these samples with the images moved on."""
+"""The stages of the samples that exchanged images, and their ``image_text`` with the images moved on."""
 
 
 class Counts(NamedTuple):
@@ -40,16 +40,16 @@ class Counts(NamedTuple):
     text_only: Tensor
     exchanged: Tensor
     no_equal: Tensor
-    """Samples with images whose images no other sample could take."""
+    """Samples with images that could not be exchanged with those of any other sample."""
     labels: Tensor
-    """Tokens that the losses of exchanged samples are of."""
+    """Label tokens of exchanged samples, over which both losses are summed."""
     nats: Tensor
-    """Negative log-likelihood of these with the samples' own images."""
+    """Negative log-likelihood of these tokens with the samples' own images."""
     moved_nats: Tensor
 
 
 class Reading(NamedTuple):
-    """What is read of some image-text samples."""
+    """What is read from some image-text samples."""
 
     entropies: dict[str, SequenceMean]
     """Of each stage or tower, and of ``EXCHANGED``."""
@@ -141,7 +141,7 @@ def _read_stages(
 
 
 def _read_own(model: nn.Module, batch: Any, own: Stages, names: Iterable[str]) -> tuple[dict[str, Stage], int]:
-    """Read stages by the user's functions."""
+    """Read stages with the user's functions."""
     if isinstance(own, Mapping):
         found, left_out = {name: own[name](model, batch) for name in names}, 0
     else:

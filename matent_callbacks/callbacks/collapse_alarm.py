@@ -1,4 +1,4 @@
-"""What both frameworks' ``CollapseAlarm`` take, keep, log and say."""
+"""The base class of both frameworks' ``CollapseAlarm``: arguments, state, logged values and messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.unlogged import warn_never_logged
 from matent_callbacks.collapse import CollapseDetector
 
-# Before the names of what is watched, in the log; what is logged under it is not watched itself.
+# Prefix of the names that alarms are logged under; values with this prefix are not watched themselves.
 _LOGGED = "collapse/"
 
 
@@ -38,12 +38,12 @@ class SharedCollapseAlarm(GuardedHooks):
     """Arguments of ``CollapseAlarm`` and its detectors; the adapters observe what is logged, save and stop.
 
     Args:
-        monitor: A logged name or a glob; each name that fits is watched by itself.
-        action: What an alarm does beside telling of itself: ``"warn"``: nothing; ``"stop"``: it ends the training; or a
-            function of the alarm, which has ``key``, ``step``, ``value``, ``reference`` and ``message``. It is called
-            on every rank.
+        monitor: A logged name or a glob; each matching name is watched separately.
+        action: What an alarm does beyond its warning: ``"warn"``: nothing; ``"stop"``: it ends the training; or a
+            function that is called on every rank with the alarm, which has ``key``, ``step``, ``value``,
+            ``reference`` and ``message``.
         checkpoint: Save a checkpoint at an alarm, before training stops.
-        on_error: ``"warn"``: what goes wrong in a run is said once and training goes on; ``"raise"``.
+        on_error: ``"warn"``: an error in a run is warned about once, and training goes on; ``"raise"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -68,7 +68,7 @@ class SharedCollapseAlarm(GuardedHooks):
         self.action = action
         self.checkpoint = checkpoint
         self.settings: dict[str, Any] = {"floor": floor, "patience": patience, "relative_to": relative_to}
-        """They tell one alarm from another in a checkpoint."""
+        """These identify the alarm in a checkpoint."""
         self._new_detector = functools.partial(CollapseDetector, **self.settings, warmup_steps=warmup_steps)
         self._new_detector()  # raises for what is out of range
         self.start_over()
@@ -84,38 +84,38 @@ class SharedCollapseAlarm(GuardedHooks):
         return {"detectors": detectors, "raised": sorted(self._raised)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         detectors = {key: self._new_detector() for key in state_dict["detectors"]}
         for key, detector in detectors.items():
             detector.load_state_dict(state_dict["detectors"][key])
         self._detectors, self._raised = detectors, set(state_dict["raised"])
 
     def watched(self, names: Iterable[str]) -> list[str]:
-        """Those of logged names that ``monitor`` fits."""
+        """Return those of the logged names that match ``monitor``."""
         return [name for name in names if fnmatch.fnmatchcase(name, self.monitor) and not name.startswith(_LOGGED)]
 
     def observe(self, step: int, values: Mapping[str, float]) -> tuple[list[Alarm], list[str]]:
-        """Take in watched values: the alarms that they raise, and the names that have recovered since theirs."""
+        """Process watched values; return the alarms that they raise, and the names that recovered from one."""
         alarms, recovered = [], []
         for key, value in values.items():
             detector = self._detectors.setdefault(key, self._new_detector())
             collapsed, reference = detector.update(step, value), detector.reference or 0.0
             if collapsed and key not in self._raised:
                 alarms.append(Alarm(key, step, value, reference, f"{key}: {detector.reason}"))
-            # A value that only begins to climb has not recovered, and is not told of again.
+            # A value that only begins to climb has not recovered, and raises no second alarm.
             elif key in self._raised and value >= self.settings["floor"] * reference:
                 recovered.append(key)
         return alarms, recovered
 
     def note(self, alarms: Iterable[Alarm], recovered: Iterable[str]) -> dict[str, float]:
-        """Keep in mind what was raised, and return what is logged of it: 1 at an alarm, 0 at a recovery."""
+        """Remember which names have an alarm, and return what is logged: 1 at an alarm, 0 at a recovery."""
         changed = {alarm.key: 1.0 for alarm in alarms} | dict.fromkeys(recovered, 0.0)
         self._raised |= {key for key, raised in changed.items() if raised}
         self._raised -= {key for key, raised in changed.items() if not raised}
         return {f"{_LOGGED}{key}": raised for key, raised in changed.items()}
 
     def tell(self, alarms: Iterable[Alarm], alert: Callable[[str, str], None]) -> None:
-        """Say each alarm in one line, and hand it to ``alert``, as a title and a text."""
+        """Warn of each alarm in one line, and pass it to ``alert`` as a title and a text."""
         for alarm in alarms:
             warnings.warn(alarm.message, stacklevel=2)
             alert(f"Collapse of {alarm.key}", alarm.message)
@@ -128,6 +128,6 @@ class SharedCollapseAlarm(GuardedHooks):
                     self.action(alarm)
 
     def warn_if_never_logged(self, logged: Iterable[str]) -> None:
-        """Tell that nothing was watched, with the names that were logged."""
+        """Warn if nothing was watched, with the names that were logged."""
         if not self._detectors:
             warn_never_logged(self.monitor, logged, "no collapse of it could be told")

@@ -1,4 +1,4 @@
-"""Docstrings in Google's style whose arguments are told once, where several classes or functions take the same."""
+"""Completes docstrings in Google's style, so that arguments that several classes or functions share are told once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ENTRY = re.compile(r"^    (?=\w+: )", re.MULTILINE)
 
 
 def with_arguments_of(source: Callable[..., Any]) -> Callable[[_Documented], _Documented]:
-    """Decorate a class or function, to tell of the arguments and errors that its docstring is silent about.
+    """Decorate a class or function, to add the arguments and errors that its docstring leaves out.
 
-    The docstring of ``source`` is what tells of them. What the decorated object says itself goes before that.
+    They are taken from the docstring of ``source``. What the decorated object documents itself takes precedence.
     """
 
     def decorate(target: _Documented) -> _Documented:

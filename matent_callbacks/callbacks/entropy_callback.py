@@ -1,4 +1,4 @@
-"""What both frameworks' ``MatrixEntropyCallback`` take and keep."""
+"""The base class of both frameworks' ``MatrixEntropyCallback``: arguments and state."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class SharedEntropyCallback(GuardedHooks):
     Args:
         every_n_steps: Optimizer steps between two readings.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
-            in evaluation mode in place of the training forwards; or several of these by their names, each of which
-            is read by itself and stands before the names of its values, ``<probe>/<metric>/<layer>``.
+            in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
+            separately and logged as ``<probe>/<metric>/<layer>``.
         during_eval: Also read the forwards of evaluation.
-        on_error: ``"warn"``: what goes wrong in monitoring is said once and training goes on; ``"raise"``.
+        on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as :func:`~matent_callbacks.untrained_like` makes.
-        mask: From a batch to its mask ``(B, T)``, for models that are given none; it goes before the model's own.
+            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
+        mask: Function from a batch to its mask ``(B, T)``, for models that are not given one; it overrides their own.
         prog_bar: Show the values in the progress bar.
-        background: Decompose in a thread of its own, on the CPU, while training goes on: for wide models on a GPU. The
-            values of a step are logged under it, but only at the next reading, checkpoint, or end.
+        background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
+            values are logged under their own step, but only at the next reading, checkpoint, or end of training.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Trainer's device mesh, or else all.
-        context_group: The ranks that hold parts of the same sequences, as in context parallelism; without
-            ``process_group``, ``None`` is those of the mesh, too. Packed batches are refused then.
-        name: Stands before the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
+            ``process_group``: those of the mesh. Packed batches are refused with such ranks.
+        name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
             callback with the same layers.
-        window_steps: Optimizer steps that a reading covers: the one that is due and the last ones before it. Metrics of
-            one vector a sequence need more sequences than one step has.
-        pictures: With two layers or more, give W&B, TensorBoard, MLflow, Comet and Trackio two panels of all of them:
+        window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
+            Metrics of one vector per sequence need more sequences than one step has.
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
             the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
@@ -117,7 +117,7 @@ class SharedEntropyCallback(GuardedHooks):
         self._pictures = LayerPictures(measurement.metrics, measurement.prefixes) if self._with_pictures else None
 
     def mask_of(self, batch: Any) -> Tensor | None:
-        """What ``mask`` makes of a batch; None without ``mask``."""
+        """Return what ``mask`` returns for a batch; None without ``mask``."""
         if self.mask is None:
             return None
         if batch is None:
@@ -125,7 +125,7 @@ class SharedEntropyCallback(GuardedHooks):
         return self.mask(batch)
 
     def watch(self, model: nn.Module, trainer: Any, callbacks: Iterable[Any]) -> None:
-        """Set up the monitor of the Trainer's model, so that what is wrong is told before training.
+        """Set up the monitor of the Trainer's model, so that a wrong configuration raises before training.
 
         Raises:
             ValueError: If a layer is unknown, or another of ``callbacks`` logs under the same names.

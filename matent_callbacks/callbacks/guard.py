@@ -1,4 +1,4 @@
-"""An error in what a callback does inside somebody's training loop becomes a warning and never ends the training."""
+"""Turns errors of a callback inside somebody's training loop into warnings, so that they never end the training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar
 OnError = Literal["warn", "raise"]
 _Result = TypeVar("_Result")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-# On a hook that is guarded, or is not to be.
+# Attribute of a hook that is guarded already, or must not be.
 _SETTLED = "_settled"
 
 
 class Attempt:
-    """How work under a guard ended."""
+    """Tells how a guarded block ended."""
 
     failed = False
 
@@ -25,9 +25,9 @@ class Attempt:
 class Guard:
     """Runs the work of one callback: ``with guard("pictures"): ...``.
 
-    With ``on_error="warn"`` an error ends that work, and the first one of each kind of work is a warning; with
-    ``"raise"`` it is raised. In a distributed run, work that the other ranks wait for must not stand behind other work
-    under the same guard, or a rank on which that failed would leave the others waiting.
+    With ``on_error="warn"`` an error ends that work, with one warning for each kind of work; with ``"raise"`` it is
+    raised. In a distributed run, a collective call must not follow other work in the same block: a rank where that
+    work failed would skip the call and leave the others waiting.
     """
 
     def __init__(self, owner: str, on_error: OnError) -> None:
@@ -38,12 +38,12 @@ class Guard:
         self._warned: set[str] = set()
 
     def renewed(self) -> Guard:
-        """One that has not warned of anything."""
+        """Return a guard that has not warned of anything."""
         return Guard(self._owner, self._on_error)
 
     @contextmanager
     def __call__(self, work: str, message: str = "") -> Iterator[Attempt]:
-        """Guard the block. ``work`` goes into the warning, or ``message`` is all of it, with ``{error}`` in it."""
+        """Guard the block. The warning names ``work``, or it is ``message`` with ``{error}`` filled in."""
         attempt = Attempt()
         try:
             yield attempt
@@ -53,7 +53,7 @@ class Guard:
                 raise
 
     def absorbs(self, error: Exception, work: str, message: str = "") -> bool:
-        """Warn of an error, once for each kind of work; false if it is to be raised instead."""
+        """Warn of an error, once for each kind of work; return False if it is to be raised instead."""
         if self._on_error == "raise":
             return False
         if work not in self._warned:
@@ -65,14 +65,14 @@ class Guard:
         return True
 
     def values(self, work: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What ``compute`` gives; nothing if it fails."""
+        """Return what ``compute`` returns; an empty dict if it fails."""
         values: dict[str, float] = {}
         with self(work):
             values.update(compute())
         return values
 
     def run_between(self, work: str, halves: Generator[None, Any, None], call: Callable[[], _Result]) -> _Result:
-        """The result of ``call``, made between the two halves of a generator that yields once.
+        """Return the result of ``call``, run between the two halves of a generator that yields once.
 
         The generator is sent the result. Its errors are guarded, those of ``call`` are raised.
         """
@@ -92,7 +92,7 @@ class Guard:
 class GuardedHooks:
     """Base of the callbacks: each method that overrides one of the framework's runs under the callback's guard.
 
-    That holds for the classes of this package; what a user's subclass overrides is the user's own.
+    This holds for the classes of this package only: methods that a user's subclass overrides are not guarded.
     """
 
     guard: Guard
@@ -101,17 +101,17 @@ class GuardedHooks:
         super().__init_subclass__(**kwargs)
         if not _is_ours(cls):
             return
-        # Also those of bases that are of no framework, and so could not know that they are hooks.
+        # Also methods of bases outside the framework, which become hooks only in this class.
         for name in {name for base in cls.__mro__ if _is_ours(base) for name in vars(base)}:
             hook = inspect.getattr_static(cls, name)
             if inspect.isfunction(hook) and _is_of_framework(cls, name) and not hasattr(hook, _SETTLED):
                 setattr(cls, name, _guarded(hook))
 
     def start_over(self) -> None:
-        """Put new objects in the place of all that comes from a run, so that only the arguments are left."""
+        """Replace everything that comes from a run by new objects, so that only the arguments are left."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what is pickled, has the arguments of the callback and nothing of its run."""
+        """Let copies and pickles have the arguments of the callback, and nothing of its run."""
         clone = object.__new__(type(self))
         vars(clone).update(vars(self))
         clone.guard = self.guard.renewed()
@@ -120,7 +120,7 @@ class GuardedHooks:
 
 
 def unguarded(hook: _Method) -> _Method:
-    """Mark a hook that tells of a wrong configuration before training: its errors are raised."""
+    """Mark a hook that reports a wrong configuration before training: its errors are raised."""
     setattr(hook, _SETTLED, True)
     return hook
 

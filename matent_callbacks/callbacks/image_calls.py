@@ -1,4 +1,4 @@
-"""The call for an image of the libraries that runs are logged with, and how several of them are served."""
+"""Sends pictures to the libraries that runs are logged with, each by its own call for images."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ if TYPE_CHECKING:
 
 # By their names, each of shape (height, width, 3), uint8.
 Pictures: TypeAlias = "Mapping[str, np.ndarray]"
-# Takes pictures at a step, as the logger that it is named after.
+# The name of a logger, and a function that sends it the pictures of a step.
 Taker: TypeAlias = tuple[str, Callable[[Pictures, int], None]]
 
 
 def to_tensorboard(writer: Any, pictures: Pictures, step: int) -> None:
-    """To a ``SummaryWriter``, of torch or of tensorboardX."""
+    """Send pictures to a ``SummaryWriter``, of torch or of tensorboardX."""
     for name, pixels in pictures.items():
         writer.add_image(name, pixels, step, dataformats="HWC")
 
 
 def to_mlflow(client: Any, run_id: str, pictures: Pictures, step: int) -> None:
-    """To a run of an ``MlflowClient``: images with a step stand among the charts of the run, not among its files."""
+    """Send pictures to a run of an ``MlflowClient``; with a step they appear among its charts, not among its files."""
     for name, pixels in pictures.items():
         client.log_image(run_id, pixels, key=name, step=step)
 
 
 def to_comet(experiment: Any, pictures: Pictures, step: int) -> None:
-    """To a Comet experiment, online or offline."""
+    """Send pictures to a Comet experiment, online or offline."""
     from PIL import Image
 
     for name, pixels in pictures.items():
-        # Of an array Comet stretches the colours to the whole range, and takes its bytes for a file name at first.
+        # Not as an array: Comet would stretch its colours to the whole range, and first try its bytes as a file name.
         experiment.log_image(Image.fromarray(pixels), name=name, step=step)
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:
-    """Hand pictures to loggers one after the other, also to those that come after one that fails."""
+    """Send pictures to each logger, also to those after one that fails."""
     for name, take in takers:
         with guard(f"{name}'s pictures", f"{name} did not take the pictures: {{error}}. Training goes on."):
             take(pictures, step)

@@ -1,4 +1,4 @@
-"""All layers of a run in two pictures, so that a logger needs two panels and not one for each layer."""
+"""Draws all layers of a run in two pictures, so that a logger needs two panels and not one for each layer."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-# A picture shows everything until now: it is drawn again when there is this much more to show.
+# A picture shows all readings so far: it is drawn again once their number has grown by this factor.
 _GROWTH = 1.25
 _MOST_RECORDS = 512
 
 
 class LayerPictures:
-    """Draws the layers of one metric, ever more rarely, so that the cost of it vanishes in a long run."""
+    """Draws the layers of one metric at growing intervals, so that its cost vanishes in a long run."""
 
     def __init__(self, metrics: Sequence[str], prefixes: Sequence[str] = ("",)) -> None:
-        """``prefixes`` are what stands before the names of values; each has pictures of its own."""
+        """``prefixes`` are those of the names of values; each prefix has its own pictures."""
         self._prefixes = prefixes
         self._metric = "effective_rank" if "effective_rank" in metrics else metrics[0]
         self._drawn: float | None = None
         self._wait = 0
 
     def shown(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Of one reading, what goes into a picture."""
+        """Return those values of one reading that go into a picture."""
         shown = tuple(f"{prefix}{self._metric}/" for prefix in self._prefixes)
         return {key: value for key, value in values.items() if key.startswith(shown)}
 
     def draw(
         self, records: Sequence[Mapping[str, Any]], layers: Sequence[str], *, last: bool = False
     ) -> dict[str, np.ndarray]:
-        """The pictures by name, ``(height, width, 3)`` uint8, or none if it is not yet time (``last``: it is).
+        """Draw the pictures by name, ``(height, width, 3)`` uint8; none unless they are due (``last``: they are).
 
-        Fewer than two layers make no picture, nor does a machine without matplotlib.
+        There are no pictures of fewer than two layers, nor without matplotlib.
         """
         if self._wait and not last:
-            # One reading a call: to look through the records of a long run each time would be the greater part.
+            # There is one reading per call. Searching the records of a long run each time would cost more than drawing.
             self._wait -= 1
             return {}
         readings = {prefix: self._readings(records, layers, prefix) for prefix in self._prefixes}
@@ -84,5 +84,5 @@ class LayerPictures:
 
 
 def thinned(records: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Every second one, the latest among them, once there are more than a picture can show."""
+    """Return every second record, the latest included, once there are more than a picture can show."""
     return records if len(records) <= _MOST_RECORDS else records[::-2][::-1]

@@ -1,4 +1,4 @@
-"""One measurement of image-text alignment, outside of a training loop."""
+"""Measures image-text alignment once, outside of a training loop."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def measure_alignment(
     k: int = 10,
     alpha: float = 1.0,
 ) -> dict[str, float]:
-    """What ``AlignmentCallback`` logs, once: how well image and text agree inside a model, on a probe of pairs.
+    """Measure once what ``AlignmentCallback`` logs: how well image and text agree inside a model, on a probe of pairs.
 
-    The model is run on the side, in evaluation mode and without gradient, and is as it was afterwards.
+    This is side-effect-free inference: evaluation mode, no gradients, and the model is left as it was.
 
     Args:
         model: A vision-language model or a dual encoder, wrapped or not.
-        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; or several of these
-            by their names, each of which stands before the names of its values.
-        basis: What the two ratios are of, ``"effective_rank"`` or ``"entropy"``.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; or a mapping of
+            several named probes, whose names are put before the names of their values.
+        basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
-        pair_measures: Of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+        pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
             ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
             ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
             ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
@@ -42,11 +42,11 @@ def measure_alignment(
             :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
-        k: Neighbours of ``mutual_knn`` and ``mutual_knn_z``.
+        k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
         alpha: Order of ``mutual_information``.
 
     Returns:
-        Values by the names that the callback logs.
+        The values by the names under which the callback logs them.
 
     Raises:
         ValueError: If an argument is out of range, or the probe or the model cannot be read.

@@ -1,4 +1,4 @@
-"""What the callbacks of both frameworks do alike: when to measure, what, on which model, against which reference."""
+"""The measuring that both frameworks' callbacks share: what, on which model, against which reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DATA_SET_RANK = "sequence_effective_rank"
 
 
 def check_every_n_steps(every_n_steps: int) -> None:
-    """Raise ValueError for what is no whole number above 0."""
+    """Raise ValueError unless it is a whole number above 0."""
     if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
         raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
 
@@ -30,8 +30,8 @@ def check_every_n_steps(every_n_steps: int) -> None:
 class Measurement:
     """The monitors of a callback, with the arguments that it was given, and the reference values of a run.
 
-    All values have ``prefix`` before their names, and those of one of several probes its name. ``settings`` are more
-    arguments of :class:`~matent_callbacks.EntropyMonitor`.
+    The names of all values begin with ``prefix``, followed by the name of the probe if there are several. ``settings``
+    are further arguments of :class:`~matent_callbacks.EntropyMonitor`.
     """
 
     def __init__(
@@ -67,19 +67,19 @@ class Measurement:
         self._monitors: dict[bool, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
-        """The same arguments without monitors and reference values."""
+        """Return a copy with the same arguments, without monitors and reference values."""
         new = copy.copy(self)
         new._guard, new._monitors, new._reference_ranks = guard, {}, None
         new._groups = self._given_groups
         return new
 
     def choose_groups(self, owner: Any) -> None:
-        """Read the ranks that belong together off a Trainer's device mesh, unless they were given."""
+        """Find the ranks that belong together from a Trainer's device mesh, unless they were given."""
         if self._groups == ParallelGroups():
             self._groups = parallel_groups(owner)
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
-        """The monitor of the model's own forwards."""
+        """Return the monitor of the model's own forwards."""
         return self._monitor(model, probing=False)
 
     @property
@@ -89,17 +89,17 @@ class Measurement:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """As they stand in the keys."""
+        """The names of the layers, as in the keys."""
         return self._monitors[False].layers
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What stands before the names of the values of a step."""
+        """The prefixes of the names of the values of a step."""
         return tuple(self.probes) or (self._prefix,)
 
     @property
     def keys(self) -> set[str]:
-        """The names of the values of a step, but for what one metric logs under several."""
+        """The names of the values of a step; a metric that logs several values is listed by its own name."""
         return {
             f"{prefix}{metric}/{layer}"
             for prefix in self.prefixes
@@ -108,17 +108,17 @@ class Measurement:
         }
 
     def from_forwards(self) -> Callable[[], dict[str, float]]:
-        """What the monitor has read since the last call, once it is asked for."""
+        """Compute what the monitor has read since the last call; returns a function that waits for the values."""
         return self._values(self._monitors[False], self._prefix)
 
     def reset(self) -> None:
-        """Forget what the monitor has read."""
+        """Discard what the monitor has read."""
         self._monitors[False].reset()
 
     def from_probe(
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Callable[[], dict[str, float]]:
-        """The chosen metrics on each probe, and the difference from the reference; ``around`` each set of forwards."""
+        """Read each probe inside ``around()``; returns a function for metrics and difference from the reference."""
         readings = [self._from_one_probe(prefix, probe, model, around) for prefix, probe in self.probes.items()]
         return lambda: {key: value for values in readings for key, value in values().items()}
 
@@ -133,13 +133,13 @@ class Measurement:
         return lambda: self._with_difference(values(), prefix)
 
     def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """Measure the reference, unless that was done before the checkpoint that the run goes on from."""
+        """Measure the reference, unless it came with the checkpoint that the run resumes from."""
         if self._reference is None:
             return
         loaded = self._reference_ranks is not None
         group = self._groups.process_group
         if is_distributed(group):
-            # A rank that could not load what the others have goes without: it would measure alone.
+            # A rank that could not load it when another did goes without: it would be alone in measuring it.
             loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
         if loaded:
             return
@@ -157,7 +157,7 @@ class Measurement:
         self._reference_ranks = self._guard.values("the reference", measure)
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
-        """Another monitor with the same arguments."""
+        """Create another monitor with the same arguments."""
         return EntropyMonitor(
             model,
             self.layers,
@@ -167,7 +167,7 @@ class Measurement:
         )
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
-        """What a monitor has read since the last call."""
+        """Compute what a monitor has read since the last call."""
         return self._computed(monitor, self._prefix)
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,9 +175,9 @@ class Measurement:
         return {"reference_ranks": self._reference_ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
-        If it is anything else there is no reference: one measured now would not be that of the run's beginning.
+        An invalid state leaves no reference: one measured now would not be from the beginning of the run.
         """
         self._reference_ranks = {}
         ranks = state["reference_ranks"]
@@ -208,12 +208,12 @@ class Measurement:
     def _read_probe(
         self, monitor: EntropyMonitor, probe: Any, around: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        # Where the forwards fail on one rank, the others still wait for it in `compute`.
+        # Guarded separately: if the forwards fail on one rank, the others still wait for it in `compute`.
         with self._guard("the forwards of the probe"), around():
             monitor.read(probe)
 
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
-        # Preparing a model for training may put another in its place; a search over hyperparameters makes new ones.
+        # The model may be another object now: replaced when prepared for training, or new in a hyperparameter search.
         monitor = self._monitors.get(probing)
         if monitor is None or monitor.model is not model:
             extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()

@@ -26,7 +26,7 @@ OF_DUAL_ENCODERS = VECTOR_MEASURES
 
 
 def pairs_needed(measure: str, *, k: int) -> int:
-    """The least number of pairs for which a measure is defined."""
+    """Return the least number of pairs for which a measure is defined."""
     if measure.startswith("mutual_knn"):
         return k + 1
     return 4 if measure in ("cka_debiased", "cka_z") else 2

@@ -1,4 +1,4 @@
-"""What both frameworks' ``PlateauStopping`` take, keep, log and say."""
+"""The base class of both frameworks' ``PlateauStopping``: arguments, state, logged values and messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SharedPlateauStopping(GuardedHooks):
     Args:
         monitor: The logged name, such as ``effective_rank/last`` or that of a loss.
         verbose: Print one line at the stop: why, at which step and at which value.
-        on_error: ``"warn"``: what goes wrong in a run is said once and training goes on; ``"raise"``.
+        on_error: ``"warn"``: an error in a run is warned about once, and training goes on; ``"raise"``.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SharedPlateauStopping(GuardedHooks):
         self.verbose = verbose
         self.smoothing = smoothing
         self.settings: dict[str, Any] = {"min_delta": min_delta, "patience": patience, "mode": mode}
-        """They tell one detector from another in a checkpoint."""
+        """These identify the detector in a checkpoint."""
         self._new_detector = functools.partial(
             PlateauDetector, **self.settings, warmup_steps=warmup_steps, smoothing=smoothing
         )
@@ -51,7 +51,7 @@ class SharedPlateauStopping(GuardedHooks):
         self.observed = False
 
     def logged_values(self) -> dict[str, float]:
-        """The trend, once there are two observations, and how many there were since progress."""
+        """Return the trend, once there are two observations, and the number of observations since progress."""
         trend = {} if self.detector.trend is None else {f"plateau/{self.monitor}": self.detector.trend}
         return {**trend, f"plateau/{self.monitor}/since_progress": float(self.detector.since_progress)}
 
@@ -60,6 +60,6 @@ class SharedPlateauStopping(GuardedHooks):
         print(f"Stopping: {self.monitor}: {self.detector.reason}")
 
     def warn_if_never_logged(self, logged: Iterable[str]) -> None:
-        """Tell that the name was never seen, with the names that were."""
+        """Warn if the name was never logged, with the names that were."""
         if not self.observed:
             warn_never_logged(self.monitor, logged, "training could not stop on it")

@@ -1,4 +1,4 @@
-"""Probes by their names, from the first examples of a data set, and hashed."""
+"""Makes probes: named ones from a mapping, one from the first examples of a data set; and hashes their batches."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 def prefix_of(name: str | None) -> str:
-    """What a name puts before the names of values; ValueError for what cannot stand there."""
+    """Return the prefix that a name puts before the names of values; ValueError for an invalid name."""
     if name is not None and (not isinstance(name, str) or not name or "/" in name):
         raise ValueError(f"`name` must be a text without '/', or None, got {name!r}.")
     return "" if name is None else f"{name}/"
 
 
 def probes_by_prefix(probe: Any, prefix: str) -> dict[str, Any]:
-    """Probes by what stands before the names of their values; without a probe there is none.
+    """Return probes by the prefix of the names of their values; empty without a probe.
 
     Several probes are a mapping from names to probes, each a batch that is a mapping, or a list of batches.
 
     Raises:
-        ValueError: If there are several, and none, or a name cannot stand there.
+        ValueError: If the mapping is empty, or a name is invalid.
     """
     if probe is None:
         return {}
@@ -42,8 +42,8 @@ def _is_probe(value: Any) -> bool:
 
 
 def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> Any:
-    """The first ``count`` examples through a collator."""
-    # A data set may draw: augmentation, or the seed of an iterator.
+    """Collate the first ``count`` examples of a data set."""
+    # A data set may draw random numbers: for augmentation, or to seed an iterator.
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""One short line on a log record that holds a reading of many layers."""
+"""Sums up a log record, which may hold a reading of many layers, in one short line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matent_callbacks.plot._style import in_order
 
 
 def reading_line(step: int, record: Mapping[str, Any], metric: str) -> str | None:
-    """The step, the losses, and the metric in the first, the middle and the last layer, each by its logged name.
+    """Format the step, the losses, and the metric in the first, the middle and the last layer, by their logged names.
 
     ``None`` if the record holds none of these.
     """

@@ -1,4 +1,4 @@
-"""Telling that a name was never logged."""
+"""Warns that a monitored name was never logged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def warn_never_logged(monitor: str, logged: Iterable[str], without: str) -> None:
-    """Warn that ``monitor`` was not among the names that were logged, and what was not done ``without`` it."""
+    """Warn that ``monitor`` was not among the names that were logged, and what could not be done ``without`` it."""
     names = sorted(logged)
     near = difflib.get_close_matches(monitor, names, n=4, cutoff=0.4) or names
     warnings.warn(

@@ -1,4 +1,4 @@
-"""Which adapters of a model are on: PEFT makes several models of one by switching them."""
+"""Tells which adapters of a model are active: by switching them, PEFT turns one model into several."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import nn
 
 
 class AdapterState:
-    """The adapters that were on when this was made."""
+    """The adapters that were active when this was created."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Told by what is used of them, so that peft need not be imported; all layers are switched alike.
+        # Recognised by the attributes used here, so that peft need not be imported; all layers are switched together.
         self._layer: Any = next((m for m in model.modules() if hasattr(type(m), "adapter_layer_names")), None)
         self._wrapper: Any = next((m for m in model.modules() if hasattr(type(m), "get_base_model")), None)
         self._before = self._now()
 
     def unchanged(self) -> bool:
-        """Whether the same are on."""
+        """Whether the same adapters are active now."""
         return self._now() == self._before
 
     def _now(self) -> tuple[Any, ...]:
         layer, wrapper = self._layer, self._wrapper
         in_layers = None if layer is None else (layer.disable_adapters, list(layer.active_adapters))
-        # Prompt tuning is in no layer: it is switched off by another `forward` of the model around all.
+        # Prompt tuning is not in any layer: PEFT disables it by replacing the `forward` of the outermost model.
         return in_layers, None if wrapper is None else wrapper.forward

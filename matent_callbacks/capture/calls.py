@@ -1,4 +1,4 @@
-"""Calls of a module however they are made: a hook sees ``module(...)`` only, and not ``module.forward(...)``."""
+"""Watches all calls of a module: a hook sees only ``module(...)``, and not ``module.forward(...)``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Around = Callable[..., Any]
 
 
 def around_calls(module: nn.Module, around: Around, *, replicas: bool = True) -> Callable[[], None]:
-    """Put ``around`` around every call of ``module.forward``; returns what undoes it.
+    """Wrap every call of ``module.forward`` in ``around``; returns a function that undoes this.
 
     Args:
-        module: What is called.
-        around: Sees the call. The last one that was put there is the outermost.
-        replicas: Whether ``nn.DataParallel`` may call replicas of ``module``. Finding out takes a hook on it.
+        module: The module to watch.
+        around: The wrapper. Of several, the one added last is the outermost.
+        replicas: Whether ``nn.DataParallel`` may call replicas of ``module``. Recognising them takes a hook on it.
     """
     stand_in = _stand_ins.get(module)
     if stand_in is None or stand_in.is_wrapped:
@@ -46,21 +46,21 @@ def _undo(stand_in: _StandIn, around: Around, handle: RemovableHandle | None) ->
 
 
 class _StandIn:
-    """Stands in a module's ``__dict__`` as its ``forward``."""
+    """Replaces the ``forward`` of one module instance while its calls are watched."""
 
     def __init__(self, module: nn.Module) -> None:
         self._reference = weakref.ref(module)
         self._around: tuple[Around, ...] = ()
         self.is_in_graph = False
-        """Whether a graph of torch.compile has it inside. To that a watched module is another one: not once more."""
+        """Whether torch.compile traced it into a graph. Then it is not added again: that would invalidate the graph."""
         self._before: Any = None
-        """What stood in the module's ``__dict__`` as ``forward`` before."""
+        """The ``forward`` that the module's ``__dict__`` held before, or None."""
         self.__wrapped__: Callable[..., Any] | None = None
-        """The module's own method, under the name by which :mod:`inspect` finds its signature."""
+        """The ``forward`` that is replaced, under the name by which :mod:`inspect` finds its signature."""
 
     @property
     def is_wrapped(self) -> bool:
-        """Whether somebody else, who has put a ``forward`` of his own around this one, still calls it."""
+        """Whether other code has wrapped its own ``forward`` around this one, and may still call it."""
         return not self._around and self.__wrapped__ is not None
 
     def add(self, around: Around) -> None:
@@ -118,7 +118,7 @@ class _StandIn:
 
 _stand_ins: weakref.WeakKeyDictionary[nn.Module, _StandIn] = weakref.WeakKeyDictionary()
 
-# By thread. `nn.DataParallel` runs replicas of a model in threads.
+# Keyed by thread: `nn.DataParallel` runs replicas of a model in threads.
 _called_replica: dict[int, tuple[nn.Module, nn.Module]] = {}
 """What is about to be called: a watched module, and its replica."""
 _running: dict[int, list[tuple[nn.Module, nn.Module]]] = {}
@@ -126,7 +126,7 @@ _running: dict[int, list[tuple[nn.Module, nn.Module]]] = {}
 
 
 def _note_replica(original: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before a call: a replica has a copy of the ``__dict__``, and so the stand-in of the original in it."""
+    """Note before a call which replica is called: in its copied ``__dict__`` is the stand-in of the original."""
     if module is not original and not torch.compiler.is_compiling():
         _called_replica[threading.get_ident()] = original, module
 

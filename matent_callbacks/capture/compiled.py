@@ -1,8 +1,8 @@
-"""Compiled modules, in which hooks either do not fire or become part of the graph: they are read beside the graph.
+"""Eager re-execution of compiled modules, in which hooks either do not fire or become part of the graph.
 
-A hook that is registered after the first compiled call is ignored (torch guards no hooks by default), and one that is
-there at the first call is traced into the graph and stays. So the call is met at its entrance instead, and the module
-is run there once more without its graph, from the same random state: the values of an uncompiled run.
+A hook registered after the first compiled call is ignored (by default torch does not guard on hooks), and one that is
+there at the first call is traced into the graph and stays. So the call is intercepted where it enters compiled code,
+and the module runs there a second time, eagerly and from the same random state: the values are those without compiling.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
             continue
         if layers.owner is None or entrance in above.get(layers.owner, ()):
             return entrance
-        # Single blocks are compiled: their mask is known to the module around them.
+        # Only single blocks are compiled: the module around them is the one that is given the mask.
         return layers.owner
     return None
 
 
 def meet(module: nn.Module, before: Meeting) -> Callable[[], None]:
-    """Call ``before(module, args, kwargs)`` ahead of each call of ``module``; returns what undoes it."""
+    """Call ``before(module, args, kwargs)`` before each call of ``module``; returns a function that undoes it."""
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
-    # Compiled in place by `module.compile()`: its hooks are inside the graph, so the call itself is met.
+    # Compiled in place by `module.compile()`: its hooks are inside the graph, so the call itself is wrapped.
     def met_call(*args: Any, **kwargs: Any) -> Any:
         before(module, args, kwargs)
         return compiled_call(*args, **kwargs)
@@ -56,21 +56,21 @@ def meet(module: nn.Module, before: Meeting) -> Callable[[], None]:
 
 
 def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, whatever is compiled in ``model`` runs without its graph, so that hooks fire."""
-    # The stance imports the compiler, which takes seconds: not where there is nothing compiled.
+    """Inside, whatever is compiled in ``model`` runs eagerly, so that hooks fire."""
+    # Setting the stance imports the compiler, which takes seconds: only where something is compiled.
     return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.modules())) else nullcontext()
 
 
 def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run a module, and all compiled ones in it, without any graph."""
+    """Run a module eagerly, and all compiled modules in it."""
     with eagerly(module):
         getattr(module, "_orig_mod", module)._call_impl(*args, **kwargs)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # Not by `hasattr`, which a module without it answers by an exception: a model has hundreds of modules.
+    # Not `hasattr`: it costs a raised exception in each module without the attribute, and a model has hundreds.
     if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
         return True
-    # `model.forward = torch.compile(model.forward)`, and perhaps what stands around it while calls are watched.
+    # `model.forward = torch.compile(model.forward)`, perhaps wrapped by `around_calls`.
     own = vars(module).get("forward")
     return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in (own, getattr(own, "__wrapped__", None)))

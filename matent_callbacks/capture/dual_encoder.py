@@ -1,4 +1,4 @@
-"""The two towers of a dual encoder such as CLIP or SigLIP, or any two modules that see the two sides of a pair."""
+"""Reads the two towers of a dual encoder such as CLIP or SigLIP, or any two modules that encode one side of a pair."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from matent_callbacks.functional._precision import statistics_dtype
 
 
 class Tower(NamedTuple):
-    """What one tower makes of its side of the pairs."""
+    """The output of one tower for its side of the pairs."""
 
     hidden_states: Tensor
     """``(S, T, d)``: the tokens."""
     mask: Tensor
     """``(S, T)`` bool."""
     embedding: Tensor
-    """``(S, d')``: one vector a sample, which is compared with the other tower's."""
+    """``(S, d')``: one vector per sample, which is compared with the other tower's."""
 
 
 def is_dual_encoder(model: nn.Module) -> bool:
@@ -36,12 +36,12 @@ def dual_encoder_towers(
 ) -> tuple[Tower, Tower]:
     """Run a batch of pairs and read both towers.
 
-    The embeddings of a pair are ``image_embeds`` and ``text_embeds`` where the model gives them, else the tower's
+    The embeddings of a pair are ``image_embeds`` and ``text_embeds`` where the model returns them, else the tower's
     ``pooler_output``, its output ``(S, d)``, or the mean of its tokens.
 
     Args:
         model: The model, wrapped or not.
-        batch: What its forward takes, labels not used.
+        batch: What its forward takes; labels are not used.
         names: Paths of the image tower and the text tower; ``None``: those of a CLIP-like model.
 
     Raises:

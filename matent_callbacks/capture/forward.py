@@ -1,4 +1,4 @@
-"""What is known of one forward while it runs: whether it counts, which of its tokens do, and where documents begin."""
+"""The state of one forward while it runs: whether it counts, which of its tokens do, and where documents begin."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from matent_callbacks.capture.packing import Packing
 
 @dataclass
 class Seen:
-    """What ran while a model was watched, to explain what was not read."""
+    """Records what ran while a model was watched, to explain why something was not read."""
 
     ran: set[nn.Module] = field(default_factory=set)
-    """Of the modules in the chain and inside."""
+    """The modules of ``Layers.chain`` and ``Layers.inside`` that were called."""
     called: set[str] = field(default_factory=set)
-    """Layers."""
+    """The keys of the layers that were called."""
     counted: bool = False
     """Whether any forward counted."""
     unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layers whose padding was counted, since no mask fitted: the lengths of mask and hidden states."""
+    """The layers whose padding was counted because no mask fitted, with the lengths of mask and hidden states."""
 
 
 @dataclass
 class Forward:
-    """What belongs to one forward. Each thread is in one of its own."""
+    """The state of one forward. Each thread has its own."""
 
     masks: Masks
     samples: Tensor | None
-    """``(B,)``: those that count."""
+    """``(B,)``: which samples count."""
     graph_task: int = -1
-    """The backward pass that it is part of, such as that of a loss which embeds once more for its gradients; or -1."""
+    """The backward pass that it runs in, as where a loss embeds again to get its gradients; -1: in none."""
     counts: bool = False
     packing: Packing | None = None
     modules: list[nn.Module] = field(default_factory=list)
-    """Of the chain, those that run, the outermost first."""
+    """The modules of the chain that are running, outermost first."""
     is_met: bool = False
     """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
     is_past_embeddings: bool = False
-    """Whether the first block was called: where blocks share weights, it is called again, and not on embeddings."""
+    """Whether the first block has been called; a block with shared weights is called again, not on embeddings."""
 
     def tokens(
         self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]], seen: Seen
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states with their batch first, one row a document, and which of them count.
+        """Return hidden states batch first, with one document per row, and which of them count.
 
         Args:
             point: Where they were read.
             hidden_states: What was read.
-            arguments: What the module was called with, asked for where no mask is known yet that fits.
-            seen: Is told where none fits.
+            arguments: Returns what the module was called with; only called if no mask seen so far fits.
+            seen: Where it is recorded if no mask fits.
         """
         if hidden_states.is_nested:
             padded, mask = _padded(hidden_states)
@@ -92,7 +92,7 @@ class Forward:
 
 
 def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, T, d)`` and ``(B, T)`` bool of sequences of unlike lengths in one tensor, as torch's fast path has them."""
+    """Pad a nested tensor, as torch's fast path produces it: ``(B, T, d)``, and its mask ``(B, T)`` bool."""
     lengths = torch.tensor([len(sequence) for sequence in nested.unbind()], device=nested.device)
     padded = torch.nested.to_padded_tensor(nested, 0.0)
     return padded, torch.arange(padded.shape[1], device=nested.device) < lengths.unsqueeze(1)

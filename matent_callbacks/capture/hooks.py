@@ -21,26 +21,26 @@ from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import find_packing
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
-# All of transformers from 5.24 on; before, of attention, and of Mamba and its like.
+# Names of a key-value cache: all models of transformers from 5.24 on; before, attention; Mamba and similar models.
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
 
-# The threads of nn.DataParallel read into the same statistics.
+# Held while a reader runs: the threads of nn.DataParallel update the same statistics.
 _reading = threading.RLock()
 
 
 class Capture:
     """Calls ``reader(key, hidden_states, attention_mask, vectors)`` for each read point of each forward that counts.
 
-    Each call is made inside ``guard(key)``, which handles an exception. ``hidden_states`` is None where a module gave
-    something without a tensor in it. ``vectors`` ``(B, d)`` is one vector a sequence, where a module gives it beside
-    its tokens. A forward counts unless a key-value cache is handed to it (generation) and, with ``training_only``,
-    unless it is in training mode with gradients; with ``same_adapters``, unless the adapters that are on are others
-    than at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another
-    reader. Compiled modules are run once more eagerly, and read there. Without ``whole_sequences`` a packed batch is
-    an error: which document a token is of cannot be told from a part of a row.
+    Each call is made inside ``guard(key)``, which handles exceptions. ``hidden_states`` is None where the module's
+    value contains no tensor. ``vectors`` ``(B, d)`` is one vector per sequence, where a module returns it along with
+    its tokens. A forward that is given a key-value cache (generation) does not count. With ``training_only``, only
+    forwards in training mode with gradients count; with ``same_adapters``, only those with the adapters that were
+    active at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another
+    reader. Compiled modules are re-executed eagerly, and read there. Without ``whole_sequences`` a packed batch is an
+    error: part of a row does not show which document a token belongs to.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Capture:
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
-        """Begin to read. ``attention_mask`` goes before any that the model is given, ``sample_mask`` on top of it."""
+        """Start reading. ``attention_mask`` overrides the masks the model is given; ``sample_mask`` applies as well."""
         self.close()
         self._training_only = training_only
         self._outer_mask = attention_mask
@@ -82,11 +82,11 @@ class Capture:
                 self._undo.extend(self._hooks())
             else:
                 self._undo.append(meet(entrance, self._read_beside))
-            # Behind the hooks, which put other `forward`s in the place of those that tell of adapters.
+            # After the hooks: they replace `forward` methods, by which the state of the adapters is recognised.
             self._adapters = AdapterState(self._model) if same_adapters else None
 
     def close(self) -> None:
-        """Take the hooks away; nothing of the forward stays behind."""
+        """Remove the hooks and drop every reference to the forward."""
         for undo in self._undo:
             undo()
         self._undo.clear()
@@ -97,7 +97,7 @@ class Capture:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Read with plain hooks: for forwards that are known to run without a graph."""
+        """Read with plain hooks, during forwards that are known to run eagerly."""
         undo: list[Callable[[], None]] = []
         before, self._sides = self._sides, sides()
         try:
@@ -110,7 +110,7 @@ class Capture:
             self._forwards.clear()
 
     def _hooks(self) -> Iterator[Callable[[], None]]:
-        """Registers one after the other, so that those before one that fails can be removed."""
+        """Register hook by hook, yielding how to remove each: if one fails, those before it can still be removed."""
         chain, inside, points = self._layers.chain, self._layers.inside, self._layers.points
         hooked = [module for module in chain if module not in self._layers.unhooked]
         for module in hooked:
@@ -126,7 +126,7 @@ class Capture:
             yield self._read_hook(point)
         for module in chain:
             yield around_calls(module, self._call, replicas=module in hooked)
-        # After the read points: the output of a module in the chain must be read before its forward is over.
+        # Registered after the read points: a module in the chain must be read before its forward ends.
         for module in hooked:
             yield module.register_forward_hook(self._leave, always_call=True).remove
 
@@ -148,8 +148,8 @@ class Capture:
         finally:
             self._beside = False
 
-    # A module in the chain, called by `module(...)`: hooks before and after it. Its replica, if nn.DataParallel calls
-    # it, has the same hooks, and is another module.
+    # Hooks before and after a module in the chain that is called by `module(...)`. Under nn.DataParallel they also fire
+    # on its replicas, so `module` may be a replica of `watched`.
 
     def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -188,7 +188,7 @@ class Capture:
         if not forward.modules:
             del self._forwards[threading.get_ident()]
 
-    # However it is called.
+    # Wrappers around `forward`, which also see `module.forward(...)`.
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = self._forward
@@ -284,6 +284,6 @@ class Capture:
 
 
 def _in_backward(since: int = -1) -> bool:
-    """Whether a backward pass runs that did not when ``since`` was the graph task of this thread."""
-    # What torch.utils.checkpoint itself asks to tell a recomputation from a forward.
+    """Whether this thread is in another backward pass than the one with graph task ``since`` (-1: in any)."""
+    # torch.utils.checkpoint itself tells recomputation from a forward this way.
     return torch._C._current_graph_task_id() != since

@@ -18,7 +18,7 @@ class Exchange(NamedTuple):
     """A batch with its images moved on by one sample. One row for each sample with images, in their order."""
 
     exchanged: Tensor
-    """``(S,)`` bool: the samples that got another's images. Those without an equal kept their own."""
+    """``(S,)`` bool: the samples that got another's images. Those without a match kept their own."""
     image_text: Stage | None
     """Image and text together, as the stage of that name, with the images moved on; None where that cannot be read."""
     num_labels: Tensor
@@ -32,14 +32,14 @@ class Exchange(NamedTuple):
 def exchange_images(forward: JointForward, read: Callable[[], Stage] | None = None) -> Exchange:
     """Move the images of a batch on by one sample: i gets all the images of i + 1, and the last those of the first.
 
-    Only samples with images take part, and only those whose images take the same places exchange theirs: as many
-    image tokens in each run of them, with the same positions where these have several dimensions (M-RoPE). Where all
-    do, that is the plain rotation; where they do not, there is one rotation among each set of equals, and a sample
-    without an equal keeps its own. Text-only samples stay as they are.
+    Samples can only exchange images that take the same places: as many image tokens in each run of them, with the
+    same relative positions where these have several dimensions (M-RoPE). If the images of all samples match, this is
+    the plain rotation; otherwise each set of matching samples rotates separately, and a sample without a match keeps
+    its own. Text-only samples stay as they are.
 
-    The features that the language model is given are exchanged: those behind the connector, and those that DeepStack
-    adds in deeper layers. They depend on their own image only, so this equals the forward of a batch whose pixels were
-    exchanged, whatever way the family packs them.
+    What is exchanged are features in the input of the language model: the output of the connector, and what DeepStack
+    adds in deeper layers. They depend on their own image only, so the result equals a forward with exchanged pixels,
+    however the model family packs these.
 
     Args:
         forward: The forward to repeat, once.
@@ -69,7 +69,7 @@ def exchange_images(forward: JointForward, read: Callable[[], Stage] | None = No
 
 
 def _donors(is_image: Tensor, position_ids: Any) -> list[int]:
-    """Find whose images each sample gets: its own where no other's fit."""
+    """Find whose images each sample gets: its own where no others fit."""
     equals: dict[Hashable, list[int]] = {}
     for sample, runs in enumerate(map(_runs, is_image.tolist())):
         if runs:

@@ -1,4 +1,4 @@
-"""Runs a language model that expects a part of every sequence on each rank, from whole sequences to whole sequences."""
+"""Runs a context-parallel language model on whole sequences: splits them over the ranks, and gathers the output."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matent_callbacks.capture.joint_forward import language_model
 from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.capture.values import first_tensor
 
-# Their last dimension is that of the tokens.
+# Arguments whose last dimension is tokens.
 _OF_TOKENS = ("attention_mask", "position_ids", "cache_position", "visual_pos_masks")
 
 
 @contextmanager
 def in_parts(model: nn.Module, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Inside, each rank of ``group`` runs its part of what the language model is given, and has the whole outcome.
+    """Inside, each rank of ``group`` runs its part of the language model's input, and gets the output of all parts.
 
-    Sequences are filled up on the right to a multiple of the number of ranks, and cut into parts of equal length, rank
-    by rank, with the positions that they have in the whole. Every rank of the group has to make the same calls.
+    Sequences are padded on the right to a multiple of the number of ranks, and cut into parts of equal length in rank
+    order, which keep their positions in the whole sequence. Every rank of the group has to make the same calls.
 
     Args:
         model: A vision-language model of transformers, wrapped or not, that is given the same batch on each rank.
@@ -82,7 +82,7 @@ def _own_part(kwargs: Mapping[str, Any], embeddings: Tensor, group: dist.Process
 
 
 def _with_states(output: Any, states: Tensor) -> Any:
-    """The output of a model with other hidden states."""
+    """Return a model output with its hidden states replaced."""
     if isinstance(output, dict):
         output["last_hidden_state"] = states
         return output

@@ -1,4 +1,4 @@
-"""Inference without side effects on a model that is being trained."""
+"""Side-effect-free inference on a model that is being trained."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import call_eagerly
 
-# The models that inference without side effects runs on now, the innermost call last.
+# The models on which side-effect-free inference is running now, the innermost call last.
 _on_the_side: list[object] = []
 
 
 def sides() -> int:
-    """How many calls of :func:`quiet` are under way.
+    """Return how many :func:`quiet` contexts are open.
 
-    The forwards inside a call are not for a reader that began before it.
+    A reader must ignore the forwards inside contexts that were opened after it.
     """
     return len(_on_the_side)
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and :func:`preserved`."""
+    """Side-effect-free inference: evaluation mode, inside :func:`preserved`."""
     with preserved(model), _every_module_called():
         # Module by module: `model.eval()` may be overridden to do more.
         for module in model.modules():
@@ -40,7 +40,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """No gradients; afterwards modes, counters, buffers and random numbers are as before."""
+    """Disable gradients; afterwards restore modes, counters, buffers and random states."""
     # `training` is one of these attributes; others are counters and the like that a forward may set.
     attributes = [(module, _plain_attributes(module)) for module in model.modules()]
     buffers = [
@@ -56,15 +56,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for module, before in attributes:
                 vars(module).update(before)
             for module, name, buffer, values, version in buffers:
-                # A forward may write into a buffer, or put another in its place. One that it left alone is left alone
-                # here, too: the backward pass of an earlier forward may need it, and refuses one that was written to.
+                # A forward may write into a buffer, or replace it. A buffer that it did not touch is not written to
+                # here either: the backward pass of an earlier forward may need it, and would refuse it.
                 module._buffers[name] = buffer
                 if version is None or version != _version(buffer):
                     buffer.copy_(values)
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often it was written to; None where that is not counted."""
+    """Return how often a tensor was written to; None where torch does not count that."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -78,7 +78,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _every_module_called() -> Iterator[None]:
-    """Without the kernels that do the work of the modules inside torch's own layers in evaluation mode."""
+    """Disable torch's fast path, which in evaluation mode bypasses the modules inside its transformer layers."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -98,7 +98,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    """One forward, uncompiled, on keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
+    """Run one forward eagerly, on keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = to_device(batch, device)
     kwargs = {**batch, **cheap_arguments(model, batch)} if isinstance(batch, Mapping) else {}
@@ -107,7 +107,7 @@ def run(model: nn.Module, batch: Any) -> None:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors inside mappings, lists and tuples, moved."""
+    """Move the tensors inside mappings, lists and tuples to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -118,10 +118,10 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """No key-value cache, and logits for one position only unless labels want them all."""
+    """Return arguments that save work: no key-value cache, and without labels the logits of one position only."""
     taken = inspect.signature(model.forward).parameters
     wanted: dict[str, Any] = {}
-    # Models that hand on what they do not name take this by `**kwargs` alone.
+    # Models that pass on arguments they do not name accept this through `**kwargs`.
     if "use_cache" in taken or (_has_config(model) and any(p.kind is p.VAR_KEYWORD for p in taken.values())):
         wanted["use_cache"] = False
     if "logits_to_keep" in taken and "labels" not in batch:

@@ -1,6 +1,6 @@
-"""Runs the ordinary forward of a vision-language model, image and text together, for those who read it.
+"""Runs the ordinary forward of a vision-language model, image and text together, for all readings that use it.
 
-Nothing here knows a model by name. What is relied on is ``get_image_features``, ``get_decoder`` and
+Nothing here knows a model by name. It relies on ``get_image_features``, ``get_decoder`` and
 ``config.image_token_id``.
 """
 
@@ -26,14 +26,14 @@ _NOT_COUNTED = -100
 
 
 class Joint(NamedTuple):
-    """What is read of one forward."""
+    """What is read from one forward."""
 
     embeddings: Tensor
-    """``(B, T, d)``: what the language model is given."""
+    """``(B, T, d)``: the input of the language model."""
     hidden_states: Tensor
-    """``(B, T, d)``: what it gives, after its final norm."""
+    """``(B, T, d)``: its output, after its final norm."""
     arguments: Mapping[str, Any]
-    """All that the language model is given."""
+    """All keyword arguments of the language model."""
     nats: Tensor | None
     """``(B,)``: negative log-likelihood of the tokens that the labels count; None without labels or logits."""
 
@@ -48,7 +48,7 @@ class JointForward:
             for the end of the sequence that begins with the first of them.
 
     Raises:
-        ValueError: If there are no images or no text at all, or the model is not of the kind.
+        ValueError: If there are no images or no text at all, or the model has no such interface.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool = False) -> None:
@@ -111,7 +111,7 @@ def _counted(labels: Tensor) -> Tensor:
 
 
 def token_roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Which tokens are image and which are text, ``(B, T)`` bool each; errors for batches that cannot be read."""
+    """Find which tokens are image and which are text, ``(B, T)`` bool each; raise for batches that cannot be read."""
     image_token = getattr(getattr(model, "config", None), "image_token_id", None)
     if image_token is None or not hasattr(model, "get_image_features"):
         raise not_found(model, "vision_encoder", "it has no `get_image_features` or no `config.image_token_id`")
@@ -142,7 +142,7 @@ def token_roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def language_model(model: Any) -> Any:
-    """The part that takes the embeddings of image and text."""
+    """Return the part that takes the embeddings of image and text."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if decoder in (model, model.base_model):
         raise not_found(model, "image", "`get_decoder` gives no language model")
@@ -151,7 +151,7 @@ def language_model(model: Any) -> Any:
 
 @contextmanager
 def calls_of(module: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
-    """Keyword arguments and output of each call of ``module``."""
+    """Record the keyword arguments and the output of each call of ``module``."""
     calls: list[tuple[dict[str, Any], Any]] = []
     handle = module.register_forward_hook(
         lambda _, __, kwargs, output: calls.append((kwargs, output)), with_kwargs=True
@@ -165,7 +165,7 @@ def calls_of(module: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
 def last_call(
     model: nn.Module, calls: list[tuple[dict[str, Any], Any]], shape: torch.Size
 ) -> tuple[dict[str, Any], Tensor]:
-    """What the language model was given and the last hidden state it gave, ``(B, T, d)``, in the ordinary forward."""
+    """Return the language model's arguments and last hidden state ``(B, T, d)`` in the ordinary forward."""
     arguments, output = calls[-1] if calls else ({}, None)
     embeddings, states = arguments.get("inputs_embeds"), first_tensor(output)
     if not isinstance(embeddings, Tensor) or embeddings.shape[:-1] != shape:
@@ -176,7 +176,7 @@ def last_call(
 
 
 def not_found(model: nn.Module, stage: str, why: str) -> ValueError:
-    """For a model that has no such stage."""
+    """Build the error for a model in which a stage was not found."""
     return ValueError(
         f"Stage {stage!r} was not found in {type(model).__name__}: {why}. Pass `stages=`, a function that takes model "
         f"and batch and gives a `Stage` for each of {', '.join(STAGES)} and the number of samples it left out."
@@ -184,5 +184,5 @@ def not_found(model: nn.Module, stage: str, why: str) -> ValueError:
 
 
 def describe(value: object) -> str:
-    """Its shape or its type."""
+    """Return the shape of a tensor, or the type of anything else."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

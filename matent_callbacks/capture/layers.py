@@ -1,4 +1,4 @@
-"""From what the user asks for (``"last"``, 3, ``"every:4"``, ``"*.mlp"``) to the modules to read."""
+"""Resolves what the user asks for (``"last"``, 3, ``"every:4"``, ``"*.mlp"``) to the modules to read."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ class ReadPoint:
     module: nn.Module
     where: Literal["input", "output"]
     masked_by: frozenset[nn.Module] = frozenset()
-    """The modules around it, and inside, that are handed a mask of these very tokens."""
+    """The modules around it, and inside, whose masks describe the tokens of this tensor."""
     sequence_first: bool = False
     """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What was asked for, found in a model."""
+    """The modules of a model that have to be watched to read the layers that were asked for."""
 
     points: tuple[ReadPoint, ...]
     chain: tuple[nn.Module, ...]
-    """Modules whose call is a forward of the model, outermost first: the first of them to be called begins one."""
+    """Modules whose call is a forward of the model, outermost first; the first one to be called begins the forward."""
     inside: tuple[nn.Module, ...]
-    """Modules within a forward that may be given another mask than it was."""
+    """Modules called during a forward that may be given a different mask than the model itself."""
     unhooked: frozenset[nn.Module]
-    """Of all these, those that must have no hooks: torch would compute something else in evaluation."""
+    """Those of all these that must have no hooks: a hook would make torch leave its fast path in evaluation."""
     owner: nn.Module | None
     """The transformer that the blocks belong to, if blocks were asked for."""
     stack: Stack | None
-    """The obvious stack of blocks, asked for or not."""
+    """The main stack of blocks of the model, if there is an obvious one, whether or not it was asked for."""
     runnable: nn.Module
-    """What a probe is run through: the Hugging Face model, without wrappers and what is around it, or the model."""
+    """What a probe is run through: the Hugging Face model inside, if there is exactly one, or the unwrapped model."""
 
 
 def resolve_layers(
@@ -67,10 +67,10 @@ def resolve_layers(
         layers: ``"last"``, ``"all"``, ints, ``"every:n"``, module names or globs, or a list of these.
         module: Path of the part of the model to look in; ``None``: the language model, or the encoder of an
             encoder-decoder.
-        layer_offset: Of a stage of a pipeline, the number of the blocks in the stages before it; ``None``: no stage.
+        layer_offset: For a pipeline stage, the number of blocks in the stages before it; ``None``: not a stage.
 
     Raises:
-        ValueError: If nothing matches; the message has near matches.
+        ValueError: If nothing matches; the message lists near matches.
     """
     if layer_offset is not None and (type(layer_offset) is not int or layer_offset < 0):
         raise ValueError(f"`layer_offset` must be None or a whole number, 0 or more, got {layer_offset!r}.")
@@ -97,12 +97,12 @@ def resolve_layers(
         points.update({point.key: point for point in found})
     owner = stack.owner if stack else None
     main = stack if module is None and stack else _stack_or_none(inner)
-    # An encoder-decoder is called with the encoder's mask: whoever looks into one part of it wants that part's own.
+    # An encoder-decoder as a whole is called with the encoder's mask; to read one part takes the mask of that part.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
     owners = [found.owner for found in (stack, main if outside else None) if found]
     chain = [*outside, root, *hugging_face_models(root).values(), *owners]
     above = ancestries(inner)
-    # The last hidden state of a model of transformers is that of its last block, as far as masks go.
+    # For masks, the last hidden state of a transformers model counts as the output of its last block.
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
     inside = [m for place in places.values() for m in _below(root, above[place]) if not _is_container(m)]
     watched = [*chain, *inside, *(point.module for point in points.values())]
@@ -137,14 +137,14 @@ def _below(root: nn.Module, path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether it is never called, but only what is in it."""
+    """Whether it is never called itself; only its children are."""
     return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _masked_by(
     model: nn.Module, path: tuple[nn.Module, ...], place: tuple[nn.Module, ...], main: Stack | None
 ) -> frozenset[nn.Module]:
-    """What is handed to a model of several towers is the mask of its language model, or of its encoder."""
+    """Modules whose masks describe a read point; what a multi-tower model is given describes its main stack only."""
     nearest = max((index for index, module in enumerate(path) if is_hugging_face(module)), default=None)
     if nearest is None or (main is not None and main.owner in path[nearest:]):
         return frozenset((model, *path, *place))
@@ -156,10 +156,10 @@ def _is_stack_name(spec: str) -> bool:
 
 
 def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoint:
-    """The place that ``output_hidden_states[index]`` comes from, of the blocks of the whole model counted on."""
+    """Where ``output_hidden_states[index]`` comes from; the key counts on from the blocks of earlier stages."""
     key = f"layer_{index + (layer_offset or 0):02d}"
     if index == len(stack.blocks):
-        # A stage that ends with a block is followed by another one.
+        # A pipeline stage that ends with a block, not a norm, is followed by another stage.
         goes_on = layer_offset is not None and stack.last is stack.blocks[-1]
         return ReadPoint(key if goes_on else "last", stack.last, "output")
     if index == 0:
@@ -170,7 +170,7 @@ def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoin
 def _indices(spec: str | int, num_blocks: int, offset: int) -> list[int]:
     if spec == "last":
         return [num_blocks]
-    # What goes into the first block of a later stage is the output of the stage before, and read there.
+    # The input of a later stage's first block is the output of the stage before, and is read there.
     inside = range(min(offset, 1), num_blocks + 1)
     if spec == "all":
         return list(inside)

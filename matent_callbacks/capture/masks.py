@@ -1,4 +1,4 @@
-"""Which tokens are padding: the masks that the modules of a running model are handed, and the one that fits a layer."""
+"""Finds which tokens are padding: collects the masks given to a running model's modules, and picks a layer's own."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# exp of what lies below is 0 in every floating point type: a token at which so much is added has no weight.
+# For masks that are added to scores: exp of anything below is 0 in every floating-point type, so no weight is left.
 _HIDES = -1e4
 _PADDING_OF_KEYS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 
 
 class Masks:
-    """The masks that were handed to the modules around and inside a layer during one forward, the outermost first."""
+    """The masks that were given to the modules around and inside a layer during one forward, outermost first."""
 
     def __init__(self, model: nn.Module, outer: Tensor | None) -> None:
-        """``outer`` ``(B, T)``, of any layer, goes before all that ``model`` is handed."""
+        """``outer`` ``(B, T)`` holds for every layer, and overrides all masks that ``model`` is given."""
         self._masks: list[_Mask] = []
         if outer is not None:
             self._masks.append(_Mask(outer, "attention_mask", model, of_any_layer=True))
 
     def look(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Take the masks among the arguments that ``module`` is called with."""
+        """Collect the masks among the arguments that ``module`` is called with."""
         for name, tensor in _masks_among(module, arguments):
             known = next((mask for mask in self._masks if mask.tensor is tensor), None)
             if known is None:
@@ -33,11 +33,11 @@ class Masks:
                 known.modules.add(module)
 
     def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states with their batch first, and which of them are tokens: ``(B, T)`` bool, or None if none fits.
+        """Return hidden states batch first, and which are valid tokens: ``(B, T)`` bool, or None if no mask fits.
 
         Args:
             hidden_states: ``(B, T, d)``, ``(T, B, d)`` or ``(B T, d)``.
-            modules: Only masks that one of these was handed are for this layer.
+            modules: Only masks that were given to one of these describe this layer.
         """
         flat = [mask for mask in self._masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
         rows = hidden_states.shape[:-1]
@@ -57,9 +57,9 @@ class Masks:
         return hidden_states, None
 
     def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> int | None:
-        """The length of a mask that marks padding, where these hidden states are tokens that none fits."""
+        """Return the length of a mask that marks padding but does not fit these hidden states, if there is one."""
         for mask in self._masks:
-            # One vector a sample is no token.
+            # Hidden states with one vector per sample are not tokens.
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
             if not (one_a_sample or mask.modules.isdisjoint(modules)) and mask.has_padding():
                 return mask.tensor.shape[-1]
@@ -67,7 +67,7 @@ class Masks:
 
 
 class _Mask:
-    """One mask, and which modules were handed it."""
+    """One mask, and the modules that were given it."""
 
     def __init__(self, tensor: Tensor, name: str, module: nn.Module, *, of_any_layer: bool = False) -> None:
         self.tensor = tensor
@@ -79,7 +79,7 @@ class _Mask:
 
     @functools.cached_property
     def values(self) -> Tensor:
-        """``(B, T)``, True where a token is valid; of a mask of pairs, ``(B, Q, T)``, where a query sees a key."""
+        """``(B, T)``, True where a token is valid; for a query-key mask, ``(B, Q, T)``, where a query sees a key."""
         return _allowed(self.tensor, self._name)
 
     @property
@@ -90,13 +90,13 @@ class _Mask:
         return self._of_any_layer or not self.modules.isdisjoint(modules)
 
     def tokens(self) -> Tensor | None:
-        """Of a mask of pairs, the tokens ``(B, T)``, or None where it does not tell which they are."""
+        """Return the valid tokens ``(B, T)`` of a query-key mask, or None where they cannot be told from it."""
         if self._tokens is None and self._has_padding is None:
             self._tokens, self._has_padding = _tokens_of_pairs(self.values)
         return self._tokens
 
     def has_padding(self) -> bool:
-        """Whether any token is padding. The host waits for the device, once."""
+        """Whether any token is padding. Costs one device-to-host sync, on first use."""
         if self._has_padding is None:
             if self.is_of_pairs:
                 self.tokens()
@@ -106,7 +106,7 @@ class _Mask:
 
 
 def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    # Of a cross-attention both are masks of the keys, and its output is one of the queries.
+    # In cross-attention both kinds of mask cover the keys, while the output has one row per query.
     if arguments.get("key_value_states") is not None:
         return
     if isinstance(module, nn.MultiheadAttention) and arguments.get("key") is not arguments.get("query"):
@@ -115,32 +115,32 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
     if isinstance(mask, Tensor) and mask.ndim in (2, 3, 4):
         yield "attention_mask", mask
     padding = [name for name in _PADDING_OF_KEYS if isinstance(arguments.get(name), Tensor)]
-    # Of a whole encoder-decoder, encoder and decoder are each handed their own.
+    # An nn.Transformer takes separate masks for its encoder and its decoder.
     if len(padding) == 1 and not isinstance(module, nn.Transformer) and arguments[padding[0]].ndim == 2:
         yield padding[0], arguments[padding[0]]
 
 
 def _allowed(mask: Tensor, name: str) -> Tensor:
-    """``(B, T)``, or ``(B, Q, T)`` of pairs, True where something is seen."""
+    """The mask as bool, ``(B, T)``, or ``(B, Q, T)`` for query-key pairs: True where attention is allowed."""
     if mask.ndim == 4:
         mask = mask[:, 0]  # heads do not differ in what is padding
     if name in _PADDING_OF_KEYS:
         return mask > _HIDES if mask.is_floating_point() else mask == 0
     if not mask.is_floating_point():
         return mask if mask.dtype == torch.bool else mask > 0
-    # What is multiplied holds 0 and 1; what is added to the scores, 0 and large negative numbers.
+    # A mask to multiply by holds 0 and 1; one that is added to the scores holds 0 and large negative numbers.
     is_added = (mask < 0).any() | ~(mask > 0).any()
     return torch.where(is_added, mask > _HIDES, mask > 0)
 
 
 def _tokens_of_pairs(sees: Tensor) -> tuple[Tensor | None, bool]:
-    """The tokens in ``(B, Q, T)``, if all of them see all, or all before, and whether there is padding."""
+    """The valid tokens of ``(B, Q, T)``, if it is bidirectional or causal on them, and whether there is padding."""
     if sees.shape[1] == 1:
         tokens, is_told = sees[:, 0], True
     elif sees.shape[1] == sees.shape[2]:
         tokens = torch.diagonal(sees, dim1=1, dim2=2)
         keys, is_padding = tokens.unsqueeze(1).expand_as(sees), ~tokens.unsqueeze(2)
-        # What padding itself sees differs from model to model.
+        # Rows of padding are not compared: what padding attends to differs from model to model.
         is_told = bool(((sees == keys) | is_padding).all() | ((sees == keys.tril()) | is_padding).all())
     else:
         return None, False

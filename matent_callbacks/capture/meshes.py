@@ -1,4 +1,4 @@
-"""Which ranks belong together, by the device mesh of a model or of a Trainer."""
+"""Finds which ranks belong together from the device mesh of a model or of a Trainer."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _OF_CONTEXT = ("cp", "sp", "context_parallel", "sequence_parallel", "context", "
 _OF_TENSORS = ("tp", "tensor_parallel", "tensor")
 _OF_PIPELINE = ("pp", "pipeline_parallel", "pipeline")
 _OF_TRAINER = (("accelerator", "torch_device_mesh"), ("strategy", "device_mesh"))
-# The second is that of transformers with all of its dimensions; the third lacks that of replicas.
+# In transformers: the second path leads to a mesh with all dimensions; the mesh of the third lacks that of replicas.
 _OF_MODEL = (("device_mesh",), ("_mesh_manager", "_dense_mesh"), ("_device_mesh",))
 
 
 class ParallelGroups(NamedTuple):
-    """Arguments of :class:`.EntropyMonitor`."""
+    """Process groups, as arguments of :class:`.EntropyMonitor`."""
 
     process_group: dist.ProcessGroup | None = None
     """The ranks whose tokens belong together; ``None``: all."""
     context_group: dist.ProcessGroup | None = None
-    """Those of them that hold parts of the same sequences; ``None``: no others do."""
+    """Those of them that hold parts of the same sequences; ``None``: this rank holds whole sequences."""
 
 
 def parallel_groups(owner: Any) -> ParallelGroups:
-    """The groups of this rank, of which there may be new ones: every rank has to call this, at the same place.
+    """Find the process groups of this rank; new ones may be created, so every rank must call this at the same point.
 
-    Tokens belong together along the dimensions of data and of context parallelism. Ranks along that of tensor
-    parallelism have the same tokens, so one of each is enough; where there is nothing else, all of them are taken.
-    Along that of a pipeline they have other layers. Where a dimension has no name, or one that is not known, all ranks
-    are one group.
+    Tokens belong together along the data-parallel and context-parallel dimensions. Ranks along a tensor-parallel
+    dimension hold the same tokens, so one of them is enough; without data and context parallelism all of them are
+    taken. Ranks along a pipeline dimension hold other layers. If any dimension has no name, or an unknown one, all
+    ranks are one group.
 
     Args:
-        owner: A ``DeviceMesh``, or what has one: a model of transformers (``device_mesh``), a Hugging Face ``Trainer``
+        owner: A ``DeviceMesh``, or what has one: a transformers model (``device_mesh``), a Hugging Face ``Trainer``
             (accelerate's ``ParallelismConfig``), a Lightning ``Trainer`` (``ModelParallelStrategy``).
 
     Example:
@@ -91,6 +91,6 @@ def _size(mesh: DeviceMesh, name: str) -> int:
 def _group_along(mesh: DeviceMesh, names: Sequence[str]) -> dist.ProcessGroup:
     if len(names) == 1:
         return mesh.get_group(names[0])
-    # A mesh that has no other dimensions is taken as it is: of a part of a mesh some versions of torch take none.
+    # A mesh without other dimensions is used as it is: some versions of torch cannot slice a mesh that is a slice.
     along = mesh if mesh.mesh_dim_names == tuple(names) else mesh[tuple(names)]
     return along._flatten().get_group()

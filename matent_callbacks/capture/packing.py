@@ -1,4 +1,4 @@
-"""Packed batches, in which one row holds several documents: back to one row a document."""
+"""Unpacks packed batches, in which one row holds several documents, to one document per row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Packing(NamedTuple):
     shape: torch.Size
     """``(B, T)`` of the batch."""
     tokens: Tensor
-    """``(S, L)``: the token at each place of each document."""
+    """``(S, L)``: which flattened token is at each position of each document."""
     valid: Tensor
     """``(S, L)`` bool."""
 
@@ -27,10 +27,10 @@ class Packing(NamedTuple):
 
 
 def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | None:
-    """Where documents begin, by position ids that start again, or None for a batch of one document a row.
+    """Find where documents begin from position ids that restart; None for a batch with one document per row.
 
-    Packing is given in no other way that all models share: there is no mask, or one that marks padding only. Looking
-    into the positions makes the host wait for the device, once, but few batches carry any.
+    There is no other sign of packing that all models share: no mask comes with it, or one that marks padding only.
+    Reading the positions costs one device-to-host sync, but few batches have any.
     """
     positions = arguments.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2:
@@ -40,14 +40,14 @@ def find_packing(arguments: dict[str, Any], mask: Tensor | None) -> Packing | No
     valid = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.to(positions.device) > 0
     first = torch.zeros_like(valid)
     first[:, 0] = True
-    # A count that falls back to its beginning; padding on the left holds its place at 0 or 1 and starts nothing.
+    # Positions that fall back to their start; left padding stays at 0 or 1, and starts no document.
     again = torch.zeros_like(valid)
     falls = (positions[:, 1:] == 0) | (positions[:, 1:] < positions[:, :-1])
     again[:, 1:] = falls & valid[:, 1:] & valid[:, :-1]
     starting = (first | again).flatten()
     token = torch.arange(starting.numel(), device=starting.device)
     length_so_far = token + 1 - torch.where(starting, token, 0).cummax(0).values
-    # The only wait, however the batch is packed.
+    # The only device-to-host sync, however the batch is packed.
     is_packed, count, longest = torch.stack([again.any(), starting.sum(), length_so_far.max()]).tolist()
     if not is_packed:
         return None

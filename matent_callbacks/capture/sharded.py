@@ -1,9 +1,9 @@
-"""Hidden states that are DTensors, spread over a mesh of ranks: which part of them this rank reads, and with whom.
+"""Decides which part of hidden states that are DTensors, sharded over a mesh of ranks, this rank reads, and with whom.
 
-Tokens stay where they are as far as that goes. What is spread over the batch is read as it is, as in data parallelism;
-what is spread over tokens as well, together with the ranks that hold the other tokens of each sequence. What is spread
-over features, or a sum that is still to be made, is exchanged so that each rank has some tokens as a whole, which sends
-and takes no more than one share of the activations. What every rank has is read by one.
+Tokens stay on their rank where possible. States sharded over the batch are read as they are, as in data parallelism;
+so are states sharded over tokens, together with the ranks that hold the other tokens of each sequence. States sharded
+over features, and partial sums, are redistributed so that each rank holds some complete tokens; a rank sends and
+receives no more than one shard of the activations. Replicated states are read by one rank.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 class Share(NamedTuple):
-    """What one rank reads of hidden states."""
+    """The part of hidden states that one rank reads."""
 
     local: Callable[[], tuple[Tensor, Tensor | None]]
-    """Gives states and mask, plain tensors. The ranks of ``meeting`` have to call it together."""
+    """Returns states and mask as plain tensors. The ranks of ``meeting`` have to call it together."""
     meeting: list[dist.ProcessGroup]
-    """Whose ranks exchange anything to read them."""
+    """The groups whose ranks have to communicate for it."""
     splitting: list[dist.ProcessGroup]
-    """Of these, whose ranks hold parts of the same sequences afterwards."""
+    """Those of them whose ranks hold parts of the same sequences afterwards."""
     counts: bool
-    """Whether the tokens count on this rank: not where a rank before it has the same."""
+    """Whether the tokens count on this rank: not where a lower rank has the same."""
 
 
 def is_sharded(value: Any) -> TypeGuard[DTensor]:
-    """Whether this is a DTensor, without the import of what makes them."""
+    """Whether this is a DTensor, without importing ``torch.distributed.tensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def share_of(states: DTensor, mask: Tensor | None, members: Collection[int] | None) -> Share:
-    """What this rank reads of ``states`` ``(B, T, d)`` or ``(T, d)``.
+    """Find the part of ``states`` ``(B, T, d)`` or ``(T, d)`` that this rank reads.
 
     Args:
-        states: Spread over a mesh in any way.
-        mask: Of their shape without the features, whole on each rank, or a DTensor.
-        members: The ranks whose tokens belong together; ``None``: all. What is spread over tokens, to ranks of which
-            some are no members, is gathered by each of them.
+        states: Placed on a mesh in any way.
+        mask: Shaped as ``states`` without the features; complete on each rank, or a DTensor.
+        members: The ranks whose tokens belong together; ``None``: all. States sharded over tokens, on ranks of which
+            some are not members, are gathered by each of them.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -74,7 +74,7 @@ def share_of(states: DTensor, mask: Tensor | None, members: Collection[int] | No
 
 
 def on_whole(states: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply work that needs all tokens; of a DTensor, every rank of its mesh has all of the result."""
+    """Apply ``work``, which needs all tokens; for a DTensor, every rank of its mesh gets the complete result."""
     if not is_sharded(states):
         return work(states)
     everywhere = _replicated(states)
@@ -83,7 +83,7 @@ def on_whole(states: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _placed(mask: Tensor, states: DTensor, placements: list[Any]) -> Tensor:
-    # Nothing is sent where a rank takes its part of what it has as a whole.
+    # Sharding a tensor that is replicated sends nothing.
     whole = (
         mask
         if is_sharded(mask)

@@ -1,4 +1,4 @@
-"""Finding the stack of transformer blocks inside a model, and the modules whose outputs are its hidden states."""
+"""Finds the stack of transformer blocks inside a model, and the modules whose outputs are its hidden states."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ancestries(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
 
 
 def sequence_first(path: tuple[nn.Module, ...]) -> bool:
-    """Whether the module at the end of a path takes and gives ``(T, B, d)``: what is inside torch's own layers may."""
+    """Whether the module at the end of a path takes and gives ``(T, B, d)``: modules of torch's own layers may."""
     for module in reversed(path):
         if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
             module = module.layers[0]
@@ -66,7 +66,7 @@ def sequence_first(path: tuple[nn.Module, ...]) -> bool:
 
 
 def find_stack(model: nn.Module) -> Stack:
-    """The one obvious stack of blocks in ``model``.
+    """Find the one obvious stack of blocks in ``model``.
 
     Raises:
         ValueError: If there is none.
@@ -104,25 +104,25 @@ def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether a module is a model of transformers."""
-    # Told by what is used of it, so that transformers need not be imported.
+    # Recognised by the attributes used here, so that transformers need not be imported.
     return all(hasattr(model, name) for name in ("config", "base_model", "get_input_embeddings", "get_decoder"))
 
 
 def _language_model(model: Any) -> nn.Module:
-    """What ``AutoModel`` would be: the module whose first output is the last hidden state of the language model."""
+    """What ``AutoModel`` would load: the module whose first output is the last hidden state of the language model."""
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return model.get_encoder()  # type: ignore[no-any-return]
     decoder: nn.Module = model.get_decoder()
     if decoder is model:
-        # Before 5.0 transformers looks for it by the names `model` and `decoder` only.
+        # Before 5.0, transformers only finds a decoder that is called `model` or `decoder`.
         return getattr(model, "text_model", model) if model.base_model is model else _language_model(model.base_model)
     return decoder
 
 
 def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, nn.Module] | None:
-    """The list of like blocks on the outermost level that has one; experts and heads lie further in.
+    """Find the list of blocks on the outermost level that has one; experts and heads lie deeper.
 
-    Of several, the one as long as ``depth``, not of convolutions only, and the longest.
+    Of several, prefer one of length ``depth``, then one with linear layers, then the longest.
     """
 
     def preference(found: tuple[nn.Module, nn.Module]) -> tuple[bool, bool, int]:
@@ -144,7 +144,7 @@ def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, 
 
 
 def _is_stack(blocks: nn.Module) -> bool:
-    """Whether these are blocks: modules with modules inside; of one kind, unless listed as hybrids are."""
+    """Whether these are blocks: modules with children, all of one type except in an ``nn.ModuleList`` (hybrids)."""
     children = list(blocks.children())
     if not children or any(not list(child.children()) for child in children):
         return False

@@ -1,4 +1,4 @@
-"""What modules are called with and give: arguments by name, and hidden states among other values."""
+"""Finds arguments by name, and hidden states among other values, in what modules are called with and return."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The hidden states in what a module takes or gives: a tensor, a tuple, or a mapping such as a model output.
+    """Find the hidden states in a module's input or output: a tensor, a tuple, or a mapping such as a model output.
 
-    Of a mapping, ``last_hidden_state``, else the first that could be hidden states: ``(B, T, d)``, or else ``(N, d)``.
+    In a mapping, ``last_hidden_state``, else the first that could be hidden states: ``(B, T, d)``, or else ``(N, d)``.
     """
     if isinstance(value, Tensor):
         return value
@@ -30,13 +30,13 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def sentence_embedding(value: Any) -> Tensor | None:
-    """What the pooling layer of sentence-transformers, and each after it, gives beside the tokens."""
+    """Find the vector per sequence that the pooling layer of sentence-transformers, and each after it, returns."""
     found = value.get("sentence_embedding") if isinstance(value, Mapping) else None
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """By name; those of a batch that is handed on as it is, too."""
+    """Return the arguments of a call by name, including those inside a batch that is passed on as one mapping."""
     named = kwargs
     if args:
         try:

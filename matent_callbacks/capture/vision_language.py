@@ -1,7 +1,7 @@
-"""The five readings of image-text samples inside a vision-language model, found by the interface that all share.
+"""Reads image-text samples at five stages of a vision-language model, through the interface that all such models share.
 
-Nothing here knows a model by name. What is relied on is ``get_image_features``, which gives the states of the vision
-encoder and those behind the connector; ``get_decoder``; and ``config.image_token_id``.
+Nothing here knows a model by name. It relies on ``get_image_features``, which returns the states of the vision encoder
+and those after the connector; ``get_decoder``; and ``config.image_token_id``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matent_callbacks.functional.alignment import STAGES
 
 
 class Stage(NamedTuple):
-    """The hidden states of one stage: one row a sample, all its images together."""
+    """The hidden states of one stage: one row per sample, all its images together."""
 
     hidden_states: Tensor
     """``(S, T, d)``."""
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 
 
 StageReader = Callable[[nn.Module, Mapping[str, Any]], tuple[dict[str, Stage], int]]
-"""What :func:`vision_language_stages` is, and what takes its place (``stages=``) for a model it cannot read."""
+"""The type of :func:`vision_language_stages`, and of its replacement (``stages=``) for a model it cannot read."""
 
 
 def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Stage], int]:
@@ -50,10 +50,10 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     ==================  =============================================================================================
 
     ``image`` and ``text`` are plain forwards of the language model on embeddings: positions from 0, its own attention
-    mask, and what is added to the image in deeper layers (DeepStack) added there too.
+    mask, and the features that DeepStack adds to the image in deeper layers.
 
-    Meant to be called in evaluation mode without gradients, as inside :func:`quiet`. No cache is built and no hook
-    stays behind. Pixels that are NaN give states that are NaN, in their own sample only.
+    Meant to be called in evaluation mode without gradients, as inside :func:`quiet`. Builds no cache, and leaves no
+    hook behind. NaN pixels give NaN states, in their own sample only.
 
     Args:
         model: A vision-language model of transformers, wrapped or not.
@@ -72,7 +72,7 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
 
 
 def stages_of(forward: JointForward) -> tuple[dict[str, Stage], int]:
-    """:func:`vision_language_stages` of a forward that others read, too."""
+    """:func:`vision_language_stages` on a forward that is shared with other readings."""
     is_image, is_text, has_image = forward.is_image, forward.is_text, forward.has_image
     with eagerly(forward.model):
         encoded, connected = _vision_stages(forward.model, forward.batch, is_image.sum(1).tolist())
@@ -102,7 +102,7 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
         raise not_found(model, "vision_encoder", _why_no_states())
     if not isinstance(pooled, Tensor) and not (isinstance(pooled, Sequence) and len(pooled)):
         raise not_found(model, "connector", f"`get_image_features` gives {describe(pooled)} as `pooler_output`")
-    # An image each, or all images of a sample; in a tensor (tokens, d), where no border is left, a token.
+    # A unit is an image, or all images of a sample; in a tensor (tokens, d), which marks no borders, a token.
     units = [unit.reshape(-1, unit.shape[-1]) for unit in pooled]
     lengths = [len(unit) for unit in units]
     if sum(lengths) != sum(counts):
@@ -112,7 +112,7 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
         )
     ends = _ends_of_samples(lengths, counts)
     if isinstance(pooled, Tensor) or len(states) == 1:
-        # Every image token stands for as many patches.
+        # Every image token stands for the same number of patches.
         patches = _shares(states.shape[0] * states.shape[1], counts)
     else:
         patches = None
@@ -153,7 +153,7 @@ def _why_no_states() -> str:
 
 
 def _ends_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """For each sample, how many of the units (of ``lengths`` features) are in it and those before it."""
+    """For each sample, how many of the units (of ``lengths`` features) are in it and in the samples before it."""
     ends, found = list(accumulate(lengths)), []
     for sample, end in enumerate(accumulate(counts)):
         if end and end not in ends:
@@ -174,7 +174,7 @@ def _shares(total: int, counts: Sequence[int]) -> list[int] | None:
 def _rows_of_units(num_rows: int, num_units: int, pixel_values: Any) -> list[int] | None:
     """How many rows of the encoder each unit (an image, or all those of a sample) has, or None."""
     if isinstance(pixel_values, Tensor) and pixel_values.ndim == 5 and len(pixel_values) == num_units:
-        # (units, tiles, C, H, W), filled up with tiles of zeros that do not reach the encoder.
+        # (units, tiles, C, H, W), padded with tiles of zeros that do not reach the encoder.
         tiles: list[int] = (pixel_values != 0).flatten(2).any(-1).sum(1).tolist()
         if sum(tiles) == num_rows:
             return tiles
@@ -197,19 +197,19 @@ def _attention_mask(decoder: nn.Module, embeddings: Stage) -> Tensor:
     config = getattr(decoder, "config", None)
     both_ways = getattr(config, "use_bidirectional_attention", None) is True
     if both_ways and getattr(config, "_attn_implementation", None) in ("sdpa", "eager"):
-        # The Gemma in PaliGemma looks both ways, but would turn causal as soon as there is padding.
+        # The Gemma in PaliGemma is bidirectional, but would become causal as soon as there is padding.
         hidden = ~mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
         return torch.zeros_like(hidden, dtype=states.dtype).masked_fill(hidden, torch.finfo(states.dtype).min)
     return mask.long()
 
 
 def _rows(states: Tensor, mask: Tensor) -> Stage:
-    """The tokens of ``mask`` moved together to the left."""
+    """Keep the tokens of ``mask``, moved together to the left."""
     return _padded([row[chosen] for row, chosen in zip(states, mask, strict=True)], keep_empty=True)
 
 
 def _padded(sequences: Sequence[Tensor], *, keep_empty: bool = False) -> Stage:
-    """``(n_i, d)`` each to one row each, padded on the right; empty ones are text-only samples."""
+    """Pad sequences ``(n_i, d)`` on the right, one per row; empty ones are text-only samples."""
     kept = [s for s in sequences if keep_empty or len(s)]
     states = pad_sequence(kept, batch_first=True)
     lengths = torch.tensor([len(s) for s in kept], device=states.device)

@@ -21,7 +21,7 @@ _COMMANDS = {
 
 
 class _Later(TyperCommand):
-    """A command that is known by name and summary until it is called."""
+    """A command of which only name and summary are loaded until it is called."""
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = importlib.import_module(f"matent_callbacks.cli.{self.name}")
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return 130
     except Exception as error:
-        # Typer has its own copies of click's exceptions, which are told by what they offer.
+        # Typer has its own copies of click's exceptions, recognised here by the method they have.
         if not hasattr(error, "format_message"):
             raise
         message = " ".join(str(error.format_message()).split()).removeprefix("Invalid value: ")

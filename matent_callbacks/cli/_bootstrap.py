@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 def draws(seed: int, documents: Sequence[int]) -> Floats:
-    """How often each document counts: ``(documents, 1 + REPLICATES)``, the first column all ones."""
+    """Draw how often each document counts: ``(documents, 1 + REPLICATES)``, the first column all ones."""
     counts = np.ones((len(documents), 1 + REPLICATES))
     for row, document in zip(counts, documents, strict=True):
         row[1:] = np.random.Generator(np.random.Philox(key=[seed, document])).poisson(1.0, REPLICATES)
@@ -51,7 +51,7 @@ class Means:
         return int(self.weight[0])
 
     def replicates(self) -> Floats:
-        """The mean, and that of each replicate; NaN in one that drew no sequence."""
+        """Return the mean, and that of each replicate; NaN for a replicate that drew no sequence."""
         return np.divide(self.total, self.weight, out=np.full_like(self.total, np.nan), where=self.weight > 0)
 
     def state(self) -> dict[str, Floats]:
@@ -60,14 +60,14 @@ class Means:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Means:
-        """The means as they were."""
+        """Restore what :meth:`state` returned."""
         return cls(state["total"].copy(), state["weight"].copy())
 
 
 def interval(replicates: Floats, *, count: int) -> dict[str, float | None]:
-    """``(1 + REPLICATES,)`` to the value and the ends of its percentile interval.
+    """Turn ``(1 + REPLICATES,)`` into the value and the ends of its percentile interval.
 
-    ``count`` is the number of sequences: one alone is the same in every replicate, and says nothing about others.
+    ``count`` is the number of sequences: a single one is the same in every replicate, and has no interval.
     """
     value, spread = replicates[0], replicates[1:][np.isfinite(replicates[1:])]
     if not np.isfinite(value):

@@ -1,4 +1,4 @@
-"""Text as a stream of documents: one a line, from a file, a folder or stdin."""
+"""Reads text as a stream of documents, one per line, from a file, a folder or stdin."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Document(NamedTuple):
 
     text: str
     trouble: str | None
-    """``empty``, ``damaged``, ``not_utf8`` or ``unreadable``, and the text is empty then."""
+    """``empty``, ``damaged``, ``not_utf8`` or ``unreadable``, with an empty text; None if nothing is wrong."""
     place: str
     end: int
     """Bytes read so far, this document included."""
     checksum: int
-    """Of all that was read so far."""
+    """CRC-32 of all that was read so far."""
 
 
 class Text:
@@ -46,7 +46,7 @@ class Text:
 
     @property
     def size(self) -> int | None:
-        """Bytes; ``None`` where that is not known before the end."""
+        """Bytes; ``None`` for stdin, whose size is not known before its end."""
         if self._files is None:
             return None
         return sum(file.stat().st_size for file in self._files if file.is_file())
@@ -57,7 +57,7 @@ class Text:
             self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the text
 
     def documents(self) -> Iterator[Document]:
-        """All documents from the first on, those that cannot be used too."""
+        """Yield all documents from the first on, including those that cannot be used."""
         end = checksum = 0
         for line, place in self._lines():
             if line is None:
@@ -86,7 +86,7 @@ class Text:
             return
         self._kept.seek(0)
         yield from _whole_lines(self._kept)
-        # What an earlier model had no need of is still to come.
+        # The rest, which earlier models did not need to read.
         for line in _whole_lines(self._stdin):
             self._kept.write(line if line.endswith(b"\n") else line + b"\n")
             yield line
@@ -105,7 +105,7 @@ def _files(source: Path) -> list[Path]:
 
 
 def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines; of one that is too long, the beginning."""
+    """Yield lines; of one that is too long, only the beginning."""
     while line := stream.readline(_LONGEST_LINE):
         yield line
         while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
@@ -113,7 +113,7 @@ def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read(line: bytes, field: str | None) -> tuple[str, str | None]:
-    """The text of a line and what is wrong with it."""
+    """Return the text of a line and what is wrong with it."""
     try:
         text = line.decode("utf-8-sig", errors="ignore" if len(line) == _LONGEST_LINE else "strict")
     except UnicodeDecodeError:

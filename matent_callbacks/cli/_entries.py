@@ -36,12 +36,12 @@ _HEADS = {
 
 
 def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The paper's data-set quantities of each layer, and those of the other metrics that were asked for."""
+    """Compute the paper's data-set quantities of each layer, and the other metrics that were asked for."""
     further = _further(trained, metrics)
     quantities: dict[str, dict[str, Any]] = {}
     for layer in trained.widths:
         means = trained.means.get(layer)
-        if means is None:  # it gives one vector a sequence
+        if means is None:  # its output is one vector per sequence
             quantities[layer] = further.get(layer, {})
             continue
         entropy, count = means.replicates(), means.count
@@ -109,7 +109,7 @@ def table(models: Sequence[Mapping[str, Any]]) -> Table:
         about = [entry["model"], f"{entry['parameters']:,}", f"{entry['num_sequences']:,}"]
         for layer, quantities in entry["layers"].items():
             cells = [about[0], layer, *about[1:], *(_cell(quantities.get(name)) for name in names)]
-            # As text: a name is shown as it is, whatever it has of rich's markup.
+            # As text, so that a name is shown as it is: rich would interpret markup in it.
             made.add_row(*map(Cell, cells))
             about = [""] * 3
         made.add_section()

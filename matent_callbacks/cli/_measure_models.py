@@ -32,11 +32,11 @@ _SAVE_EVERY = 10.0  # seconds; less often where saving itself takes long
 
 
 def run(request: Request) -> int:
-    """Measure and print; under ``torchrun`` the documents are shared out over the ranks, and the first one prints.
+    """Measure and print; under ``torchrun`` the documents are distributed over the ranks, and the first one prints.
 
     Returns:
-        0; 1 if a model could not be measured or the results not be written; 2 if a model has not the layers asked
-        for; 130 if interrupted.
+        0; 1 if a model could not be measured or the results could not be written; 2 if a model does not have the
+        layers asked for; 130 if interrupted.
     """
     with Ranks() as ranks:
         return _run(request, ranks)
@@ -77,7 +77,7 @@ def _run(request: Request, ranks: Ranks) -> int:
 
 
 class _Run:
-    """The command at work, on one of its ranks."""
+    """One run of the command, on one of its ranks."""
 
     def __init__(self, request: Request, text: Text, results: Results, device: str, ranks: Ranks) -> None:
         self.unsaved = False
@@ -89,7 +89,7 @@ class _Run:
         self._next_save = 0.0
 
     def say(self, message: str) -> None:
-        """One sentence on stderr, from the first rank."""
+        """Print one sentence on stderr, on the first rank only."""
         if self._ranks.is_first:
             _say(message)
 
@@ -160,7 +160,7 @@ class _Run:
             self._save()
 
     def _state(self, states: dict[str, State], which: str) -> State:
-        """The progress of a pass. The statistics so far are kept on the first rank."""
+        """Return the progress of a pass; only the first rank keeps the statistics so far."""
         own = states.setdefault(which, State())
         place = self._ranks.from_first(own.place())
         if not self._ranks.is_first:
@@ -203,7 +203,7 @@ class _Run:
             world_size=self._ranks.size,
         )
         title = name if which == "trained" else f"{name}, untrained"
-        # A signal that one rank is sent must not keep it from what the ranks do together.
+        # A signal to one rank must not make it miss the collective calls of all ranks.
         with interruption.hold() if self._ranks.size > 1 else nullcontext():
             shown = with_bar(
                 self._together(steps, name, states, state, interruption),
@@ -220,7 +220,7 @@ class _Run:
     def _together(
         self, steps: Iterator[int], name: str, states: dict[str, State], state: State, interruption: Interruption
     ) -> Iterator[int]:
-        """The steps of all ranks, which stop together and save together."""
+        """Run the steps such that all ranks stop together and save together."""
         while True:
             done: int | None = None
             interrupted, error = False, None
@@ -245,7 +245,7 @@ class _Run:
             yield done
 
     def _collect(self, state: State) -> None:
-        """Bring what all ranks have found to the first one; the others go on from nothing."""
+        """Collect the statistics of all ranks on the first one; the others start again from none."""
         for other in self._ranks.to_first(state.on(torch.device("cpu"))):
             state.add(other)
         if not self._ranks.is_first:

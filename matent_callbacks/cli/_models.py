@@ -23,7 +23,7 @@ class ModelError(ValueError):
 
 
 class LayersError(ModelError):
-    """A model that has not the layers asked for."""
+    """A model that does not have the layers asked for."""
 
 
 class Loaded(NamedTuple):
@@ -32,18 +32,18 @@ class Loaded(NamedTuple):
     model: nn.Module
     tokenizer: Any
     max_length: int | None
-    """Tokens that it takes at most, if it says so."""
+    """The most tokens that it takes, if known."""
     note: str | None
-    """What the user should know of it, one sentence."""
+    """What the user should know about it, one sentence."""
 
 
 def load(
     name: str, *, dtype: str, device: str, device_map: str | None = None, trust_remote_code: bool, allow_pickle: bool
 ) -> Loaded:
-    """The model in evaluation mode, on ``device``, or spread over several as accelerate's ``device_map`` says.
+    """Load a model in evaluation mode, on ``device``, or spread over several by accelerate's ``device_map``.
 
     Raises:
-        ModelError: If it cannot be loaded, or not without what is not allowed.
+        ModelError: If it cannot be loaded, or only with what is not allowed.
     """
     import transformers
 
@@ -61,7 +61,7 @@ def load(
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
                 device_map=device_map,
-                # Of "main" older releases have a hub repository without .safetensors converted.
+                # With "main", older releases request a conversion of a hub repository without .safetensors.
                 revision=getattr(config, "_commit_hash", None) or "main",
                 **common,
             )
@@ -74,19 +74,19 @@ def load(
     if missing and len(missing) >= len(own):
         raise ModelError(f"{name} has no weight of {type(model).__name__}, so there is nothing trained to measure.")
     note = f"{name} lacks {len(missing)} weights ({missing[0]}, ...), which are random here." if missing else None
-    # Right padding is what positions counted from the left can take, whatever the tokenizer is set to.
+    # Positions are counted from the left, so padding goes to the right, whatever the tokenizer is set to.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     model = model if device_map else model.to(device)
     return Loaded(model.eval(), tokenizer, _max_length(model, tokenizer), note)
 
 
 def runnable(model: Any) -> Any:
-    """The part that text is run through: the encoder of an encoder-decoder, as in the paper's ``AutoModel(...)[0]``."""
+    """Return what text is run through: the encoder of an encoder-decoder, as in the paper's ``AutoModel(...)[0]``."""
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
 def training_progress(name: str) -> dict[str, int | None]:
-    """Steps and tokens of the run that a local model comes from, by the ``trainer_state.json`` in or beside it."""
+    """Read steps and tokens of the run that a local model comes from: its ``trainer_state.json`` is in or beside it."""
     folder = Path(name)
     for file in (folder / "trainer_state.json", folder.resolve().parent / "trainer_state.json"):
         try:
@@ -103,9 +103,9 @@ def _tokenizer(name: str, common: dict[str, Any]) -> Any:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
-    except TypeError:  # of the path of a file that is not there, before 5.0
+    except TypeError:  # before 5.0, of the path of a tokenizer file that does not exist
         tokenizer = None
-    # Where there is no tokenizer, transformers makes one that knows no word.
+    # Where there is no tokenizer, transformers creates one with an empty vocabulary.
     if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"{name} has no tokenizer, or an empty one: save it with `tokenizer.save_pretrained`.")
     return tokenizer
@@ -127,7 +127,7 @@ def _check_weights(name: str, *, allow_pickle: bool) -> None:
 
 
 def _check_kernels(name: str, config: Any, *, trust_remote_code: bool) -> None:
-    """A config may ask for attention kernels of any hub repository, which are code as well."""
+    """Raise if a config asks for kernels from a hub repository, which are code as well, without being trusted."""
     asked = [value for key, value in _items(config.to_dict()) if key.lstrip("_").endswith("_implementation")]
     asked += [getattr(config, key, None) for key in ("_attn_implementation", "_experts_implementation")]
     remote = [value for value in asked if isinstance(value, str) and "/" in value]
@@ -151,7 +151,7 @@ def _why(name: str, error: Exception, *, trust_remote_code: bool) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """What an exception says first, on one line."""
+    """Return the first line of an exception's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
@@ -159,7 +159,7 @@ def first_sentence(error: BaseException) -> str:
 def _max_length(model: Any, tokenizer: Any) -> int | None:
     bounds = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the one after the padding token's.
+        # RoBERTa and similar models start counting positions after the index of the padding token.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             bounds.append(module.num_embeddings - module.padding_idx - 1)
     known = [int(bound) for bound in bounds if isinstance(bound, int) and 0 < bound < 2**31]
@@ -168,10 +168,10 @@ def _max_length(model: Any, tokenizer: Any) -> int | None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Loading says much, and all that matters is said in one sentence elsewhere."""
+    """Suppress what loading prints: all that matters is said in one sentence elsewhere."""
     import transformers
 
-    # Else a hub repository without .safetensors is sent to a converter.
+    # Otherwise transformers requests a conversion of a hub repository without .safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

@@ -17,15 +17,15 @@ from matent_callbacks.cli._stream import left
 def with_bar(
     steps: Iterator[int], title: str, state: State, *, size: int | None, maximum: int | None, ranks: int, shown: bool
 ) -> Iterator[None]:
-    """The steps, with a bar on stderr that shows the rate and the time left; no bar where stderr is no terminal.
+    """Run the steps, with a bar on stderr that shows the rate and the time left, if stderr is a terminal.
 
     Args:
-        steps: After each batch, the bytes of text that are done.
-        title: Stands before the bar.
-        state: What the steps change.
+        steps: Yields after each batch how many bytes of text are done.
+        title: Label in front of the bar.
+        state: The progress that the steps update.
         size: Bytes of the text, if known.
         maximum: Sequences that are asked for, if there is a bound.
-        ranks: Processes that take such steps at the same time.
+        ranks: Number of processes that take such steps at the same time.
         shown: False on the ranks that show nothing.
     """
     begin, before = time.monotonic(), state.sequences
@@ -55,6 +55,6 @@ def _bar(title: str, shown: bool) -> Iterator[tuple[Progress, Any]]:
     )
     disabled = not (shown and console.is_terminal)
     progress = Progress(*columns, console=console, disable=disabled, transient=True)
-    # A disabled one ends the line that it did not write, in older releases of rich.
+    # In older releases of rich even a disabled bar ends the line that it did not write.
     with nullcontext() if disabled else progress:
         yield progress, progress.add_task(title, total=None, rate="")

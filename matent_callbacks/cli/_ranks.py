@@ -1,4 +1,4 @@
-"""The processes that share one measurement: one for plain ``matent``, as many as ``torchrun`` starts."""
+"""The processes that share one measurement: one for plain ``matent``, or as many as ``torchrun`` starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class OtherRankError(RuntimeError):
 
 
 class Ranks:
-    """What the ranks have to agree on. With one rank every method returns at once.
+    """The communication between the ranks. With one rank every method returns at once.
 
-    Every rank calls the same methods in the same order. What is exchanged are flags and pickled statistics in the
-    host's memory, so gloo serves on any machine.
+    Every rank calls the same methods in the same order. They exchange flags and pickled statistics in host memory, so
+    gloo is enough on any machine.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Ranks:
         return [rank if rank < self.size else None for rank in lowest.tolist()]
 
     def raise_together(self, error: Exception | None, failed: int | None) -> None:
-        """Raise on all ranks once :meth:`agree` has told that one of them failed, so that one alone tells of it."""
+        """Raise on all ranks if :meth:`agree` found that one ``failed``; only that rank raises its own ``error``."""
         if failed is None:
             return
         if error is not None and failed == self.rank:
@@ -61,7 +61,7 @@ class Ranks:
         raise OtherRankError from error
 
     def from_first(self, value: Any) -> Any:
-        """What the first rank has for ``value``."""
+        """Return the ``value`` of the first rank."""
         if self.size == 1:
             return value
         shared = [value if self.is_first else None]
@@ -69,7 +69,7 @@ class Ranks:
         return shared[0]
 
     def to_first(self, value: Any) -> Iterator[Any]:
-        """On the first rank, the values of the others, one at a time, since they may be large."""
+        """Yield on the first rank the values of the others, one at a time, since they may be large."""
         for rank in range(1, self.size):
             received = [value]
             if self.is_first:
@@ -80,7 +80,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails inside on one rank fails on all: with the error itself on the lowest of those that failed.
+        """Let an error inside on one rank raise on all ranks: the error itself on the lowest of those that failed.
 
         Raises:
             OtherRankError: On the other ranks.

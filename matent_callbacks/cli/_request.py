@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 def checked_settings(request: Request, text: Text) -> Settings:
-    """What the numbers depend on.
+    """Return the settings that the numbers depend on.
 
     Raises:
         ValueError: If no layer is named or a metric is not known.
@@ -64,7 +64,7 @@ def checked_settings(request: Request, text: Text) -> Settings:
 
 
 def check_paths(request: Request, ranks: Ranks) -> None:
-    """Raise ValueError for a model or a place for the results that cannot be, before anything is loaded."""
+    """Raise ValueError for an impossible model, device map or path, before anything is loaded."""
     if request.text == STDIN and ranks.size > 1:
         raise ValueError("--text must be a file or a folder under torchrun: stdin cannot be shared out over ranks.")
     if request.device_map is not None and (request.device is not None or ranks.size > 1):
@@ -80,10 +80,10 @@ def check_paths(request: Request, ranks: Ranks) -> None:
 
 
 def checked_device(name: str | None, ranks: Ranks) -> str:
-    """The device asked for, or a GPU of this rank's own, or the CPU.
+    """Return the device asked for, or else a GPU (this rank's own) if there is one, or the CPU.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If the device asked for does not exist.
     """
     if name is None:
         if torch.cuda.is_available():

@@ -25,7 +25,7 @@ FORMAT, VERSION = "matent-measure", 1
 
 
 class ResultsError(ValueError):
-    """The file cannot be gone on with; the message is one sentence."""
+    """The results file cannot be continued; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _from_arrays(own: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _array(values: NDArray[Any]) -> dict[str, Any]:
-    # As bytes: a resumed run must not differ by a rounding.
+    # As bytes, so that a resumed run does not differ by rounding.
     data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
     return {"dtype": values.dtype.str, "shape": list(values.shape), "data": data}
 

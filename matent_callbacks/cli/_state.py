@@ -1,4 +1,4 @@
-"""The progress of one pass over a text, which a later process or another rank can go on from."""
+"""The progress of one pass over a text, from which a later process or another rank can resume."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class State:
     """The statistics and the position of a pass over the text: all that is needed to resume it."""
 
     document: int = 0
-    """The first one of the window at hand."""
+    """Number of the first document of the current window."""
     done: list[int] = field(default_factory=list)
-    """Batches of this window that are done, by their place in it."""
+    """Batches of this window that are done, by their index in it."""
     accepted: int = 0
     """Sequences before this window."""
     end: int = 0
@@ -30,12 +30,12 @@ class State:
     complete: bool = False
     skipped: dict[str, int] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
-    """Where each kind of trouble was met first."""
+    """Where each kind of trouble was first found."""
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Means] = field(default_factory=dict)
     moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
     others: dict[str, dict[Source, SequenceMean]] = field(default_factory=dict)
-    """Means over sequences that are told without an interval."""
+    """Means over sequences that are reported without an interval."""
 
     def skip(self, kind: str, place: str, count: int = 1) -> None:
         """Count documents that are left out, the first of them at ``place``."""
@@ -43,12 +43,12 @@ class State:
         self.places.setdefault(kind, place)
 
     def place(self) -> State:
-        """The same place in the text, with nothing found."""
+        """Return the same place in the text, without statistics."""
         kept = ("document", "accepted", "end", "checksum", "complete")
         return State(done=list(self.done), **{name: getattr(self, name) for name in kept})
 
     def clear(self) -> None:
-        """Forget what was found, and go on from here."""
+        """Discard the statistics, and keep the place in the text."""
         vars(self).update(vars(self.place()))
 
     def add(self, other: State) -> None:

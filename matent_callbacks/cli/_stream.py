@@ -1,4 +1,4 @@
-"""Streams a text through a model: windows of documents, batches of similar length, one entropy a sequence and layer."""
+"""Streams text through a model: windows of documents, batches of similar length, an entropy per sequence and layer."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ def stream(
 ) -> Iterator[int]:
     """Run ``model`` over the rest of ``text`` and add the statistics to ``state``.
 
-    Between two items of this iterator, which come after each batch and say how many bytes of text are done, the state
-    is one to go on from. ``hold`` is entered while it is not.
+    Yields after each batch how many bytes of text are done. At these points ``state`` can be resumed from; while it
+    cannot, ``hold`` is entered.
 
-    With ``takes_vectors`` a layer may give one vector a sequence in place of one hidden state a token. Of these vectors
-    there are no entropies of sequences.
+    With ``takes_vectors`` the output of a layer may be one vector per sequence instead of one hidden state per token.
+    These vectors have no entropies of sequences.
 
-    Several ranks share each window: in turn every rank takes a batch. All of them read and tokenize the whole text, so
-    that they agree on the windows without a word, and each gives as many items as the others, some without a batch.
+    Several ranks share each window: they take batches in turn. All of them read and tokenize the whole text, so that
+    they agree on the windows without communication, and each yields as many items as the others, some without a batch.
 
     Raises:
-        TextError: If the text is not the one that the state is of.
-        ModelError: If a layer gives nothing to measure.
+        TextError: If the text is not the one that ``state`` belongs to.
+        ModelError: If a layer has no output that can be measured.
     """
     device = next(model.parameters()).device
     reader = _Reader(model, layers, sources, embedding, device, takes_vectors=takes_vectors)
@@ -106,7 +106,7 @@ def stream(
 
 
 def left(maximum: int | None, count: int) -> int | None:
-    """How many more are allowed; ``None`` without a bound."""
+    """Return how many more are allowed; ``None`` without a bound."""
     return None if maximum is None else max(maximum - count, 0)
 
 
@@ -121,7 +121,7 @@ def _go_to(documents: Iterator[tuple[int, Document]], state: State) -> None:
 def _window(
     documents: Iterator[tuple[int, Document]], tokenizer: Any, max_length: int, batch_tokens: int, most: int | None
 ) -> _Window | None:
-    """The next documents as batches, the longest first, so that memory that does not suffice shows at once."""
+    """Return the next documents as batches, the longest first, so that a lack of memory shows at once."""
     read = list(islice(documents, _WINDOW))
     if not read:
         return None
@@ -247,7 +247,7 @@ class _Reader:
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:
     counts = draws(seed, [sequence.document for sequence in batch])
-    # The layers of one model are compared with each other: over the same sequences.
+    # The layers of one model are compared with each other, so all are measured on the same sequences.
     finite = np.all([np.ones(len(batch)), *(np.isfinite(values) for values in found.entropies.values())], axis=0)
     for layer, values in found.entropies.items():
         state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
@@ -265,7 +265,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
 
 
 def _finish(state: State, window: _Window, *, counts: bool) -> None:
-    """Go on to the next window. Every rank sees what this one leaves out; one of them counts it."""
+    """Go on to the next window. Every rank sees the documents left out of this one; one rank counts them."""
     for kind, place in window.skipped if counts else ():
         state.skip(kind, place)
     state.document += window.documents

@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """Write one HTML page about a finished run, or one that was cut off, or about several side by side.
 
-    What moved, in pictures and in words; of several runs each has one colour, the same in every picture.
+    It shows in pictures and in words what changed; each of several runs has the same colour in every picture.
 
     The page needs nothing else: no network, no script, no other file.
     """
@@ -64,7 +64,7 @@ def report(
 
 
 def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
-    """The runs in the subfolders, in the order of their names with numbers as numbers; why others are left out."""
+    """Read the runs in the subfolders, in natural order of their names; ``damaged`` gets why others are left out."""
     from matent_callbacks.plot._style import numbers_as_numbers
     from matent_callbacks.report import RunError, read_run
     from matent_callbacks.report._run import NoRunError
@@ -74,7 +74,7 @@ def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
     found: dict[Path, Run] = {}
     inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
     for path in sorted(inside, key=lambda p: numbers_as_numbers(p.name)):
-        # W&B links to the latest of its runs.
+        # W&B has a link to the latest of its runs beside them.
         if path.resolve() in found:
             continue
         try:
@@ -87,7 +87,7 @@ def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
 
 
 def _write(out: Path, html: str) -> None:
-    """All or nothing: an earlier page stays where the new one cannot be written."""
+    """Write the page atomically: an earlier one stays if the new one cannot be written."""
     if out.exists() and not out.is_file():  # such as /dev/stdout
         out.write_text(html, encoding="utf-8")
         return
@@ -97,7 +97,7 @@ def _write(out: Path, html: str) -> None:
             file.write(html)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is for its owner only
+        os.chmod(name, 0o666 & ~umask)  # only its owner can read a temporary file
         os.replace(name, out)
     except OSError:
         os.unlink(name)

@@ -20,7 +20,7 @@ _HARMLESS = {"batch_tokens", "replicates"}
 
 
 class Size(StrEnum):
-    """What stands for the size of a model."""
+    """What is taken as the size of a model."""
 
     parameters = "parameters"
     steps = "steps"
@@ -51,8 +51,8 @@ def scaling(
     """Fit H(N) = a N^-b and H(N) = a N^-b + c to measured models, and say which the points support.
 
     Every model counts the same: the intervals of a measurement come from the choice of texts, which is the same for
-    all models, and say nothing of how far a model lies off the curve. They are drawn, and are no weights. The noise is
-    estimated from the residuals; intervals of a, b and c are 95 % profile likelihood; the form is chosen by AICc.
+    all models, and say nothing about how far a model lies off the curve. They are drawn, not used as weights. The noise
+    is estimated from the residuals; intervals of a, b and c are 95 % profile likelihood; the form is chosen by AICc.
 
     The law of what `matent measure --out results.json` found, with its picture:
 
@@ -78,10 +78,10 @@ def scaling(
 
 
 def _points(paths: Iterable[Path], x: str, y: str, layer: str) -> list[_Point]:
-    """The measured models; which are left out, and why, is told on the way."""
+    """Return the measured models, and print which are left out and why."""
     documents = [_read(path) for path in paths]
     _compare([_mapping(document, "settings") for document in documents])
-    # A model that stands in several files counts once, or its point would weigh twice.
+    # A model that is in several files counts once, or its point would weigh twice.
     models = {(str(model.get("model")), str(model.get(x))): model for doc in documents for model in doc["models"]}
     points, without_size, unfinished = [], list[str](), list[str]()
     seen_layers, seen_values = set[str](), set[str]()
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _compare(settings: list[dict[str, Any]]) -> None:
-    """Tell where files were not measured alike."""
+    """Print a warning if the files were measured with different settings."""
     names = sorted({name for one in settings for name in one} - _HARMLESS)
     differing = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
     if differing:
@@ -130,7 +130,7 @@ def _compare(settings: list[dict[str, Any]]) -> None:
 
 
 def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
-    """An entry that should be a mapping; empty where it is missing or anything else."""
+    """Return an entry that should be a mapping; an empty one if it is missing or anything else."""
     entry = document.get(key)
     return entry if isinstance(entry, dict) else {}
 
@@ -148,7 +148,7 @@ def _print(points: list[_Point], fits: tuple[PowerLaw, ...], x: str, y: str, lay
     from rich.markup import escape
     from rich.table import Table
 
-    # As wide as needed where it is read by a program or goes to a file.
+    # As wide as needed where the output goes to a program or a file.
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=200)
     table = Table("model", title=f"{y}, layer {layer}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turn autocast, TF32 and bfloat16 off for matrix products on ``device``, and put both back afterwards."""
+    """Turn autocast, TF32 and bfloat16 off for matrix products on ``device``, and restore them afterwards."""
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))

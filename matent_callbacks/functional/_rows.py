@@ -10,7 +10,7 @@ from matent_callbacks.functional._tokens import prepare_tokens
 
 
 def paired_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs that are finite on both sides, in the dtype to compute in, or an error that names the argument."""
+    """Return the pairs that are finite on both sides, in the dtype to compute in, or raise naming the argument."""
     for name, rows in (("x", x), ("y", y)):
         if not isinstance(rows, Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got {type(rows).__name__}.")
@@ -44,6 +44,6 @@ def prepared(rows: Tensor, *, center: bool, normalize: bool) -> Tensor:
 
 def centred_features(rows: Tensor) -> Tensor:
     centred = prepared(rows, center=True, normalize=False)
-    # The fourth powers to come must stay inside float32.
+    # So that the fourth powers that follow stay within the range of float32.
     largest = centred.abs().amax()
     return centred / torch.where(largest > 0, largest, 1.0)

@@ -18,7 +18,7 @@ class Tokens(NamedTuple):
     valid: Tensor
     """``(B, T)`` bool: the tokens that count."""
     nonfinite: Tensor
-    """``()`` int64: tokens left out although the mask had them in, because of NaN or Inf."""
+    """``()`` int64: tokens that the mask has in, but that are left out because of NaN or Inf."""
 
 
 def check_hidden_states(hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def check_hidden_states(hidden_states: Tensor | None, attention_mask: Tensor | N
 
 
 def check_stage(name: str, hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`check_hidden_states` of one of several, whose name is in the error."""
+    """:func:`check_hidden_states` for one of several stages, whose name is put into the error."""
     try:
         return check_hidden_states(hidden_states, attention_mask)
     except (TypeError, ValueError) as error:
@@ -97,7 +97,7 @@ def directions_from(mean: Tensor, x: Tensor, valid: Tensor | None) -> Tensor | N
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if valid is not None:
         norm.masked_fill_(~valid.unsqueeze(-1), torch.inf)
-    # Not so if either is NaN, which it is where some row holds NaN or Inf.
+    # False if either is NaN, as it is if some row holds NaN or Inf.
     if bool(torch.linalg.vector_norm(mean, dim=-1).amax() <= _DWARFS * norm.amin()):
         x.div_(norm.clamp_(min=torch.finfo(x.dtype).tiny))
         return x if valid is None else x.masked_fill_(~valid.unsqueeze(-1), 0.0)

@@ -20,7 +20,7 @@ def image_reduction_ratio(e1: float | Tensor, e2: float | Tensor) -> Tensor:
 
     Args:
         e1: ``()`` or ``(B,)``, or a number: effective rank or entropy of the image after the vision encoder.
-        e2: The same after the connector. A number or ``()`` goes with each entry of a ``(B,)``.
+        e2: The same after the connector. A number or ``()`` is broadcast to ``(B,)``.
 
     Returns:
         ``()`` or ``(B,)``, at most 1; negative where the connector adds. NaN where ``e1`` is not above 0.
@@ -47,7 +47,7 @@ def image_text_alignment(e3: float | Tensor, e4: float | Tensor, e5: float | Ten
     Args:
         e3: ``()`` or ``(B,)``, or a number: effective rank or entropy of the image alone after the language model.
         e4: The same of the text alone.
-        e5: The same of image and text together. Numbers and ``()`` go with each entry of a ``(B,)``.
+        e5: The same of image and text together. Numbers and ``()`` are broadcast to ``(B,)``.
 
     Returns:
         ``()`` or ``(B,)``, between 1/3 (two of the three are 0) and 1 (all are equal). NaN where all are 0.
@@ -66,7 +66,7 @@ def image_text_alignment(e3: float | Tensor, e4: float | Tensor, e5: float | Ten
 
 
 def _quantities(**quantities: float | Tensor) -> list[Tensor]:
-    """All as tensors of one dtype that broadcast, or an error that names the argument."""
+    """Return all as tensors of one dtype that broadcast, or raise naming the argument."""
     tensors: dict[str, Tensor] = {}
     for name, value in quantities.items():
         if isinstance(value, Tensor):

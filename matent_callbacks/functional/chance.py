@@ -22,9 +22,9 @@ from matent_callbacks.functional.pairs import (
 
 PairMeasure = Callable[[Tensor, Tensor], Tensor | float]
 
-# Of the matrices, at a time: so few that they stay in the cache.
+# How many entries of the matrices are processed at a time: so few that they stay in the cache.
 _ENTRIES = 2**16
-# A spread of so many roundings of the value is none.
+# A spread of no more than so many rounding errors of the value counts as zero.
 _ROUNDINGS = 32
 
 
@@ -51,8 +51,8 @@ def pairing_z_score(
         x: ``(n, d1)``, one row per pair. float64 is computed in float64, all else in float32.
         y: ``(n, d2)``. Pairs with NaN or Inf on either side are left out.
         permutations: How many random pairings, at least 2.
-        generator: Where they are drawn from; ``None``: one of its own with a fixed seed, so that the same input gives
-            the same number and rows of the same n meet the same pairings. The global random state is not touched.
+        generator: Source of the random pairings; ``None``: a generator of its own with a fixed seed, so that the same
+            input gives the same number, and the same n the same pairings. The global random state is not touched.
 
     Returns:
         ``()``. NaN where the measure is, and where it is the same for every pairing, as :func:`modality_gap` is.
@@ -88,7 +88,7 @@ def pairing_z_score(
         value = _number(measure(paired_x, paired_y))
         values = torch.stack([_number(measure(paired_x, paired_y[order])) for order in orders])
     else:
-        # It knows what it needs, and whether enough of it is left.
+        # The measure itself checks its arguments, and whether enough pairs are left.
         if _number(measure(x, y)).isnan():
             return undefined
         with full_precision(x.device):
@@ -102,9 +102,9 @@ def pairing_z_score(
 
 
 def _matrix(measure: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return what makes an ``(n, n)`` matrix of each side, such that the products of the entries add up to the measure.
+    """Return a function that makes an ``(n, n)`` matrix of each side; None for a measure that is not known.
 
-    Up to scale; None for a measure that is not known.
+    The entrywise product of both sides' matrices sums to the measure, up to scale.
     """
     if measure is linear_cka:
         return centred_gram

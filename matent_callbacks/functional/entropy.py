@@ -37,8 +37,8 @@ def matrix_entropy(
         alpha: Order of the entropy, above 0.
 
     Returns:
-        ``()`` or ``(B,)``, between 0 and ``log min(N - 1, d)``. Tokens without any spread give 0; a sequence with
-        fewer than two valid tokens (one, without centring) has no covariance and gives NaN.
+        ``()`` or ``(B,)``, between 0 and ``log min(N - 1, d)`` (N without centring). Tokens without any spread give 0;
+        a sequence with fewer than two valid tokens (one, without centring) has no covariance and gives NaN.
 
     Raises:
         TypeError: If ``hidden_states`` is not a floating point tensor.
@@ -81,7 +81,7 @@ def effective_rank(
         alpha: Order of the entropy, above 0.
 
     Returns:
-        ``()`` or ``(B,)``, between 1 and ``min(N - 1, d)``; NaN where the entropy is.
+        ``()`` or ``(B,)``, between 1 and ``min(N - 1, d)`` (N without centring); NaN where the entropy is.
 
     Raises:
         TypeError: If ``hidden_states`` is not a floating point tensor.

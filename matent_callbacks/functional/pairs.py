@@ -240,14 +240,14 @@ def _entropy(*sides: Tensor, alpha: float) -> Tensor:
     """Entropy of the entrywise product of the Gram matrices of the sides, ``(n, d)`` each."""
     n = len(sides[0])
     if math.prod(side.shape[1] for side in sides) < n:
-        # The product is the Gram matrix of tensor-product features: few of those have a small covariance.
+        # The product is the Gram matrix of tensor-product features: if these are few, their covariance is smaller.
         features = reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(1), sides)
         return entropy_of_matrix(features.T @ features, alpha=alpha)
     return entropy_of_matrix(reduce(torch.mul, (side @ side.T for side in sides)), alpha=alpha)
 
 
 def centred_gram(rows: Tensor) -> Tensor:
-    """Gram matrix ``(n, n)`` of the centred rows, up to scale. The product of two sides' adds up to their CKA."""
+    """Gram matrix ``(n, n)`` of the centred rows, up to scale; the entrywise product of both sides' sums to the CKA."""
     features = centred_features(rows)
     return features @ features.T
 
@@ -255,11 +255,11 @@ def centred_gram(rows: Tensor) -> Tensor:
 def unbiased_gram(rows: Tensor) -> Tensor:
     """U-centred Gram matrix ``(n, n)``, up to scale (Székely & Rizzo 2014): zero diagonal, rows that add up to 0.
 
-    The entrywise product of two sides' adds up to the unbiased HSIC.
+    The entrywise product of both sides' matrices sums to the unbiased HSIC.
     """
     n = len(rows)
     gram = centred_gram(rows)
-    # Rows that are equally far from each other have no structure: what is left of them is rounding.
+    # Rows that are equally far from each other have no structure: what is left of them is rounding error.
     rounding = 4 * n * torch.finfo(gram.dtype).eps * gram.diagonal().amax()
     off_diagonal = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
     gram = gram * off_diagonal

@@ -77,8 +77,8 @@ def solved(matrix: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     Only the lower triangle is read. Where the trace is not finite the eigenvalues are not those of the matrix.
     """
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    # A covariance has its largest numbers on the diagonal: it has overflowed where that has. On the host a look at a
-    # value costs nothing.
+    # A covariance has its largest numbers on the diagonal, so it has overflowed where its diagonal has. On the CPU
+    # reading a value costs nothing.
     if matrix.device.type != "cpu" or not math.isfinite(trace.sum()):
         unusable = ~torch.isfinite(trace).unsqueeze(-1)
         matrix = matrix.masked_fill_(unusable, 0.0) if overwrite else matrix.masked_fill(unusable, 0.0)

@@ -14,8 +14,8 @@ def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Te
 
     The steps are :math:`v_k = z_{k+1} - z_k`, between the hidden states of neighbouring tokens, and the angles those
     between :math:`v_k` and :math:`v_{k+1}` (Hosseini & Fedorenko, "Large language models implicitly learn to straighten
-    neural sentence trajectories", NeurIPS 2023). Tokens that do not count are taken out, and those beside them are
-    neighbours. An angle at a step of length zero is left out.
+    neural sentence trajectories", NeurIPS 2023). Tokens that do not count are taken out, and those on either side of
+    them become neighbours. An angle at a step of length zero is left out.
 
     Args:
         hidden_states: ``(N, d)``, one sequence, or ``(B, T, d)``. float64 is computed in float64, all else in float32.
@@ -23,8 +23,8 @@ def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Te
             Tokens with NaN or Inf do not.
 
     Returns:
-        ``()`` or ``(B,)``, between 0 (a straight line) and pi (there and back); around 2 pi / 3 where tokens have
-        nothing to do with each other. NaN where there is no angle, as in a sequence of two tokens.
+        ``()`` or ``(B,)``, between 0 (a straight line) and pi (there and back); around 2 pi / 3 for unrelated tokens.
+        NaN where there is no angle, as in a sequence of two tokens.
 
     Raises:
         TypeError: If ``hidden_states`` is not a floating point tensor.
@@ -46,7 +46,7 @@ def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Te
 
 
 def counting_first(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The places of the tokens of ``(B, T)``, those that count first and in their order, and how many do: ``(B,)``."""
+    """Return indices of the tokens of ``(B, T)``, those that count first and in order, and how many do: ``(B,)``."""
     return (~valid).int().argsort(dim=1, stable=True), valid.sum(1)
 
 

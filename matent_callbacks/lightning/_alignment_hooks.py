@@ -17,9 +17,9 @@ from matent_callbacks.lightning._trainer import log
 class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     """Logs how well image and text agree inside a multimodal model while Lightning trains it.
 
-    What is logged, and how it is measured, is told at :class:`matent_callbacks.transformers.AlignmentCallback`; here
-    the values of validation and test epochs have ``val_`` and ``test_`` before them. The model is the one of
-    transformers inside the LightningModule, or the LightningModule itself.
+    What is logged, and how it is measured, is described at :class:`matent_callbacks.transformers.AlignmentCallback`;
+    here the values of validation and test epochs have the prefixes ``val_`` and ``test_``. The model is the
+    transformers model inside the LightningModule, or the LightningModule itself.
 
     Example:
         >>> from matent_callbacks.lightning import AlignmentCallback
@@ -44,7 +44,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
             return
         with self.guard("the greatest values in W&B's table of runs"):
             summarize_by_maximum(trainer, self.guard, *self.summarized_by_maximum)
-        # A probe or a model that cannot be read is told now, not in the middle of the run.
+        # A probe or a model that cannot be read raises now, not in the middle of the run.
         self._measure(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
@@ -79,6 +79,6 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
 
 
 def _model(pl_module: Any) -> Any:
-    """The model of transformers inside, if there is one."""
+    """Return the transformers model inside, if there is exactly one, or else the module itself."""
     found = list(hugging_face_models(pl_module).values())
     return found[0] if len(found) == 1 else pl_module

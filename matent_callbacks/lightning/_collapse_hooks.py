@@ -1,4 +1,4 @@
-"""Telling the collapse of a logged value in a Lightning Trainer."""
+"""Raises an alarm in a Lightning Trainer when a logged value collapses."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
     """Raises an alarm when a logged value has fallen far below its level and does not come back.
 
     Each time the value is logged is one observation, whatever logs it. The decision is
-    :class:`~matent_callbacks.CollapseDetector`'s, which the dip of a healthy run in its first steps does not deceive.
+    :class:`~matent_callbacks.CollapseDetector`'s, which is not deceived by the dip of a healthy run in its first steps.
     An alarm is one line, in a warning and among the alerts of W&B, and is not raised again until the value has
-    recovered. What was observed is in every checkpoint, so a resumed run tells what an uninterrupted one does. A value
-    is seen one batch late if it is logged by a callback further back in the list.
+    recovered. The observations are in every checkpoint, so a resumed run raises the alarms of an uninterrupted one. A
+    value is seen one batch late if it is logged by a callback further back in the list.
 
     ====================  ===========================================================================================
     ``collapse/<key>``    1 at the step at which the alarm is raised, 0 at that of a recovery
     ====================  ===========================================================================================
 
-    With ``checkpoint=True`` it is saved as ``collapse-step=<step>.ckpt``, beside those of ``ModelCheckpoint`` or else
-    in the Trainer's ``default_root_dir``.
+    With ``checkpoint=True`` a checkpoint is saved as ``collapse-step=<step>.ckpt``, beside those of ``ModelCheckpoint``
+    or else in the Trainer's ``default_root_dir``.
 
     Example:
         >>> from matent_callbacks.lightning import CollapseAlarm, MatrixEntropyCallback
@@ -67,7 +67,7 @@ class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
 
 
 def _of_all_ranks(alarms: list[Alarm]) -> list[Alarm]:
-    """One for each name, from the first rank that raised it, so that all ranks go on alike."""
+    """Return one alarm per name, that of the lowest rank that raised it, so that all ranks act on the same ones."""
     gathered = [alarms]
     if is_distributed():
         gathered = [alarms] * dist.get_world_size()
@@ -79,6 +79,6 @@ def _of_all_ranks(alarms: list[Alarm]) -> list[Alarm]:
 
 
 def _folder(trainer: Any) -> Path:
-    """Where this run's checkpoints are."""
+    """Return the folder of this run's checkpoints."""
     own = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(own or trainer.default_root_dir)

@@ -43,15 +43,15 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     ============================================  ===================================================================
 
     The transformer is found inside the LightningModule: a Hugging Face model, or else the outermost stack of blocks
-    (``nn.TransformerEncoder``, a vision transformer, a module of your own); ``module`` says which where there are
+    (``nn.TransformerEncoder``, a vision transformer, a module of your own); ``module`` selects one if there are
     several. Without ``probe`` the training forward is read as it happens, over all batches of the optimizer step, with
-    the weights before the update; with it the same batches are run in evaluation mode after the update. Either way
+    the weights before the update; with it the probe's batches are run in evaluation mode after the update. Either way
     training is bitwise what it is without the callback. ``Trainer(barebones=True)`` logs nothing and is not read.
 
-    In a distributed run every rank logs the reading of the tokens of all. Samples that a ``DistributedSampler`` repeats
-    in evaluation count once; those of other samplers, and of batches of no fixed size, count as often as they come.
-    What fails on one rank costs its share of the reading; but under FSDP a probe whose forward fails on one rank only
-    leaves the others waiting in theirs.
+    In a distributed run every rank logs the reading over the tokens of all ranks. Padding samples that a
+    ``DistributedSampler`` repeats in evaluation count once; those of other samplers, and in batches of no fixed size,
+    count as often as they come. If reading fails on one rank, only its share is missing; but under FSDP a probe whose
+    forward fails on one rank leaves the others waiting in theirs.
 
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
@@ -111,8 +111,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        # Of an accumulation that was broken off, by an exception or a loader that ended early: its gradients are
-        # discarded as well. A window of several steps goes on across the end of an epoch.
+        # Discard an accumulation that was cut short by an exception or a loader that ended early: its gradients are
+        # discarded as well. A window of several steps continues across the end of an epoch.
         if not self.off:
             self._skipped = False
             if self.window_steps == 1:
@@ -161,7 +161,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._show_pictures(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # A run that goes on from here has the readings until then.
+        # So that a run that resumes from here has the readings until then.
         self._log_late(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -204,13 +204,13 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._stop()
 
-    # Inside
+    # Internals
 
     def _is_read(self, trainer: Any, *, due: bool) -> bool:
         """Whether a reading of the optimizer step that is over is due and covers all of it.
 
-        One that is due and was not expected to be, since more steps were made in a batch than ever before, is taken
-        from the next batch.
+        One that was not expected to be due, because a batch made more steps than any before it, is taken from the next
+        batch.
         """
         due = due or self._overdue
         skipped, self._skipped = self._skipped, False
@@ -226,7 +226,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         batch: Any,
         samples: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        # Where this fails the batch is not read, and the rank has the less to bring to the reading of all.
+        # If this fails, the batch is not read, and this rank contributes less to the common reading.
         with self.guard("batches that no mask could be made of") as making:
             mask = self.mask_of(batch) if self.mask is not None else _own_mask(batch)
         if not making.failed:
@@ -242,7 +242,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         late, self._late = self._late, None
         if late is None:
             return
-        # Waited for on all ranks; what can fail on one comes after it.
+        # All ranks wait for the values; what can fail on one of them comes after that.
         step, values = late[0], late[1]()
         with self.guard("the log of a background reading"):
             publish(trainer, values, self.guard, step=step)
@@ -278,7 +278,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):
             return
-        # Also of a loader that had no batch on this rank: the others wait for it.
+        # Also for a loader without a batch on this rank: the other ranks wait for this one.
         for index in range(num_loaders):
             suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
             monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
@@ -293,6 +293,6 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
 
 def _own_mask(batch: Any) -> Tensor | None:
-    """The mask that a batch carries, which the module need not hand on to the model."""
+    """Return the mask in a batch, which the module may not have passed on to the model."""
     own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return own if isinstance(own, Tensor) and own.ndim == 2 else None

@@ -1,4 +1,4 @@
-"""Which of the values in a Lightning Trainer's ``callback_metrics`` were logged since they were last looked at."""
+"""Finds the values in a Lightning Trainer's ``callback_metrics`` that were logged since the last look at them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from matent_callbacks.lightning._trainer import GuardedCallback
 
 
 class LoggedValues:
-    """``callback_metrics`` keeps a value until it is logged again; this tells the new ones.
+    """Finds new values in ``callback_metrics``, which keeps each value until it is logged again.
 
-    The tensors that were seen are held, so one that was logged since lies elsewhere in memory.
+    The tensors that were seen are kept alive, so one that was logged since has another address.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, Tensor] = {}
 
     def new(self, metrics: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Tensor]:
-        """Those of ``keys`` that were logged since the last call."""
+        """Return the values of those ``keys`` that were logged since the last call."""
         found = {key: metrics[key] for key in keys if key in metrics and not self._is_old(key, metrics[key])}
         self._seen |= found
         return found
@@ -30,7 +30,7 @@ class LoggedValues:
 
 
 class ObservingCallback(GuardedCallback):
-    """Looks at what was logged wherever something may have been, whatever logged it."""
+    """Calls :meth:`look` after every event at which anything may have logged a value."""
 
     def start_over(self) -> None:
         super().start_over()

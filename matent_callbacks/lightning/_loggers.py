@@ -1,4 +1,4 @@
-"""Pictures and alerts for Lightning's loggers, and the summary that W&B keeps of a key."""
+"""Sends pictures and alerts to Lightning's loggers, and sets the summary that W&B keeps of a key."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from matent_callbacks.callbacks.image_calls import (
 
 
 def takes_pictures(trainer: Any) -> bool:
-    """Whether any logger does, in this process."""
+    """Whether any logger takes pictures, in this process."""
     return bool(_takers(trainer))
 
 
 def show(trainer: Any, pictures: Pictures, guard: Guard, *, step: int) -> None:
-    """Hand pictures to every logger that takes them."""
+    """Send pictures to every logger that takes them."""
     if pictures:
         to_each(_takers(trainer), pictures, step, guard)
 
 
 def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
-    """Have W&B's table of runs show the greatest value of logged keys beside the last one."""
+    """Let W&B's table of runs show the maximum of logged keys beside the last value."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         with guard(f"the greatest values in the table of runs of {type(logger).__name__}"):
             experiment = _experiment(logger)
@@ -40,7 +40,7 @@ def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
 
 
 def alert(trainer: Any, guard: Guard, title: str, text: str) -> None:
-    """Put a line among the alerts of W&B, which sends them on to where its user wants them."""
+    """Send an alert to W&B, which forwards it to wherever its user wants."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         with guard(f"the alerts of {type(logger).__name__}"):
             experiment = _experiment(logger)
@@ -53,7 +53,7 @@ def _to_log_image(logger: Any, pictures: Pictures, step: int) -> None:
         logger.log_image(name, [pixels], step=step)
 
 
-# What tells that a logger takes pictures, and its call. The first is W&B's logger and those made after it.
+# How to recognise a logger that takes pictures, and its call. The first is W&B's logger and those modelled on it.
 _CALLS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Pictures, int], None]], ...] = (
     (lambda logger: hasattr(logger, "log_image"), _to_log_image),
     (
@@ -74,7 +74,7 @@ _CALLS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Pictures, int], None]]
 def _takers(trainer: Any) -> list[Taker]:
     found: list[Taker] = []
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        # One whose experiment cannot be had does not take the numbers either, and that is told where it does not.
+        # A logger whose experiment cannot be opened does not take the numbers either, and is warned about there.
         with contextlib.suppress(Exception):
             call = next((call for applies, call in _CALLS if applies(logger)), None)
             if call is not None:
@@ -83,7 +83,7 @@ def _takers(trainer: Any) -> list[Taker]:
 
 
 def _experiment(logger: Any) -> Any:
-    # A logger of one's own need not have one.
+    # A user's own logger may not have one.
     return getattr(logger, "experiment", None)
 
 

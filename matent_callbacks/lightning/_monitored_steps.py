@@ -1,4 +1,4 @@
-"""How readings get into Lightning's logs, whatever is read."""
+"""Puts readings of any kind into Lightning's logs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MeasuringCallback(GuardedCallback):
         self._logged_step = -1
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
-        """The readings after an optimizer step, ``due`` at an interval, ``last`` if no other step follows; or None."""
+        """Return the readings after an optimizer step, ``due`` at an interval, ``last`` if none follows; or None."""
         raise NotImplementedError
 
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
@@ -50,7 +50,7 @@ class MeasuringCallback(GuardedCallback):
         # Also where the reading failed: the ranks measure together or not at all.
         self._logged_step = trainer.global_step
         # Only every `log_every_n_steps` does Lightning pass on to the loggers what `self.log` was given last: a reading
-        # between would be lost, or stand at a later step. So the loggers get theirs at once.
+        # in between would be lost, or logged at a later step. So it goes to the loggers directly.
         if values:
             with self.guard("`trainer.callback_metrics`"):
                 log(pl_module, values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
@@ -69,9 +69,9 @@ class MeasuringCallback(GuardedCallback):
     def may_become_due(self, trainer: Any, pl_module: Any, *, ahead: int) -> bool:
         """Whether the batch that begins, or ``ahead`` optimizer steps after it, may complete an interval.
 
-        In automatic optimization it does so if it makes its optimizer step. In manual optimization a batch makes as
-        many steps as it likes (one for each of several optimizers, several for a critic), so those are counted on of
-        the batch that made most; before the first step any number.
+        In automatic optimization a batch makes one optimizer step at most. In manual optimization it may make any
+        number (one for each of several optimizers, several for a critic), so the largest number that any batch has made
+        is assumed; before the first step, any number.
         """
         most = 1 if pl_module.automatic_optimization else self._most_steps
         return most == 0 or self._reached(trainer.global_step + most + ahead)

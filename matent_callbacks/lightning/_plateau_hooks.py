@@ -1,4 +1,4 @@
-"""Stopping a Lightning Trainer when a logged value has stopped changing."""
+"""Stops a Lightning Trainer when a logged value has stopped changing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples of an evaluation batch are there for the first time."""
+"""Finds the padding samples of an evaluation batch, which a ``DistributedSampler`` repeats."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.data import DistributedSampler
 
 
 def counted_samples(trainer: Any, batch_idx: int, dataloader_idx: int) -> Tensor | None:
-    """``(B,)``: false for what the loader's ``DistributedSampler`` repeats to give every rank as many; None: all count.
+    """``(B,)``: false for the padding samples of the loader's ``DistributedSampler``; None: all count.
 
-    The sampler deals out one sample to each rank in turn, and after the last one those from the beginning again.
-    Nothing is known, and nothing left out, without such a sampler, or with batches of no fixed size.
+    The sampler deals out one sample to each rank in turn, then some from the beginning again, so that all have as many.
+    Padding samples cannot be identified, and are not left out, without such a sampler or with batches of no fixed size.
     """
     combined = trainer._evaluation_loop._combined_loader
     loader = combined.flattened[dataloader_idx]

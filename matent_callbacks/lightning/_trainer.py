@@ -1,4 +1,4 @@
-"""The parts of Lightning that both callbacks use: where ``Callback`` comes from, and how a value is logged now."""
+"""What all callbacks need from Lightning: where ``Callback`` is imported from, and how a value is logged now."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class GuardedCallback(GuardedHooks, Callback):
-    """Lightning's ``Callback``, whose hooks never end a run, and whose copies leave the run behind."""
+    """A Lightning ``Callback`` whose hooks never end a run, and whose copies have nothing of a run."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer gives its callbacks methods of the LightningModule.
@@ -43,7 +43,7 @@ class GuardedCallback(GuardedHooks, Callback):
 def draws_its_batches(step: Any) -> bool:
     """Whether a step takes the loader's iterator, ``training_step(self, dataloader_iter)``.
 
-    Hooks are then given the batch before, or none, and its index.
+    Hooks are then given the previous batch, or none, and its index.
     """
     return "dataloader_iter" in inspect.signature(step).parameters
 
@@ -61,20 +61,20 @@ def takes_names_with_a_loader(trainer: Any) -> bool:
 
 def log(pl_module: Any, values: dict[str, float], **arguments: Any) -> None:
     """Log by the module's own ``log``."""
-    # Without a size Lightning looks for that of the batch, and raises where the step draws its batches itself.
+    # Without a size Lightning looks for that of the batch, and raises if the step draws its batches itself.
     pl_module.log_dict(values, batch_size=1, **arguments)
 
 
 def logging_step(trainer: Any) -> int:
-    """The Trainer's own x axis now: what ``self.log`` of this step is written under."""
+    """Return the step that the Trainer itself would now write values of ``self.log`` under."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
 
 
 def log_to_loggers(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:
-    """Write to every logger at a step, by default that of now, whether or not it is one of ``log_every_n_steps``."""
+    """Write to every logger at a step, by default the current one, whatever ``log_every_n_steps`` is."""
     for logger in trainer.loggers:
-        # Lightning itself may not write at this step, and so would not end here.
+        # Guarded: Lightning itself may not have written at this step, so an error must not end the run here.
         kind = type(logger).__name__
         with guard(kind, f"{kind} did not take the readings: {{error}}. Training goes on."):
             logger.log_metrics(values, step=logging_step(trainer) if step is None else step)

@@ -99,7 +99,7 @@ class MergedMetric(Metric):
 def _gathered(gather: Any, state: Tensor, group: Any) -> list[Tensor]:
     if state.ndim == 0:
         return list(gather(state, group=group))
-    # With one row more: torch before 2.7 cannot pad what has none, as torchmetrics does where ranks differ in shape.
+    # With one extra row: torchmetrics pads states if ranks differ in shape, and torch before 2.7 cannot pad empty ones.
     return [padded[:-1] for padded in gather(torch.cat([state, state.new_zeros(1, *state.shape[1:])]), group=group)]
 
 

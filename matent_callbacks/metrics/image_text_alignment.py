@@ -31,7 +31,7 @@ class ImageTextAlignment(MergedMetric):
     "Diff-eRank"). Each is exp of the mean entropy over the samples, as everywhere for a data set.
 
     Args:
-        basis: What the e are: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first version).
+        basis: What e3, e4, e5 are: ``"effective_rank"`` (the NeurIPS version) or ``"entropy"`` (the first version).
         dtype: Of the statistics, float32 or float64.
         **kwargs: For :class:`torchmetrics.Metric`.
 

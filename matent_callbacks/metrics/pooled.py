@@ -115,7 +115,7 @@ class _PooledMetric(TokenMetric):
         self.scatter = self.scatter.clone()
 
     def _entropy(self) -> Tensor:
-        # Without a token there is no entropy. This is the only wait for the device.
+        # Without a token there is no entropy. This is the only device-to-host sync.
         if self.num_tokens == 0:
             return torch.full((), torch.nan, dtype=self._state_dtype, device=self.scatter.device)
         with full_precision(self.scatter.device):
@@ -139,7 +139,7 @@ class MatrixEntropy(_PooledMetric):
         normalize: Scale each token to unit length (after centring by sequence, before centring globally).
         alpha: Order of the Rényi entropy; 1 is the von Neumann entropy above.
         normalize_by: ``None``: nats. ``"log_d"``: divide by log d, as version 1 of the paper does. ``"log_rank"``:
-            divide by the log of the rank that so many centred tokens can attain, so that 1 can be reached.
+            divide by the log of the rank that this number of centred tokens can attain, so that 1 can be reached.
         dtype: Of the statistics, float32 or float64, whatever the hidden states come in.
         num_features: d, if it is to be fixed before the first update; otherwise learnt from it.
         **kwargs: For :class:`torchmetrics.Metric`.
@@ -209,7 +209,7 @@ class EffectiveRank(_PooledMetric):
 
     Shapes:
         ``update(hidden_states, attention_mask=None)``: ``(N, d)`` and ``(N,)``, or ``(B, T, d)`` and ``(B, T)``.
-        ``compute()``: ``()``, from 1 to ``min(N - 1, d)``; NaN while no token has been seen.
+        ``compute()``: ``()``, from 1 to ``min(N - 1, d)`` (N without centring); NaN while no token has been seen.
 
     Example:
         >>> import torch

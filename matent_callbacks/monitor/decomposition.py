@@ -20,8 +20,8 @@ from matent_callbacks.functional.entropy import summarized
 from matent_callbacks.functional.spectrum import over_trace, solved
 from matent_callbacks.monitor.solvers import side_by_side
 
-# So many numbers may be in the matrices that are decomposed in one call. Large matrices gain nothing from a common
-# call, which takes three times their memory.
+# The most numbers in matrices that are decomposed in one call. Large matrices gain nothing from a common call, which
+# takes three times their memory.
 _BATCH_NUMBERS = 2**17
 # From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
 _WORTH_A_THREAD = 256
@@ -36,7 +36,7 @@ Unit = tuple[Source, str]
 
 
 def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
-    """The numbers of each unit, ``(names,)``; NaN where no token was seen.
+    """Compute the numbers of each unit, ``(names,)``; NaN where no token was seen.
 
     Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
     """
@@ -66,14 +66,14 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
 
 
 def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
-    """As :func:`_decompose`, but with the approximate solver for wide matrices."""
+    """Like :func:`decompose`, but with the approximate solver for wide matrices."""
     wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
     estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
     return {**decompose(matrices, names), **estimated}
 
 
 def _fewest(source: Source) -> int:
-    """How many tokens, or vectors, have a covariance. A single one has, where something else is subtracted from it."""
+    """Return how many tokens, or vectors, a covariance takes: two, or one where the mean of all is not subtracted."""
     return 2 if CENTERS[source] == "global" else 1
 
 
@@ -96,7 +96,7 @@ def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int)
 def _eigenvalues(matrices: list[Matrix | Discriminant]) -> Tensor:
     """``(matrices, k)``: unit-trace spectra. The list is emptied, so that each matrix is freed once it is decomposed.
 
-    A few small matrices are decomposed in one call; on the CPU large ones are, one on each thread.
+    Small matrices are decomposed several in one call; large ones on the CPU one on each thread.
     """
     size = matrices[0].size
     threads = matrices[0].moments.num_tokens.device.type == "cpu" and size >= _WORTH_A_THREAD

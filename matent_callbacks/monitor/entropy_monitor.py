@@ -35,13 +35,13 @@ from matent_callbacks.monitor.solvers import background
 class EntropyMonitor:
     """Measures the hidden states of a model while it runs, layer by layer.
 
-    Inside ``with monitor:`` every forward of the model is read as it happens: nothing is run twice, no activation is
-    kept, and the autograd graph is not touched. A forward that is handed a key-value cache (generation) is not
-    counted, nor is what gradient checkpointing computes again. In a distributed run ``compute`` puts the tokens of
-    all ranks together; every rank has to call it.
+    Inside ``with monitor:`` every forward of the model is read as it happens: nothing is run twice except compiled
+    modules (eagerly), no activation is kept, and the autograd graph is not touched. A forward that is given a
+    key-value cache (generation) does not count, nor does recomputation by gradient checkpointing. In a distributed run
+    ``compute`` combines the tokens of all ranks; every rank has to call it.
 
-    Tokens are left out where the model's attention mask says so, or, if its length is not that of the hidden states,
-    the mask that a module around them is handed: of the frames in a speech encoder, or the ``src_key_padding_mask`` of
+    Padding is left out by the model's attention mask or, if its length is not that of the hidden states, by the mask
+    that is given to a module around them: that of the frames in a speech encoder, or the ``src_key_padding_mask`` of
     torch's own layers. Where none fits, all tokens count and a warning says so.
 
     Args:
@@ -49,37 +49,37 @@ class EntropyMonitor:
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
-        metrics: Names of the catalogue. Of one covariance of all tokens, each centred by its sequence and scaled to
+        metrics: Names from the catalogue. From one covariance of all tokens, each centred by its sequence and scaled to
             unit length: ``matrix_entropy`` and ``renyi_2`` (nats), ``normalized_matrix_entropy`` (over log d),
             ``effective_rank``, ``participation_ratio``, ``stable_rank``, ``numerical_rank`` (dimensions),
             ``top_share``, ``alpha_req``, and ``spectrum``, which is logged as ``spectrum_top_1``, ``_2``, ``_4``, ...:
-            the share of the spread in so many of the strongest directions. Of the tokens as they are: ``rankme``. Of
-            each sequence, then averaged, as in the paper: ``sequence_matrix_entropy`` (nats),
-            ``sequence_effective_rank``. Of one vector a sequence, see ``embedding``, scaled to unit length and centred
-            by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
-            ``embedding_participation_ratio``; of these vectors as they are: ``embedding_rankme``,
+            the share of the variance in that many of the strongest directions. From the tokens as they are: ``rankme``.
+            From each sequence, then averaged, as in the paper: ``sequence_matrix_entropy`` (nats),
+            ``sequence_effective_rank``. From one vector per sequence (see ``embedding``), scaled to unit length and
+            centred by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
+            ``embedding_participation_ratio``; from these vectors as they are: ``embedding_rankme``,
             ``embedding_alpha_req``. And ``holevo_information`` (nats): how much of the matrix entropy tells sequences
             apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences;
             ``lidar`` (dimensions): in how many directions sequences differ by more than they vary within themselves.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
-        layer_offset: Where ``model`` is a stage of a pipeline, the number of blocks in the stages before it. Layers are
-            asked for and named by the numbers that they have in the whole model; ``None``: ``model`` is that.
+        layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
+            selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
         max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
-            that count. A layer that gives ``(B, d)``, such as a pooler or a projection, or ``sentence_embedding`` of
-            sentence-transformers, gives these vectors itself.
+            that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
+            ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
-            is ``matrix_entropy_error/<layer>``. It gives ``matrix_entropy``, ``normalized_matrix_entropy`` and
-            ``effective_rank``, the same two of embeddings, and what is of sequences, which stays exact.
+            is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
+            ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
         process_group: The ranks whose tokens belong together; ``None``: all. For a model that is spread over ranks,
             those that hold the same part of it. Ranks of one group have to read the same layers.
-        context_group: The ranks that hold parts of the same sequences, as in context parallelism; they are in
-            ``process_group``, too. They exchange a sum of each sequence and layer in the middle of the forward, so all
-            of them have to run it, and a second moment of each for what is of sequences. Packed batches are refused.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; all of them are in
+            ``process_group``. They exchange one sum per sequence and layer in the middle of the forward, so all of them
+            have to run it, and for the entropy of sequences one second moment each. Packed batches are refused.
 
     Raises:
         ValueError: If a layer, metric or module is not known (with near matches), an argument is out of range, or a
@@ -166,15 +166,15 @@ class EntropyMonitor:
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
     ) -> None:
-        """Begin to read forwards: ``with monitor:`` for where there is no block to put it around.
+        """Start reading forwards, for where a ``with monitor:`` block cannot be used.
 
         Args:
             training_only: Leave out forwards that are not in training mode with gradients.
-            same_adapters: Leave out forwards with other PEFT adapters on than now, or with none: those of a reference
-                model that is the policy with its adapter switched off.
-            attention_mask: ``(B, T)``, for models that are not handed one; it goes before the model's own.
-            sample_mask: ``(B,)``, false for samples that do not count, such as those that a distributed sampler
-                repeats to give every rank as many.
+            same_adapters: Leave out forwards with other PEFT adapters active than now, such as those of a reference
+                model that is the policy with its adapter disabled.
+            attention_mask: ``(B, T)``, for models that are not given one; it overrides the model's own.
+            sample_mask: ``(B,)``, false for samples that do not count, such as the padding samples that a distributed
+                sampler repeats.
         """
         self._capture.open(
             training_only=training_only,
@@ -185,11 +185,11 @@ class EntropyMonitor:
         self._joint.begin(self._accumulators, self._failed)
 
     def stop(self) -> None:
-        """Stop reading; every hook is gone."""
+        """Stop reading and remove every hook."""
         self._capture.close()
 
     def read(self, batches: Any) -> None:
-        """Run batches through the model on the side and read them: evaluation mode, no gradient, no trace left.
+        """Read batches in side-effect-free inference: evaluation mode, no gradients, no trace left.
 
         Args:
             batches: One batch (a mapping of keyword arguments, or a tensor) or a list of batches.
@@ -199,21 +199,21 @@ class EntropyMonitor:
                 run(self._layers.runnable, batch)
 
     def compute(self) -> dict[str, float]:
-        """The readings since the last call, as ``{"<metric>/<layer>": value}``; starts afresh.
+        """Compute the readings since the last call, as ``{"<metric>/<layer>": value}``, and reset.
 
-        ``nonfinite_tokens/<layer>`` is there where tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out, with a warning that says why. Where ranks do not read the same layers,
-        nothing is computed, and a warning tells what each side reads. Where the model is handed a mask that marks
-        padding, and neither it nor one that a module inside is handed fits a layer, a warning says so once.
+        ``nonfinite_tokens/<layer>`` is included if tokens were left out because they held NaN or Inf. A layer that
+        saw no valid token is left out, with a warning that says why. If ranks do not read the same layers, nothing is
+        computed, and a warning says what each of them reads. If the model is given a mask that marks padding, and
+        neither it nor one that is given to a module inside fits a layer, a warning says so once.
         """
         return self._begin(None)()
 
     def compute_later(self) -> Callable[[], dict[str, float]]:
-        """As :meth:`compute`, with the decompositions in a thread of their own, on the CPU, while the program goes on.
+        """Like :meth:`compute`, with the decompositions in a background thread, on the CPU, while the program goes on.
 
         Returns:
             A function that waits for them and returns what :meth:`compute` would have. In a distributed run every rank
-            has to call it, at the same place.
+            has to call it, at the same point.
         """
         return self._begin(background())
 
@@ -261,7 +261,7 @@ class EntropyMonitor:
         return {**result, **bad}
 
     def reset(self) -> None:
-        """Forget what was read since the last ``compute``."""
+        """Discard what was read since the last ``compute``."""
         self._capture.seen = Seen()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         sources = sources_of(self.metrics)

@@ -1,4 +1,4 @@
-"""What to tell about layers that were not read, or were read with their padding."""
+"""Words the warnings about layers that were not read, or were read with their padding."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
-# Names of a list, or numbers of ranks, that are told at most.
+# The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
 
 
 def how_ranks_differ(descriptions: Sequence[str], group: dist.ProcessGroup | None) -> str:
-    """In which of their settings the ranks of a group differ; each describes its own as a JSON object."""
+    """Explain in which settings the ranks of a group differ; each rank describes its own as a JSON object."""
     ranks: dict[str, list[int]] = defaultdict(list)
     for rank, description in enumerate(descriptions):
         ranks[description].append(global_rank(rank, group))
@@ -45,7 +45,7 @@ def _listed(items: Any) -> str:
 
 
 def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
-    """Why some layers have no reading, and which names would have one."""
+    """Explain why some layers have no reading, and which names would have one."""
     unread = f"so there is no reading of: {', '.join(empty)}."
     told = f"No valid token was seen, {unread}"
     silent = [key for key in empty if key not in seen.called]
@@ -76,13 +76,13 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     inner = unwrap(model)
     names, above = {module: name for name, module in inner.named_modules()}, ancestries(inner)
     points = {point.key: point.module for point in layers.points}
-    # The nearest that ran of those around it.
+    # For each, the nearest module around it that ran.
     around = (next((m for m in reversed(above.get(points[key], ())) if m in seen.ran), inner) for key in silent)
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
 def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """Which layers were read with their padding, and what to do about it: one sentence for each pair of lengths."""
+    """Explain which layers were read with their padding, and what to do: one message for each pair of lengths."""
     for lengths in dict.fromkeys(unmasked.values()):
         keys = [key for key, own in unmasked.items() if own == lengths]
         yield (

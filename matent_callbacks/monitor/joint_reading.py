@@ -1,4 +1,4 @@
-"""Reads a layer together with the ranks that hold other parts of its hidden states, so that none is left waiting."""
+"""Reads a layer together with the ranks that hold other parts of its hidden states, and leaves none of them waiting."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matent_callbacks.functional._tokens import check_hidden_states
 
 
 class JointReading:
-    """Records hidden states of this rank, and meets other ranks for it where they hold parts of the same sequences.
+    """Records hidden states of this rank, with collective calls where other ranks hold parts of the same sequences.
 
     Args:
         process_group: The ranks whose tokens belong together; ``None``: all.
-        context_group: Of these, the ones that hold parts of the same sequences; ``None``: none do.
+        context_group: Those of them that hold parts of the same sequences; ``None``: no rank holds parts.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, context_group: dist.ProcessGroup | None) -> None:
         self.failed: set[str] = set()
-        """Layers that every rank knows to have failed: nobody waits to read them."""
+        """Layers that failed, as every rank knows: no rank makes a collective call for them."""
         self._members = None if process_group is None else dist.get_process_group_ranks(process_group)
         self._context = [context_group] if context_group is not None and is_distributed(context_group) else []
         self._met = True
@@ -36,7 +36,7 @@ class JointReading:
         return not self._context
 
     def begin(self, accumulators: dict[str, LayerAccumulator], failed: Collection[str]) -> None:
-        """Agree on whether all ranks have their hooks in place; one without would not meet the others."""
+        """Agree on whether all ranks have their hooks in place; without them a rank would miss the collective calls."""
         device = next(iter(accumulators.values())).device
         for group in self._context:
             if agreed_failures([all(layer in failed for layer in accumulators)], device, group)[0]:
@@ -52,9 +52,9 @@ class JointReading:
         *,
         failed: bool,
     ) -> None:
-        """Add the tokens of one forward pass; ``failed`` tells that this rank could not do so before.
+        """Add the tokens of one forward pass; ``failed``: this rank failed to do so before.
 
-        ``vectors`` stand for whole sequences, of which no rank has a part only.
+        ``vectors`` are only used where this rank holds whole sequences.
         """
         if is_sharded(hidden_states):
             share = share_of(hidden_states, mask, self._members)
@@ -92,7 +92,7 @@ class JointReading:
             share.local()
 
     def expect(self) -> None:
-        """A layer is about to be recorded; if that fails before it begins, :meth:`excuse` has to be called."""
+        """Note that a layer is about to be recorded; if that fails before it begins, :meth:`excuse` must be called."""
         self._met = False
 
     def excuse(self, layer: str, accumulator: LayerAccumulator) -> None:

@@ -1,4 +1,4 @@
-"""Computes the readings of all layers: shares them out over the ranks and decomposes their matrices in batches."""
+"""Computes the readings of all layers: distributes them over the ranks and decomposes their matrices in batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.monitor.decomposition import ERROR, NONFINITE, Unit, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
-# The mean of the entropies of sequences that is subtracted for the Holevo information, and not logged.
+# The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
 _WITHIN = "entropy_within_sequences"
 
 
@@ -49,16 +49,16 @@ class Readings(NamedTuple):
 class PendingReadings:
     """Computes the readings of all layers in two steps: the constructor collects statistics, :meth:`result` decomposes.
 
-    In a distributed run ranks agree first that they read the same, or else nothing is computed on any of them. Then the
-    constructor sends the moments of each layer to one rank. In :meth:`result` each rank
-    decomposes the layers that it was sent, and the numbers are sent to all ranks. Every rank makes the same collective
-    calls in both steps, whatever its layers have seen.
+    In a distributed run the ranks first check that they read the same layers; if not, none of them computes anything.
+    Then the constructor reduces the moments of each layer to one rank. In :meth:`result` each rank decomposes its
+    layers, and the numbers are sent to all ranks. Every rank makes the same collective calls in both steps, whatever
+    its layers have seen.
 
     Args:
         accumulators: The statistics of each layer, by its key.
         metrics: Names of the catalogue.
         failed: Keys of layers that this rank could not read.
-        executor: If given, matrices are copied to the CPU and it decomposes them there, until :meth:`result` is called.
+        executor: If given, it decomposes copies of the matrices on the CPU, and :meth:`result` waits for it.
         solver: How matrices are decomposed.
         local: Use the statistics of this rank alone, without any collective call.
         group: The ranks whose tokens belong together; ``None``: all.
@@ -96,7 +96,7 @@ class PendingReadings:
             self._found = executor.submit(self._decompose, matrices, self._names)
 
     def result(self) -> Readings:
-        """The numbers, which are bitwise the same on every rank."""
+        """Return the numbers, which are bitwise the same on every rank."""
         if self._gathered.unlike:
             return Readings({}, {}, self._gathered.failed, self._gathered.unlike)
         found, error = self._decomposed()
@@ -115,7 +115,7 @@ class PendingReadings:
         return self._read_back(numbers)
 
     def _decomposed(self) -> tuple[dict[Unit, Tensor], Exception | None]:
-        """The numbers of this rank. In a distributed run an error is returned: the other ranks wait for this one."""
+        """Return the numbers of this rank. In a distributed run an error is returned: the others wait for this rank."""
         try:
             found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
         except Exception as error:
@@ -141,7 +141,7 @@ class PendingReadings:
         for (layer, name), number in zip(columns, numbers, strict=True):
             values = readings.values.setdefault(layer, {})
             if name == NONFINITE:
-                # What stands for a whole sequence may leave out fewer tokens than all of its tokens do.
+                # A source of one vector per sequence may leave out fewer tokens than one of all tokens.
                 readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif math.isfinite(number):
                 values[name] = number
@@ -198,7 +198,7 @@ def _gather_over_ranks(
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
     matrices: dict[Unit, Matrix | Discriminant] = {}
     within: dict[str, Moments] = {}
-    # Apart by dtype, and both of documents in the same order: the same rank owns both of a layer.
+    # Separately by dtype; the two of documents in the same order, so that one rank owns both of a layer.
     for sources in (CENTERS.keys() - IN_FLOAT64, {"raw_embedding"}, {"within_documents"}, {"between_documents"}):
         own = [index for index, (source, _) in enumerate(units) if source in sources]
         reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True, group=group)
@@ -230,7 +230,7 @@ def _prefix(source: Source) -> str:
 
 
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
-    """Names of the numbers that one source of a layer gives, in the order in which ranks exchange them."""
+    """Return the names of the numbers of one source of a layer, in the order in which ranks exchange them."""
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
     if source == "sequence_by_tokens":
         names.append(_WITHIN)

@@ -1,4 +1,4 @@
-"""A multimodal run: whether it looks, what agrees with what, the five readings and the losses."""
+"""Draws a multimodal run: losses, grounding, agreement of image and text, and the five readings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Records = list[Mapping[str, Any]]
 def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None = None, title: str = "") -> Figure:
     """One picture of a multimodal run: the five readings and the alignment over steps, beside the losses.
 
-    With what is measured against chance there are three plots more, above: the held-out loss and what it is with other
-    samples' images (where both were logged at one step: ``eval_loss`` and, added, ``alignment/grounding``), the
-    grounding, and the z scores of the pairing. Of the alignment the exchanged images' is drawn, too.
+    If grounding or debiased measures were logged, there are three more plots: the grounding, the z scores of the
+    pairing, and the debiased CKA. Then the held-out loss with exchanged images is drawn as well (``eval_loss`` plus
+    ``alignment/grounding``, where both were logged at one step), and so is the alignment with exchanged images.
 
     Args:
         records: What a Trainer logged with ``AlignmentCallback`` on a vision-language model.

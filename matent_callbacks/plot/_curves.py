@@ -1,4 +1,4 @@
-"""Curves over steps, and the spectrum of one layer, drawn on a given axis."""
+"""Draws curves over steps, and the spectrum of one layer, on a given axis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, mark, rank_scale
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The last curve stands out; the others are told apart by their dashes, too.
+# The last curve stands out; the others also differ in their dashes.
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -27,14 +27,14 @@ def step_curves(
     """Draw quantities over the steps of training.
 
     Args:
-        curves: Steps and values by what they are called, six at most. The last one that is a line stands out.
+        curves: Steps and values of each curve by its name, six at most. The last one that is a line stands out.
         ax: The axis to draw on.
         unit: What the vertical axis shows, and in which unit.
         points: Names of the curves that are drawn as points, such as evaluations.
         stop: The step that is marked as the one at which a plateau was reached.
         alarms: Steps that are marked as those at which an alarm of a collapse was raised.
-        ranks: Whether factors between the values matter and not differences, as between effective ranks: the axis is
-            logarithmic where they span more than a decade.
+        ranks: Whether ratios of the values matter, not differences, as for effective ranks: the axis is logarithmic
+            where they span more than a decade.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -69,10 +69,10 @@ def spectrum_shares(
     *,
     ax: Axes,
 ) -> None:
-    """Draw which share of the variance the strongest directions hold together, over how many they are.
+    """Draw the share of the variance in the k strongest directions, over k.
 
     Args:
-        readings: By what each reading is called, from earliest to latest: the share, from 0 to 1, of the k strongest
+        readings: By the name of each reading, from earliest to latest: the share, from 0 to 1, of the k strongest
             directions by k, as logged in ``spectrum_top_<k>/<layer>``. The latest stands out.
         ax: The axis to draw on; k is on a logarithmic scale of base 2.
 

@@ -11,7 +11,7 @@ from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, in_order, r
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PROFILES = 12  # more lines than that are no longer told apart
+_PROFILES = 12  # more lines than that could not be told apart
 
 
 def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:

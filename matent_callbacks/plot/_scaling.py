@@ -1,4 +1,4 @@
-"""A family of models: a quantity over size, with the fitted power law."""
+"""Draws a family of models: a quantity over size, with the fitted power law."""
 
 from __future__ import annotations
 

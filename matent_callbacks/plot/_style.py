@@ -18,7 +18,7 @@ UNITS = {
     "embedding_matrix_entropy": "matrix entropy (nats)",
     "embedding_effective_rank": "effective rank (dimensions)",
 }
-# Differences of a factor matter, not those of so many dimensions.
+# Metrics whose ratios matter, not their differences.
 LOGARITHMIC = (
     "effective_rank",
     "sequence_effective_rank",
@@ -31,7 +31,7 @@ LOGARITHMIC = (
     "embedding_participation_ratio",
     "lidar",
 )
-# Okabe & Ito's colours, told apart under every common colour blindness.
+# Okabe & Ito's colours, which can be told apart with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 _DECADE = 10
@@ -39,7 +39,7 @@ _ALARM = "collapse/"
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
-    """Sort layer names with numbers as numbers, and ``last`` last."""
+    """Sort layer names in natural order, with ``last`` at the end."""
     return sorted(layers, key=lambda name: (name == "last", numbers_as_numbers(name)))
 
 
@@ -93,7 +93,7 @@ def rank_scale(ax: Axes) -> None:
     """Make the vertical axis logarithmic if the curves on it span more than a decade and none goes down to zero."""
     import numpy as np
 
-    # Not those across the whole axis, such as marks.
+    # Without lines across the whole axis, such as marks.
     curves = [line.get_ydata() for line in ax.get_lines() if line.get_transform() is ax.transData]
     values = np.concatenate([np.asarray(values, dtype=float) for values in curves] or [np.empty(0)])
     finite = values[np.isfinite(values)].tolist()

@@ -1,4 +1,4 @@
-"""A training run: effective rank of every layer beside the loss."""
+"""Draws a training run: effective rank of every layer beside the loss."""
 
 from __future__ import annotations
 

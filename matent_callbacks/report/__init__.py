@@ -44,7 +44,7 @@ def read_run(path: str | Path) -> Run:
         Traceback (most recent call last):
         matent_callbacks.report._run.RunError: 'no/such/folder' does not exist.
     """
-    # A name is needed, and `.` is none.
+    # Resolved, since the run is named after its folder and `.` is no name.
     folder = Path(path).resolve()
     if not folder.exists():
         raise RunError(f"{str(path)!r} does not exist.")

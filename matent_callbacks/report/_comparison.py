@@ -1,4 +1,4 @@
-"""What a page on several runs shows: their names and colours, and the pictures in which all of them are."""
+"""Prepares what a page on several runs shows: their names and colours, and pictures with all of them in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 12
 _POINTS = 2400  # of all curves of a picture together
 _MARKS = 4  # that a caption lists
-# Six colours that are told apart also by those who do not see all colours; then the same again, dashed.
+# Six colours that the colour-blind can distinguish, too; then the same again, dashed.
 _COLOURS = (BLUE, ORANGE, FIVE[3], FIVE[4], FIVE[0], FIVE[1])
 _DASHED = (0, (4.0, 1.6))
 _Item = TypeVar("_Item")
@@ -60,7 +60,7 @@ def look(place: int) -> tuple[str, bool]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """The names of the runs; where two have the same, with as much of their paths as tells them apart."""
+    """Return the names of the runs; equal ones with as much of their paths as distinguishes them."""
     names = [run.name for run in runs]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     parts = [run.path.parts if run.path else () for run in runs]
@@ -76,7 +76,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def quantities(runs: Sequence[Run]) -> list[Shared]:
-    """What is compared, as far as any of the runs has logged it; at the end what was logged under names."""
+    """Return what is compared, if any of the runs has logged it; last, what was logged under names."""
     found = _quantities(runs)
     for i, name in enumerate(sorted({name for run in runs for name in run.names})):
         for shared in _quantities([run.named(name) for run in runs]):
@@ -101,7 +101,7 @@ def pictures(runs: Sequence[Run], names: Sequence[str], shared: Sequence[Shared]
     """One picture of each quantity over steps, and the profile through the depth at the end."""
     with style():
         found = [_over_steps(runs, names, quantity) for quantity in shared]
-        # Behind the rank of the last layer.
+        # After the rank of the last layer.
         place = next((i + 1 for i, quantity in enumerate(shared) if quantity.ranks), len(found))
         found[place:place] = _profile(runs, names)
     return found
@@ -141,7 +141,7 @@ def _sources_of(place: str, run: Run) -> list[str | None]:
 
 
 def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Item | None:
-    """Of what ``having`` lists for each run, what most runs have; of those the one that comes first."""
+    """Return the item that ``having`` lists for most of the runs; the first of several."""
     counts: Counter[_Item] = Counter()
     for run in runs:
         counts.update(list(dict.fromkeys(having(run))))

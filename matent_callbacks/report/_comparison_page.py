@@ -31,7 +31,7 @@ def comparison(runs: Sequence[Run]) -> str:
     page says so.
 
     Args:
-        runs: What :func:`~matent_callbacks.report.read_run` gave; the others are compared with the first.
+        runs: What :func:`~matent_callbacks.report.read_run` returned; the others are compared with the first.
 
     Returns:
         The page. Whatever the runs provide (names, keys, settings) is in it as text.

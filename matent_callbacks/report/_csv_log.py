@@ -32,7 +32,7 @@ def read(path: Path, files: list[Path]) -> Run:
             text = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise RunError(f"holds a {file.name} that is no text") from error
-        # A number that was cut off looks like a number.
+        # A number that was cut off would still look like a number.
         if not text.endswith("\n"):
             text = text[: text.rfind("\n") + 1]
             cut.append(f"The last line of {file.parent.name}/{file.name} is cut off; it is left out.")

@@ -37,7 +37,7 @@ _CURVES, _COLUMNS = 4, 240
 
 
 def pictures(run: Run) -> dict[str, list[Picture]]:
-    """The pictures by the section that they belong to; those of each name of a callback or a probe have one."""
+    """Draw the pictures by section; each name of a callback or a probe has a section of its own."""
     with style():
         found = _sections(run)
         for name in run.names:
@@ -115,7 +115,7 @@ def _curves(
 ) -> Iterator[Picture]:
     """One picture of quantities over steps, or none where none of them has a finite reading."""
     lines, points = ({k: c for k, c in group.items() if c.finite().values} for group in (lines, points))
-    # Evaluations alone are a curve as good as any.
+    # Evaluations alone are drawn as lines, not as points.
     lines, points = (lines, points) if lines else (points, {})
     everything = {**lines, **points}
     if not everything:

@@ -99,7 +99,7 @@ def missing(run: Run) -> list[str]:
     partial: dict[tuple[str, float, float], list[str]] = {}
     for quantity, key in run.all_keys.items():
         steps = run.columns[key].steps
-        # With fewer readings there is no telling how often it was meant to be read.
+        # Fewer readings do not show at which interval they were meant to be logged.
         if len(steps) < 3 or quantity.metric in ("nonfinite_tokens", "plateau"):
             continue
         usual = median(b - a for a, b in itertools.pairwise(steps))
@@ -123,7 +123,7 @@ def best_source(run: Run, metric: str, place: str) -> str | None:
 
 
 def collapses(run: Run) -> list[str]:
-    """Where which alarm of a collapse was raised: the first four keys, since a model may collapse in all its layers."""
+    """Say which alarms of a collapse were raised where: four entries at most, as a model may collapse in all layers."""
     told = []
     for key, steps in sorted(run.alarms.items(), key=lambda item: item[1][0]):
         more = f", {len(steps)} times until step {step(steps[-1])}" if len(steps) > 1 else ""
@@ -170,7 +170,7 @@ def _layers(run: Run, metric: str) -> list[str]:
         most = max(ends, key=lambda layer: abs(ends[layer][1] - ends[layer][0]))
         first, last = ends[most]
         found.insert(
-            1,  # behind the sentence on the same data
+            1,  # after the sentence on the same data
             f"From first to last reading it {which} layers, most in {_the(most)}: from {number(first)} to "
             f"{number(last)}{'' if source is None else ' (' + held_out_name(source) + ')'}.",
         )

@@ -1,4 +1,4 @@
-"""The heat map of every layer, as wide as the page: its cells are stretched, its text is not."""
+"""Draws the heat map of every layer, as wide as the page: its cells are stretched, its text is not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-# In CSS pixels: what stands around the cells, and a row of them.
+# In CSS pixels: the margins around the cells, and a row, a letter and the colour bar.
 _TOP, _BELOW, _RIGHT, _ROW, _LETTER, _BAR = 48, 26, 14, 20, 7.3, 132
 _MOST_ROWS, _LEAST_HEIGHT = 40, 160
 _PLATEAU, _COLLAPSE = ("#010101", "8 5"), ("var(--orange)", "5 3")
@@ -43,10 +43,10 @@ def heatmap_svg(
     Args:
         records: The readings that are shown.
         metric: The metric whose layers they are.
-        run: Its plateau and its alarms are marked.
-        name: Comes before every id, so that several heat maps can be in one page.
-        title: Read out as the picture's name.
-        description: Read out after it.
+        run: The run whose plateau and alarms are marked.
+        name: Prefix of every id, so that several heat maps can be in one page.
+        title: Title, for screen readers.
+        description: Description, for screen readers.
     """
     cells = _cells(records, metric)
     names = [short(layer, 20) for layer in cells.layers]
@@ -67,7 +67,7 @@ def heatmap_svg(
         _add(svg, "text", names[i], x=margin - 8, y=round(y, 1), **{"text-anchor": "end"})
 
     def place(at: float) -> dict[str, str]:
-        """Where a step is: a share of the whole width, less what does not grow with it."""
+        """Return where a step is: a share of the whole width, corrected for margins, which are not stretched."""
         share = (at - cells.steps[0]) / (cells.steps[1] - cells.steps[0])
         return {
             "x": f"{100 * share:.3f}%",

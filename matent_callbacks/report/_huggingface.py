@@ -1,4 +1,4 @@
-"""The output folder of a Hugging Face Trainer."""
+"""Reads the output folder of a Hugging Face Trainer."""
 
 from __future__ import annotations
 

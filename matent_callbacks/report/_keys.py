@@ -16,7 +16,7 @@ LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_
 _METRICS = "|".join((*LAYER_METRICS, "nonfinite_tokens", "alignment", "plateau", rf"{SPECTRUM_TOP}\d+"))
 _LOADER = r"(?:/dataloader_idx_(?P<loader>\d+))?"
 _KEY = re.compile(rf"(?P<held>eval_(?:(?P<set>.+?)_)??)?(?:loss|(?P<metric>{_METRICS})/(?P<place>.+?)){_LOADER}")
-# The name of a callback, of a probe, or of both. What PlateauStopping and CollapseAlarm log has others' names in it.
+# The name of a callback, of a probe, or of both. Names that PlateauStopping and CollapseAlarm log contain other names.
 _NAMED = re.compile(
     rf"(?P<held>eval_)?(?!(?:{_METRICS}|collapse)/)(?P<name>[^/]+(?:/[^/]+)?)/"
     rf"(?P<metric>{_METRICS})/(?P<place>.+?){_LOADER}"
@@ -61,10 +61,10 @@ def parse(key: str) -> Quantity | None:
 
 
 def parse_all(keys: Iterable[str]) -> dict[Quantity, str]:
-    """The normalised names that the report knows; names of callbacks tell apart what one of them alone does not.
+    """Parse all normalised names that the report knows, with prefixes that are ambiguous in one name alone.
 
-    ``test_english/...`` are the test data of what logs as ``english/...``, if anything does, and
-    ``eval_wiki_english/...`` are its held-out data ``wiki``.
+    If anything logs as ``english/...``, then ``test_english/...`` is on its test data, and ``eval_wiki_english/...`` on
+    its held-out data ``wiki``.
     """
     found = {key: quantity for key in sorted(keys) if (quantity := parse(key)) is not None}
     names = {quantity.name for quantity in found.values() if quantity.held_out is None} - {""}

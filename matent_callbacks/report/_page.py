@@ -13,10 +13,10 @@ from matent_callbacks.report._words import number, step
 
 
 def page(run: Run) -> str:
-    """A run as one HTML page that needs nothing else: no network, no script, no other file.
+    """Render a run as one HTML page that needs nothing else: no network, no script, no other file.
 
     Args:
-        run: What :func:`~matent_callbacks.report.read_run` gave.
+        run: What :func:`~matent_callbacks.report.read_run` returned.
 
     Returns:
         The page. Whatever the run provides (its name, its keys) is in it as text.
@@ -46,7 +46,7 @@ def page(run: Run) -> str:
 
 
 def _logged(run: Run) -> list[list[str]]:
-    """Every name in the log with how often it was read, and its first, last, lowest and highest value."""
+    """List every name in the log with its number of readings, and its first, last, lowest and highest value."""
     rows = []
     for key, curve in sorted(run.columns.items()):
         finite = curve.finite().values
@@ -70,7 +70,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def safe(pictures: Sequence[Picture]) -> list[Picture]:
-    """Pictures whose SVG is put into the page as it is: all text in them was escaped when they were written."""
+    """Mark pictures whose SVG is put into the page as it is: all text in them was escaped when they were written."""
     from markupsafe import Markup
 
     return [picture._replace(svg=Markup(picture.svg)) for picture in pictures]

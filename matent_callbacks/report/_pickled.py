@@ -16,16 +16,16 @@ _IGNORED = ("PROTO", "FRAME", "STOP")
 
 
 class _Object:
-    """Stands for what unpickling would have made by a call."""
+    """Placeholder for an object that unpickling would have created by a call."""
 
     def __init__(self, arguments: Any = ()) -> None:
-        # An enumeration's member, a path or a device is made of its value.
+        # A member of an enumeration, a path or a device is created from its value.
         self.value = arguments[0] if isinstance(arguments, tuple) and len(arguments) == 1 else None
         self.state: Any = {}
 
 
 def attributes(file: Path) -> dict[str, Any]:
-    """The attributes of the object that ``torch.save`` has put into a file; none where that cannot be told.
+    """Read the attributes of an object that was saved with ``torch.save``; none if they cannot be read.
 
     Values are numbers, strings, ``None``, and lists and mappings of those; anything else is left out.
     """
@@ -41,7 +41,7 @@ def attributes(file: Path) -> dict[str, Any]:
 
 
 def _top(data: bytes) -> Any:
-    """What the instructions of a pickle leave on its stack: they are followed as far as they build plain values."""
+    """Follow the instructions of a pickle, if they only build plain values, and return the top of its stack."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""What every picture of a page is made of: its words and numbers, an empty figure, and how one is finished."""
+"""What all pictures of a page share: words and numbers, an empty figure, and how a figure is finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS, _LABEL = 60, 30
-_LEGEND_ROWS, _LEGEND_ROW = 4, 0.19  # that have room, and inches for each that has not
+_LEGEND_ROWS, _LEGEND_ROW = 4, 0.19  # rows that fit, and inches for each further one
 
 
 class Picture(NamedTuple):
@@ -36,7 +36,7 @@ class Picture(NamedTuple):
 
 
 def empty_figure(height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    """A figure with one axis, in the size that fits a card of the page."""
+    """Create a figure with one axis, in the size that fits a card of the page."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(SIZE[0], height), layout="constrained")
@@ -44,7 +44,7 @@ def empty_figure(height: float = SIZE[1]) -> tuple[Figure, Axes]:
 
 
 def finish(figure: Figure, ax: Axes, *, legend: bool = True) -> None:
-    """Write whole steps below the picture, and the legend below those."""
+    """Label the steps with whole numbers, and put the legend below the picture."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     if ax.get_xlabel() == "step":
@@ -56,14 +56,14 @@ def finish(figure: Figure, ax: Axes, *, legend: bool = True) -> None:
         # Two columns where the two longest labels have room beside each other.
         fits = sum(sorted(map(len, labels))[-2:]) <= 40
         columns = 2 if fits and len(labels) > 1 else 1
-        # A long legend makes the picture higher, and not what it shows lower.
+        # A long legend makes the picture taller, and does not shrink what it shows.
         more = math.ceil(len(labels) / columns) - _LEGEND_ROWS
         figure.set_figheight(figure.get_figheight() + max(0, more) * _LEGEND_ROW)
         figure.legend(loc="outside lower center", ncols=columns)
 
 
 def step_label(value: float) -> str:
-    """A step of a long run below an axis."""
+    """Format a step of a long run for an axis."""
     return f"{value / 1000:,.4g} k" if value else "0"
 
 
@@ -73,7 +73,7 @@ def short(label: str, limit: int = _LABEL) -> str:
 
 
 def table_over_steps(curves: dict[str, Curve]) -> tuple[list[str], list[list[str]], str]:
-    """Columns, rows and caption of the table of curves, at evenly spaced steps where there are many."""
+    """Return columns, rows and caption of the table of curves, at evenly spaced steps where there are many."""
     steps = sorted({s for curve in curves.values() for s in curve.steps})
     values = [dict(zip(*curve, strict=True)) for curve in curves.values()]
     rows = [[step(s), *(number(column[s]) if s in column else "" for column in values)] for s in evenly(steps, _ROWS)]
@@ -81,5 +81,5 @@ def table_over_steps(curves: dict[str, Curve]) -> tuple[list[str], list[list[str
 
 
 def how_many(rows: int, total: int) -> str:
-    """How many steps there are of which the table has some."""
+    """Say how many of the steps the table has; empty if it has all of them."""
     return f"{rows} of {total:,} steps, evenly spaced." if rows < total else ""

@@ -1,4 +1,4 @@
-"""The run that a report is made from: one record a step, and notes on how complete the log is."""
+"""The run that a report is made from: one record per step, and notes on how complete the log is."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Run:
     path: Path | None = None
     """Where it was read."""
     part: str = ""
-    """The name of the callback or probe whose readings are looked at; empty: those that were logged without one."""
+    """The name of the callback or probe whose readings are selected; empty: those that were logged without one."""
 
     @cached_property
     def alarms(self) -> dict[str, list[float]]:
@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def keys(self) -> dict[Quantity, str]:
-        """The same for the part of the run that is looked at, whose name is left out."""
+        """The same for the selected ``part`` of the run, whose name is left out."""
         return {q._replace(name=""): key for q, key in self.all_keys.items() if q.name == self.part}
 
     @cached_property
@@ -99,15 +99,15 @@ class Run:
         return sorted({quantity.name for quantity in self.all_keys} - {""}, key=numbers_as_numbers)
 
     def named(self, name: str) -> Run:
-        """The same run with a look at the readings under a name."""
+        """Return the same run with the readings under a name selected."""
         part = replace(self, part=name)
-        # A long log is not gone through again for each name.
+        # Shared, so that a long log is not read again for each name.
         vars(part).update(columns=self.columns, all_keys=self.all_keys)
         return part
 
     @property
     def ids(self) -> str:
-        """What tells the ids of this part's pictures from those of other parts in one page."""
+        """Prefix of the ids of this part's pictures, which distinguishes them from other parts' in one page."""
         return f"named-{self.names.index(self.part)}-" if self.part else ""
 
     @cached_property
@@ -146,7 +146,7 @@ class Run:
 
 
 def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
-    """The numbers among what was logged at a step."""
+    """Collect the numbers among what was logged at a step; None if the step itself is no finite number."""
     number_of = _number(step)
     if number_of is None or not math.isfinite(number_of):
         return None
@@ -159,7 +159,7 @@ def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
 
 
 def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
-    """Merge the parts of a log into one record a step, and collect notes for the reader.
+    """Merge the parts of a log into one record per step, and collect notes for the reader.
 
     Where a run was resumed from before its end, the later part counts from its first step on.
 
@@ -210,7 +210,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """JSON, CSV and W&B each have their own way to write NaN."""
+    """Convert a logged value to a float; JSON, CSV and W&B each have their own way to write NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -12,7 +12,7 @@ from matent_callbacks.report import _pickled
 from matent_callbacks.report._run import Run
 
 _LONGEST, _DEEPEST = 80, 4
-# Where a run is and what it is called differs between any two; what is secret is nobody's business.
+# Paths and names differ between any two runs, and secrets must not be shown.
 _LEFT_OUT = re.compile(
     r"(.*\.)?(output_dir|logging_dir|run_name|hub_model_id|_name_or_path|_wandb|_n_gpu|wandb_version|"
     r".*(_token|password|secret|api_key|credentials?))(\..*)?"
@@ -20,7 +20,7 @@ _LEFT_OUT = re.compile(
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """The settings that a Hugging Face Trainer saves with a model, and those of Lightning's loggers, in a folder."""
+    """Read the settings in a folder: those that a Hugging Face Trainer or a logger of Lightning saves there."""
     return {
         **flat(_mapping(folder / "config.json")),
         **flat(_pickled.attributes(folder / "training_args.bin")),
@@ -41,7 +41,7 @@ def of_wandb(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def from_json(text: str | bytes) -> dict[str, str]:
-    """The settings in a JSON object; none where it is no such."""
+    """Read the settings in a JSON object; none if the text is anything else."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -50,7 +50,7 @@ def from_json(text: str | bytes) -> dict[str, str]:
 
 
 def flat(settings: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, str]:
-    """Settings by name as text; those inside others with a dot; without secrets and names of the run itself."""
+    """Flatten settings to text by name, with dots for nested ones; without secrets and the run's own names."""
     found: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -83,7 +83,7 @@ def _text(value: Any) -> str | None:
 
 
 def _mapping(file: Path) -> dict[Any, Any]:
-    """What a JSON or YAML file holds, if that is a mapping; nothing where it cannot be read."""
+    """Read a JSON or YAML file that holds a mapping; empty if it holds anything else or cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (4.2, 3.1)
-# A colour that is readable on white is not on black: the page has one of each.
+# A colour that is readable on white is not readable on black, so the page has one of each.
 _COLOURS = {
     BLUE.lower(): "var(--blue)",
     ORANGE.lower(): "var(--orange)",
@@ -27,7 +27,7 @@ _COLOURS = {
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "matent",
-    # A name with dollar signs in it is a name.
+    # Dollar signs in a name do not make it a formula.
     "text.parse_math": False,
     "text.usetex": False,
     "axes.formatter.use_mathtext": False,
@@ -57,7 +57,7 @@ _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures made inside fit the page, whatever the user's own matplotlib settings are."""
+    """Let figures created inside fit the page, whatever the user's own matplotlib settings are."""
     import matplotlib
 
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": matplotlib.rcParams["backend"]}):
@@ -65,21 +65,21 @@ def style() -> Iterator[None]:
 
 
 def css_colour(colour: str) -> str:
-    """A colour of the pictures as the page has it."""
+    """Return the CSS value of the page for a colour of the pictures."""
     return _COLOURS[colour.lower()]
 
 
 def to_svg(
     figure: Figure, *, name: str, title: str, description: str, tooltips: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """The figure as an ``svg`` element, with a title and a description for those who do not see it.
+    """Render the figure as an ``svg`` element, with a title and a description for screen readers.
 
     Args:
-        figure: Made inside :func:`style`.
-        name: Comes before every id, so that several pictures can be in one page.
-        title: Read out as the picture's name.
-        description: Read out after it.
-        tooltips: What is shown where the pointer rests on a part of the figure, by the part's ``gid``.
+        figure: Created inside :func:`style`.
+        name: Prefix of every id, so that several pictures can be in one page.
+        title: Title, for screen readers.
+        description: Description, for screen readers.
+        tooltips: The tooltips of parts of the figure, by the part's ``gid``.
     """
     for axis in figure.axes:
         _write_plainly(axis)
@@ -107,7 +107,7 @@ def to_svg(
                 value = f"#{name}-{value[1:]}"
             elif key == "style":
                 value = _COLOUR.sub(lambda m: _COLOURS.get(m[0], m[0]), value)
-                # Black is what SVG fills with where nothing is said.
+                # SVG's default fill is black.
                 value += "; fill: currentColor" * (element.tag == "text" and "fill" not in value)
             element.set(key, value)
     for attribute in ("width", "height", "version"):
@@ -122,7 +122,7 @@ def to_svg(
 
 
 def _write_plainly(axis: Axes) -> None:
-    """Where numbers on a logarithmic axis are matplotlib's own, they are mathematics, which is switched off."""
+    """Write plain numbers on logarithmic axes: matplotlib's own labels are mathematics, which is switched off."""
     from matplotlib.ticker import NullFormatter
 
     for side in (axis.xaxis, axis.yaxis):

@@ -51,11 +51,11 @@ def read(path: Path, files: list[Path]) -> Run:
             record = wandb_internal_pb2.Record()
             try:
                 record.ParseFromString(message)
-            except Exception:  # protobuf's own DecodeError, wherever this version of it keeps that
+            except Exception:  # protobuf's DecodeError, which is in different modules in different versions
                 break
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                # Pictures and the like are in several parts.
+                # Items with nested keys, such as pictures, are left out.
                 items = [item for item in record.history.item if len(item.nested_key) < 2]
                 row = {item.key or item.nested_key[0]: _value(item.value_json) for item in items}
                 step = next((row[key] for key in _STEPS if key in row), None)
@@ -90,7 +90,7 @@ def _value(text: str) -> Any:
 
 
 def _messages(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log format: blocks of 32 KiB; a record that does not fit is cut into first, middle and last parts."""
+    """Read LevelDB's log format: 32 KiB blocks; a record that does not fit is cut into first, middle and last parts."""
     position, parts = _FILE_HEADER, list[bytes]()
     while position + _RECORD_HEADER <= len(data):
         if _BLOCK - position % _BLOCK < _RECORD_HEADER:

@@ -74,19 +74,19 @@ _STAGES = {
 
 
 def number(value: float) -> str:
-    """Four significant digits, and no exponent where people would not write one."""
+    """Format with four significant digits, and no exponent where people would not write one."""
     if value and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def capital(text: str) -> str:
-    """With its first letter a capital, and no other changed."""
+    """Capitalise the first letter, and change no other."""
     return text[:1].upper() + text[1:]
 
 
 def step(value: float) -> str:
-    """A step in a sentence."""
+    """Format a step for a sentence."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"
 
 
@@ -103,7 +103,7 @@ def place_name(place: str) -> str:
 
 
 def pair_unit(place: str) -> str:
-    """What the vertical axis shows of a measure of pairs."""
+    """Return the label of the vertical axis for a measure of pairs."""
     return {"image_text": "mean / max (1: aligned)", "mutual_information": "nats"}.get(place, PAIRS[place])
 
 
@@ -123,5 +123,5 @@ def named(name: str) -> str:
 
 
 def layers_only(places: list[str]) -> list[str]:
-    """Without the stages of a multimodal model, which are no layers."""
+    """Leave out the stages of a multimodal model, which are not layers."""
     return [place for place in places if place not in (*STAGES, *TOWERS)]

@@ -37,10 +37,10 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     ``alignment/cka``, ``mutual_knn``,            of them, with a level at chance that depends on their number and
     ``mutual_information``, ``modality_gap``      width
     ``alignment/skipped_text_only``               samples of the probe without an image, if there are any
-    ``alignment/skipped_no_equal``                samples whose images no other in the batch could take
+    ``alignment/skipped_no_equal``                samples whose images could not be exchanged with any in the batch
     ============================================  ===================================================================
 
-    In evaluation the same stand among the metrics, with ``eval_`` (or the prefix given) before them.
+    In evaluation the same values are among the metrics, with the prefix ``eval_`` (or the one given).
 
     Example:
         >>> from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
@@ -61,12 +61,12 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of others in the checkpoint."""
+        """Identifies this callback's state in the checkpoint."""
         name = f", name={self.name}" if self.name is not None else ""
         return f"{type(self).__name__}(every_n_steps={self.every_n_steps}{name})"
 
     def check(self) -> None:
-        # A probe or a model that cannot be read is told now, not in the middle of the run.
+        # A probe or a model that cannot be read raises now, not in the middle of the run.
         self._measure()
 
     def on_log(

@@ -1,4 +1,4 @@
-"""How a callback reaches the Trainer that it was handed to: the one place that knows the Trainer's inside."""
+"""Finds the Trainer that a callback was passed to, and its running evaluation, by the Trainer's internals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
 
-# Of all callbacks of this package, inside the Trainer's own record of callback states.
+# Key of the states of all callbacks of this package, in the Trainer's own record of callback states.
 _STATES = "matent_callbacks"
 
 
@@ -19,19 +19,19 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
     """A callback that knows its Trainer, comes before the reporters, and keeps its state in checkpoints."""
 
     order: ClassVar[int]
-    """Of the callbacks of this package, those that measure come before those that read what was measured."""
+    """Rank among the callbacks of this package: those that measure come before those that read what was measured."""
 
     trainer: Any = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Tie the callback to a Trainer. Needed only where the Trainer cannot be found from its events.
+        """Attach the callback to a Trainer. Only needed if the Trainer cannot be found from its events.
 
         Args:
             trainer: The Trainer; the callback is added to it if it is not there.
         """
         callbacks = trainer.callback_handler.callbacks
-        # Before the reporters, so that what is added to a log record reaches them. Only ever towards the front: the
-        # handler may be going through its list, and would skip a callback otherwise.
+        # Before the reporters, so that what is added to a log record reaches them. Only ever moved towards the front:
+        # the handler may be iterating over its list, and would skip a callback otherwise.
         place = sum(1 for _ in itertools.takewhile(self._goes_behind, callbacks))
         if self not in callbacks[: place + 1]:
             if self in callbacks:
@@ -55,8 +55,8 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
         self.start_over()
         self.find_trainer()
         self.check()
-        with self.guard("its state of the checkpoint"):
-            # Where the Trainer resumes, its state comes out of the checkpoint, and ours in it.
+        with self.guard("its state from the checkpoint"):
+            # If the Trainer resumes, its state was loaded from the checkpoint, and ours is part of it.
             saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
             if saved is not None:
                 self.load_state_dict(saved)
@@ -64,17 +64,17 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
             self.begin(state)
 
     def check(self) -> None:
-        """Called before training, with the Trainer known; what is wrong with the configuration is raised here."""
+        """Called before training, when the Trainer is known; a wrong configuration raises here."""
 
     def begin(self, state: TrainerState) -> None:
-        """Called after it, when the state of the checkpoint has been loaded, if there was one."""
+        """Called after :meth:`check`, when the state in the checkpoint has been loaded, if there was one."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "trainer": None}
 
     def keep_state(self, state: TrainerState) -> None:
-        """Put the callback's state where the next checkpoint takes it from."""
-        # Not as an `ExportableState`: from that the Trainer makes a new callback, and a probe is no JSON.
+        """Put the callback's state where the next checkpoint will save it."""
+        # Not as an `ExportableState`: from that the Trainer would create a new callback, and a probe is not JSON.
         with self.guard("its state in the checkpoint"):
             if state.stateful_callbacks is None:
                 state.stateful_callbacks = {}
@@ -82,7 +82,7 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of others in the checkpoint."""
+        """Identifies this callback's state in the checkpoint."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         raise NotImplementedError
 
     def find_trainer(self) -> None:
@@ -113,7 +113,7 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
 
 
 def running_evaluation(trainer: Trainer) -> tuple[Any, Any] | None:
-    """Model and batch of the evaluation loop that is under way."""
+    """Return model and batch of the evaluation loop that is under way, if there is one."""
     for frame in _frames():
         if frame.f_code.co_name == "evaluation_loop" and frame.f_locals.get("self") is trainer:
             return frame.f_locals["model"], frame.f_locals["inputs"]

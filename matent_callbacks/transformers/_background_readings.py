@@ -1,4 +1,4 @@
-"""Readings that are computed in the background, and logged under the step that they are of."""
+"""Logs readings that are computed in the background under the step at which they were taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerState
 
 
 class LateReading:
-    """At most one reading that is still being worked on, and the step whose log record it will be."""
+    """At most one reading that is still being computed, and the step that it will be logged under."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -16,21 +16,21 @@ class LateReading:
         self._finish: Callable[[], dict[str, float]] | None = None
 
     def begin(self, state: TrainerState, finish: Callable[[], dict[str, float]]) -> None:
-        """Keep what will give the numbers of the step that the Trainer is at."""
+        """Keep ``finish``, which waits for the numbers, with the step that the Trainer is at."""
         self._step, self._epoch, self._finish = state.global_step, state.epoch, finish
 
     def log(self, trainer: Trainer) -> bool:
-        """Wait for the numbers and log them under their step; whether there were any."""
+        """Wait for the numbers and log them under their step; return whether there were any."""
         finish, self._finish = self._finish, None
         values = finish() if finish is not None else {}
         if not values:
             return False
         state, control = trainer.state, trainer.control
-        # A log record has the step that the state is at, and writing one takes back that another is to be written.
+        # A log record takes its step from the state, and writing one clears `should_log`, which another may have set.
         now = state.global_step, state.epoch, control.should_log
         state.global_step, state.epoch = self._step, self._epoch
         try:
-            # Not the `log` of a kind of Trainer that adds numbers of its own: those are of another step.
+            # Not the `log` of a subclass, which may add numbers of its own: those belong to another step.
             Trainer.log(trainer, values)
         finally:
             state.global_step, state.epoch, trainer.control.should_log = now

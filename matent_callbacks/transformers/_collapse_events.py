@@ -1,4 +1,4 @@
-"""Telling the collapse of a logged value in a Hugging Face Trainer."""
+"""Raises an alarm in a Hugging Face Trainer when a logged value collapses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class CollapseAlarm(SharedCollapseAlarm, AttachedCallback):
     """Raises an alarm when a logged value has fallen far below its level and does not come back.
 
     Each log record with the value is one observation, whatever logs it. The decision is
-    :class:`~matent_callbacks.CollapseDetector`'s, which the dip of a healthy run in its first steps does not deceive.
+    :class:`~matent_callbacks.CollapseDetector`'s, which is not deceived by the dip of a healthy run in its first steps.
     An alarm is one line, in a warning and among the alerts of W&B, and is not raised again until the value has
-    recovered. What was observed is in every checkpoint, so a resumed run tells what an uninterrupted one does.
+    recovered. The observations are in every checkpoint, so a resumed run raises the alarms of an uninterrupted one.
 
     ====================  ===========================================================================================
     ``collapse/<key>``    1 in the record in which the alarm is raised, 0 in that of a recovery
@@ -35,7 +35,7 @@ class CollapseAlarm(SharedCollapseAlarm, AttachedCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of others in the checkpoint."""
+        """Identifies this callback's state in the checkpoint."""
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         return f"{type(self).__name__}({self.monitor}, {settings})"
 

@@ -20,7 +20,7 @@ from matent_callbacks.transformers._reporters import show, takes_pictures
 class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
-    The values stand in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
+    The values are in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
     TensorBoard, ...) and ``state.log_history`` have them; in evaluation they are among the metrics, so that
     ``metric_for_best_model`` and early stopping can use them.
 
@@ -36,16 +36,16 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     forward, and the weights are those before the update. With ``probe`` the same batches are run in evaluation mode
     after the update, so that the curve is free of data noise and dropout, and the last record describes the model
     that is saved. Either way training is bitwise what it is without the callback. In a compiled model hooks do not
-    fire: there the training forward is run once more without the graph, from the same random state.
+    fire: there the training forward is re-executed eagerly, from the same random state.
 
-    Of a trainer that runs a model several times (TRL's), only forwards with gradients are read in training: no
+    If a trainer runs a model several times in a step (TRL's), only forwards with gradients are read in training: no
     generation, no reference. In evaluation nothing has gradients: there generation and a reference that is the model
-    with other PEFT adapters on, or none, are left out.
+    with other PEFT adapters active, or none, are left out.
 
-    In a distributed run every rank logs the reading of the tokens of all. Samples that accelerate repeats to make the
-    last evaluation batch whole count once, except where it cannot tell which they are: an iterable data set with
-    ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. What fails on one rank costs its share of
-    the reading; but under FSDP a probe whose forward fails on one rank only leaves the others waiting in theirs.
+    In a distributed run every rank logs the reading over the tokens of all ranks. Padding samples, which accelerate
+    repeats to complete the last evaluation batch, count once, except where they cannot be identified: an iterable data
+    set with ``dispatch_batches=False``, or a batch sampler without a ``batch_size``. If reading fails on one rank, only
+    its share is missing; but under FSDP a probe whose forward fails on one rank leaves the others waiting in theirs.
 
     Example:
         >>> from matent_callbacks.transformers import MatrixEntropyCallback
@@ -64,7 +64,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of others in the checkpoint."""
+        """Identifies this callback's state in the checkpoint."""
         name = f", name={self.name}" if self.name is not None else ""
         return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers}{name})"
 
@@ -73,11 +73,11 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         return self._measurement.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._measurement.load_state_dict(state)
 
     def wrappers(self) -> dict[str, Callable[..., Halves]]:
-        # Around the steps, hooks exist only while a monitored forward runs and are gone whatever happens in it.
+        # Around the steps, so that hooks exist only during a monitored forward and are removed whatever happens in it.
         return {
             **super().wrappers(),
             "training_step": self._around_training_step,
@@ -101,7 +101,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._measurement.reset()
 
     def join_evaluation(self, model: nn.Module, batch: Any) -> None:
-        # The first batch is over: it is repeated, now that there is something around it.
+        # The first batch is over: it is run again, now that the method is wrapped.
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
@@ -155,7 +155,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             yield
 
     def _reading(self, model: nn.Module, inputs: Any, **how: Any) -> Halves:
-        """The monitor is on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
+        """Keep the monitor on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
         monitor = self._measurement.monitor(model)
         try:
             monitor.start(same_adapters=True, attention_mask=self.mask_of(inputs), **how)

@@ -1,4 +1,4 @@
-"""How readings get into a Trainer's log records and evaluation metrics, whatever is read."""
+"""Puts readings of any kind into a Trainer's log records and evaluation metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matent_callbacks.transformers._progress_bar import show_in_bar
 Halves = Generator[None, Any, None]
 """What is done before and after a method of the Trainer: it yields in between, and is sent what the method returned."""
 
-# The callbacks that are around a Trainer's methods.
+# Attribute of a Trainer: the callbacks that have wrapped its methods.
 _AROUND = "_matent_callbacks"
 
 
@@ -37,7 +37,7 @@ class MeasuringCallback(AttachedCallback):
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        # Known to the Trainer itself: a Trainer may be of a kind that no set can hold (TRL has dataclasses of them).
+        # Kept at the Trainer itself: as a key it would have to be hashable, and TRL has Trainers that are dataclasses.
         around_already = vars(trainer).setdefault(_AROUND, [])
         if self not in around_already:
             around_already.append(self)
@@ -45,10 +45,10 @@ class MeasuringCallback(AttachedCallback):
             for name, around in self.wrappers().items():
                 setattr(trainer, name, self._wrapped_method(trainer, name, around))
 
-    # What there is to measure
+    # For subclasses to define
 
     def wrappers(self) -> dict[str, Callable[..., Halves]]:
-        """The Trainer's methods to run around, each with what is called with it and its arguments."""
+        """Return the Trainer's methods to wrap, each with a generator that is called with it and its arguments."""
         return {"evaluation_loop": self._around_evaluation_loop}
 
     def is_due(self, state: TrainerState) -> bool:
@@ -56,17 +56,17 @@ class MeasuringCallback(AttachedCallback):
         raise NotImplementedError
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        """The readings that belong to it."""
+        """Return the readings of that step."""
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
         """Called before the first batch."""
 
     def join_evaluation(self, model: nn.Module, batch: Any) -> None:
-        """Called instead where the Trainer was found only after the first batch, with that batch."""
+        """Called instead if the Trainer was found only after the first batch, with that batch."""
 
     def evaluation_values(self) -> dict[str, float]:
-        """The readings of the evaluation that is over."""
+        """Return the readings of the evaluation that is over."""
         raise NotImplementedError
 
     # Events
@@ -74,8 +74,8 @@ class MeasuringCallback(AttachedCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_due(state):
             return
-        # The Trainer's record of this step is where they go: one record a step, with the loss. Asked for first: the
-        # ranks gather the loss for it together, also where the reading fails on one of them.
+        # The readings go into the Trainer's own record of this step, with the loss. It is requested first: all ranks
+        # gather the loss for it together, even if the reading fails on one of them.
         control.should_log = True
         self._pending_step = state.global_step
         self._pending.update(self.step_values(state))
@@ -93,7 +93,7 @@ class MeasuringCallback(AttachedCallback):
         if self._joined_late:
             self._finish_late_evaluation(logs)
         elif state.global_step != self._pending_step:
-            return  # the record of an earlier step, that another callback has read in the background
+            return  # the record of an earlier step, from another callback's background reading
         pending, self._pending = self._pending, {}
         logs.update(pending)
         # log_history has its own copy of the record already.
@@ -128,13 +128,13 @@ class MeasuringCallback(AttachedCallback):
             metrics.update(self._pending)
             self._pending = {}
 
-    # Inside
+    # Internals
 
     def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
         if not self.during_eval:
             yield
             return
-        with self.guard("a new beginning of the reading"):
+        with self.guard("the reset of the reading before an evaluation"):
             self.begin_evaluation()
         self._in_evaluation = True
         try:
@@ -156,7 +156,7 @@ class MeasuringCallback(AttachedCallback):
     def _wrapped_method(self, trainer: Trainer, name: str, around: Callable[..., Halves]) -> Callable[..., Any]:
         method = getattr(trainer, name)
 
-        # With the signature of what it is around: several callbacks may be around one method.
+        # With the signature of the method, since several callbacks may wrap it.
         @functools.wraps(method)
         def monitored(*args: Any, **kwargs: Any) -> Any:
             if not self.is_attached_to(trainer):

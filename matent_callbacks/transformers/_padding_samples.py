@@ -1,4 +1,4 @@
-"""Which samples of an evaluation batch are there for the first time."""
+"""Finds the padding samples of an evaluation batch, which accelerate repeats."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers.trainer_pt_utils import find_batch_size
 
 
 def counted_samples(trainer: Trainer, batch: Any) -> Tensor | None:
-    """``(B,)``: false for what accelerate repeats so that the last batch is whole on every rank; None: all count.
+    """``(B,)``: false for what accelerate repeats to complete the last batch on every rank; None: all count.
 
-    The batches of all ranks, one behind the other, are whole but for their end, where samples from the beginning of
-    the data set are put behind the last one: what ``gather_for_metrics`` cuts off. Nothing is known, and nothing left
-    out, of an iterable data set that is not dispatched, nor of a batch sampler without a ``batch_size``.
+    In the concatenated batches of all ranks, the padding samples come last: samples from the beginning of the data set,
+    which ``gather_for_metrics`` cuts off. They cannot be identified, and are not left out, in an iterable data set that
+    is not dispatched, nor with a batch sampler without a ``batch_size``.
     """
     loader: Any = trainer.callback_handler.eval_dataloader
     if trainer.accelerator.num_processes == 1 or not getattr(loader, "end_of_dataloader", False):
         return None
-    # With a batch sampler of the user's own, accelerate's stands where the sampler would.
+    # With a batch sampler of the user's own, accelerate's is in the place of the sampler.
     places = (loader.batch_sampler, loader.sampler)
     shard: Any = next((place for place in places if hasattr(place, "even_batches")), None)
     if shard is None:
-        # Under tensor parallelism all ranks have the same batches, and no sample more than there are.
+        # Under tensor parallelism all ranks have the same batches, without padding samples.
         if not isinstance(loader, DataLoaderDispatcher):
             return None
         rank, left = trainer.accelerator.process_index, loader.remainder

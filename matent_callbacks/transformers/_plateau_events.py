@@ -1,4 +1,4 @@
-"""Stopping a Hugging Face Trainer when a logged value has stopped changing."""
+"""Stops a Hugging Face Trainer when a logged value has stopped changing."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class PlateauStopping(SharedPlateauStopping, AttachedCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of others in the checkpoint."""
+        """Identifies this callback's state in the checkpoint."""
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         return f"{type(self).__name__}({self.monitor}, {settings})"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, and with the name of the state, what a reader needs to judge it; as JSON types."""
+        """What a resumed run needs and, with :attr:`state_key`, what a report of the run needs, as JSON types."""
         return {**self.detector.state_dict(), "smoothing": self.smoothing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self.detector.load_state_dict(state)
 
     def on_log(

@@ -1,4 +1,4 @@
-"""Readings beside the progress bar of a Hugging Face Trainer."""
+"""Shows readings beside the progress bar of a Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-# What stands beside a bar, kept at the bar itself: several callbacks write beside one.
+# Attribute of a bar: the values beside it, since several callbacks write beside one bar.
 _SHOWN = "_matent_callbacks"
 
 

@@ -1,4 +1,4 @@
-"""Printing one short line for each log record of a Hugging Face Trainer, in place of all its numbers."""
+"""Prints one short line for each log record of a Hugging Face Trainer, in place of all its numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class ReadingPrinter(AttachedCallback):
 
     ``step    10  loss 6.512  effective_rank: layer_00 33.2, layer_02 3.44, last 3.46``
 
-    It takes the place of what the Trainer's ``ProgressCallback`` or ``PrinterCallback`` would print of such a record,
-    which with all layers are dozens of numbers. The progress bar stays; so does the table in a notebook. Records
-    without a loss or a reading, such as that of the run time at the end, are printed as ever. What is logged does not
-    change. The lines are printed while the Trainer trains.
+    It replaces what the Trainer's ``ProgressCallback`` or ``PrinterCallback`` would print of such a record: with all
+    layers, dozens of numbers. The progress bar stays; so does the table in a notebook. Records without a loss or a
+    reading, such as that of the run time at the end, are printed as usual. What is logged does not change. The lines
+    are only printed during training.
 
     Args:
-        metric: The metric of which three layers are printed, as it is logged.
-        on_error: ``"warn"``: what goes wrong is said once and the Trainer prints as ever; ``"raise"``.
+        metric: The logged name of the metric of which three layers are printed.
+        on_error: ``"warn"``: an error is warned about once, and the Trainer prints as usual; ``"raise"``.
 
     Example:
         >>> from matent_callbacks.transformers import MatrixEntropyCallback, ReadingPrinter
@@ -44,14 +44,14 @@ class ReadingPrinter(AttachedCallback):
 
     @property
     def state_key(self) -> str:
-        """Under this name a checkpoint would keep a state, of which there is none."""
+        """The name that a state would have in the checkpoint; this callback has none."""
         return type(self).__name__
 
     def begin(self, state: TrainerState) -> None:
         for printer in self.trainer.callback_handler.callbacks:
             # Not where a user's subclass does something of its own.
             if type(printer).on_log in (ProgressCallback.on_log, PrinterCallback.on_log):
-                # Its class stays as it is, and it has its own method again when training is over.
+                # On the instance only: when training is over, it has the method of its class again.
                 printer.on_log = functools.partial(self._print, printer, type(printer).on_log.__get__(printer))
                 self._quiet.append(printer)
 

@@ -1,4 +1,4 @@
-"""Pictures and alerts for the reporters of a Trainer, and the summary that W&B keeps of a key."""
+"""Sends pictures and alerts to the reporters of a Trainer, and sets the summary that W&B keeps of a key."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from matent_callbacks.callbacks.image_calls import (
 
 
 def takes_pictures(trainer: Trainer) -> bool:
-    """Whether the Trainer reports to anything that does, from this process."""
+    """Whether the Trainer reports, from this process, to anything that takes pictures."""
     return bool(_takers(trainer))
 
 
 def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
-    """Hand pictures to whatever takes them of what the Trainer reports to, at the step that it is at."""
+    """Send pictures to all reporters of the Trainer that take them, at its current step."""
     if pictures:
         to_each(_takers(trainer), pictures, trainer.state.global_step, guard)
 
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
-    """Have W&B's table of runs show the greatest value of logged keys beside the last; whether there is a W&B run."""
+    """Let W&B's table of runs show the maximum of logged keys beside the last value; return whether W&B has a run."""
     runs = _wandb_runs(trainer)
     for run in runs:
         with guard("the greatest values in W&B's table of runs"):
@@ -48,7 +48,7 @@ def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
 
 
 def alert(trainer: Trainer, guard: Guard, title: str, text: str) -> None:
-    """Put a line among the alerts of W&B, which sends them on to where its user wants them."""
+    """Send an alert to W&B, which forwards it to wherever its user wants."""
     for run in _wandb_runs(trainer):
         with guard("the alerts of W&B"):
             run.alert(title, text, level="WARN")
