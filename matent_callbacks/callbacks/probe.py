@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from matent_callbacks.capture.randomness import same_random_numbers
 
 
 def prefix_of(name: str | None) -> str:
@@ -44,16 +45,12 @@ def _is_probe(value: Any) -> bool:
 def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> Any:
     """Collate the first ``count`` examples of a data set."""
     # A data set may draw random numbers: for augmentation, or to seed an iterator.
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-                examples = [dataset[i] for i in range(min(count, len(dataset)))]
-            else:
-                examples = list(itertools.islice(iter(dataset), count))
-            return collate(examples)
-    finally:
-        random.setstate(state)
+    with same_random_numbers():
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            examples = [dataset[i] for i in range(min(count, len(dataset)))]
+        else:
+            examples = list(itertools.islice(iter(dataset), count))
+        return collate(examples)
 
 
 def fingerprint(batch: Any) -> int:

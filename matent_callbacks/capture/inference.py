@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import call_eagerly
+from matent_callbacks.capture.randomness import same_random_numbers
 
 # The models on which side-effect-free inference is running now, the innermost call last.
 _on_the_side: list[object] = []
@@ -49,7 +50,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with _same_random_numbers(model), torch.no_grad():
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    with same_random_numbers(devices), torch.no_grad():
         try:
             yield
         finally:
@@ -85,16 +87,6 @@ def _every_module_called() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    with ExitStack() as stack:
-        for device in devices or {torch.device("cpu")}:
-            indices = [] if device.index is None else [device.index]
-            stack.enter_context(torch.random.fork_rng(indices, device_type=device.type))
-        yield
 
 
 def run(model: nn.Module, batch: Any) -> None:
