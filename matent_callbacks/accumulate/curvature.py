@@ -7,6 +7,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.pieces import rows_of_a_piece, slices
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
+from matent_callbacks.functional._tokens import finite_rows
 from matent_callbacks.functional.trajectory import counting_first, sum_of_angles
 
 
@@ -19,7 +20,7 @@ def mean_curvature(states: Tensor, mask: Tensor, *, dtype: torch.dtype) -> Seque
     number = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     for some in slices(len(states), max(1, rows // max(1, length))):
         for part in slices(length, rows):
-            finite[some, part] = torch.isfinite(states[some, part].to(dtype).sum(-1))
+            finite[some, part] = finite_rows(states[some, part].to(dtype))
     order, count = counting_first(mask & finite)
     for some in slices(len(states), max(1, rows // max(1, length))):
         of_each = torch.arange(some.start, some.stop, device=states.device).unsqueeze(1)

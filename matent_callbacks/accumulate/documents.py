@@ -12,6 +12,7 @@ from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.pieces import rows_of_a_piece, slices, whole_sequences
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
+from matent_callbacks.functional._tokens import finite_rows
 
 VIEWS = 8
 """How many consecutive parts, about equally long, a document is split into."""
@@ -88,7 +89,7 @@ def _views_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterat
     for some in slices(len(states), max(1, rows // max(length, 2 * VIEWS))):
         own, counted = states[some], mask[some]
         parts = list(slices(length, max(1, rows // max(1, len(own)))))
-        finite = torch.cat([torch.isfinite(own[:, part].to(dtype).sum(-1)) for part in parts], 1)
+        finite = torch.cat([finite_rows(own[:, part].to(dtype)) for part in parts], 1)
         valid = counted & finite
         count = valid.sum(1)
         of_view = (valid.cumsum(1) - 1) * VIEWS // count.clamp(min=1).unsqueeze(1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import Embedding
 from matent_callbacks.accumulate.pieces import rows_of_a_piece, sequences_at_a_time, slices
+from matent_callbacks.functional._tokens import finite_rows
 
 
 class Embeddings(NamedTuple):
@@ -57,7 +58,7 @@ def _means(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Embeddings:
     nonfinite = torch.zeros((), dtype=torch.int64, device=states.device)
     for part in slices(length, max(1, rows_of_a_piece(num_features, dtype) // max(1, batch))):
         x = states[:, part].to(dtype)
-        finite = torch.isfinite(x.sum(-1))
+        finite = finite_rows(x)
         valid = mask[:, part] & finite
         total += torch.where(valid.unsqueeze(-1), x, 0.0).sum(1)
         count += valid.sum(1)

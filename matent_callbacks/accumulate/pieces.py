@@ -17,7 +17,13 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.moments import Moments, empty_moments, with_scatter
 from matent_callbacks.accumulate.symmetric import add_second_moment
-from matent_callbacks.functional._tokens import Tokens, directions_from, prepare_tokens, scaled_to_unit_length_
+from matent_callbacks.functional._tokens import (
+    Tokens,
+    directions_from,
+    finite_rows,
+    prepare_tokens,
+    scaled_to_unit_length_,
+)
 
 WORK_SPACE = 64 * 2**20
 """Bytes that a reading takes beyond its state, however many and however long the sequences are.
@@ -100,7 +106,7 @@ class LongSequence:
         total = torch.zeros(states.shape[1], dtype=dtype, device=states.device)
         for part in self._parts:
             x = states[part].to(dtype)
-            finite[part] = torch.isfinite(x.sum(-1))
+            finite[part] = finite_rows(x)
             if center:
                 total += self._where(mask[part] & finite[part], x).sum(0)
             del x

@@ -20,7 +20,7 @@ from matent_callbacks.accumulate.pooled_tokens import PooledTokens, entropy_of_l
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.accumulate.sequence_mean import SequenceEntropies
 from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle
-from matent_callbacks.functional._tokens import Tokens, scaled_to_unit_length_
+from matent_callbacks.functional._tokens import Tokens, finite_rows, scaled_to_unit_length_
 
 Groups = Sequence[dist.ProcessGroup]
 """Groups along different dimensions of a mesh of ranks, which together hold the parts of the same sequences."""
@@ -104,7 +104,7 @@ class SequenceParts:
     def _sum_up(self) -> None:
         for some, part in self._places(torch.float64):
             x = self._states[some, part].to(self._dtype)
-            finite, counts = torch.isfinite(x.sum(-1)), self._mask[some, part]
+            finite, counts = finite_rows(x), self._mask[some, part]
             valid = self._valid[some, part] = counts & finite
             self._nonfinite += (counts & ~finite).sum()
             self._totals[some, :-1] += torch.where(valid.unsqueeze(-1), x, 0.0).sum(1, dtype=torch.float64)

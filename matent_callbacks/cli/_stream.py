@@ -23,6 +23,7 @@ from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
 from matent_callbacks.cli._state import State
 from matent_callbacks.functional._precision import statistics_dtype
+from matent_callbacks.functional._tokens import finite_rows
 
 # Documents that are sorted by length together.
 _WINDOW = 512
@@ -213,7 +214,7 @@ class _Reader:
                 "state a token."
             )
         mask = attention_mask.reshape(self._shape).to(states.device) > 0
-        finite = (torch.isfinite(states.sum(-1)) | ~mask).all(-1)
+        finite = (finite_rows(states) | ~mask).all(-1)
         own = self._accumulator(self._sources | {"sequence"}, states)
         entropies = own.update(states, mask, vectors)
         assert entropies is not None  # no batch is empty

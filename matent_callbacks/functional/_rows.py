@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.functional._precision import statistics_dtype
-from matent_callbacks.functional._tokens import prepare_tokens
+from matent_callbacks.functional._tokens import finite_rows, prepare_tokens
 
 
 def paired_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def paired_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"`y` must be on the device of `x`, {x.device}, got {y.device}.")
     dtype = common_dtype(x, y)
     x, y = x.to(dtype), y.to(dtype)
-    finite = torch.isfinite(x.sum(-1)) & torch.isfinite(y.sum(-1))
+    finite = finite_rows(x) & finite_rows(y)
     return x[finite], y[finite]
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matent_callbacks.functional._precision import statistics_dtype
+
 # If the mean of a sequence is this many times as long as the centred tokens, the rounding of the mean shows.
 _DWARFS = 8.0
 
@@ -61,6 +63,14 @@ def check_stage(name: str, hidden_states: Tensor | None, attention_mask: Tensor 
         raise type(error)(f"`{name}`: {error}") from error
 
 
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows of ``(..., d)`` hold neither NaN nor Inf: one reduction, instead of a bool tensor as large as ``x``.
+
+    Half precision is summed in float32, where its finite numbers cannot overflow.
+    """
+    return torch.isfinite(x.sum(-1, dtype=statistics_dtype(x)))
+
+
 def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> Tokens:
     """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length."""
     x = hidden_states.to(dtype)
@@ -68,8 +78,7 @@ def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normali
         values = directions_from(x.mean(1, keepdim=True), x, None)
         if values is not None:
             return Tokens(values, mask, torch.zeros((), dtype=torch.int64))
-    # A row sum is NaN or Inf exactly when the row holds one: one reduction instead of a d-wide bool tensor.
-    finite = torch.isfinite(x.sum(-1))
+    finite = finite_rows(x)
     valid = mask & finite
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
     if center:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.functional._precision import statistics_dtype
-from matent_callbacks.functional._tokens import check_hidden_states
+from matent_callbacks.functional._tokens import check_hidden_states, finite_rows
 
 
 def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Te
     """
     states, mask = check_hidden_states(hidden_states, attention_mask)
     states = states.to(statistics_dtype(states))
-    order, count = counting_first(mask & torch.isfinite(states.sum(-1)))
+    order, count = counting_first(mask & finite_rows(states))
     of_each = torch.arange(len(states), device=states.device).unsqueeze(1)
     total, number = sum_of_angles(states[of_each, order], count)
     mean = torch.where(number > 0, total / number, torch.nan)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import finite_rows
 from tests.functional.reduced import of_backend, of_process
 from tests.versions import needs, older
 
@@ -65,3 +66,10 @@ def test_products_inside_are_those_of_float32():
             assert torch.equal(a @ b, full)
         with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(CPU):
             assert torch.equal(a @ b, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_not_finite_if_a_feature_is_not_and_half_precision_does_not_overflow(dtype):
+    rows = torch.full((4, 4096), 100.0, dtype=dtype)  # their sum is beyond float16
+    rows[1, 7], rows[2, 0] = torch.nan, -torch.inf
+    assert finite_rows(rows).tolist() == [True, False, False, True]
