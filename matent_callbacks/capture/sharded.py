@@ -55,16 +55,18 @@ def share_of(states: DTensor, mask: Tensor | None, members: Collection[int] | No
     for dim, placement in enumerate(states.placements):
         group = mesh.get_group(dim)
         others = dist.get_process_group_ranks(group)
+        is_first = dist.get_rank() == min(rank for rank in others if members is None or rank in members)
         if placement == Shard(0) and tokens > 0:
             placements.append(placement)
         elif placement.is_replicate():
             placements.append(placement)
-            counts &= dist.get_rank() == min(rank for rank in others if members is None or rank in members)
+            counts &= is_first
         else:
             meeting.append(group)
             together = members is None or set(others) <= set(members)
             placements.append(Shard(tokens) if together else Replicate())
             splitting += [group] if together else []
+            counts &= together or is_first
 
     def local() -> tuple[Tensor, Tensor | None]:
         own = states.redistribute(mesh, placements).to_local()

@@ -89,11 +89,11 @@ def spread(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def outside(rank: int, world_size: int) -> dict[str, float]:
-    """Each rank has a process group of its own, and half of the tokens."""
-    alone = [dist.new_group([other]) for other in range(world_size)]
+    """Ranks 0 and 1 are one process group and rank 2 is another; each rank has a third of the tokens."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
     hidden, mask = whole()
     mesh = init_device_mesh("cpu", (world_size,))
-    return read(distribute_tensor(hidden, mesh, [Shard(1)]), mask, process_group=alone[rank])
+    return read(distribute_tensor(hidden, mesh, [Shard(1)]), mask, process_group=groups[rank // 2])
 
 
 def packed_batch() -> dict[str, torch.Tensor]:
