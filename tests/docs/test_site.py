@@ -68,7 +68,7 @@ def test_the_api_page_tells_of_arguments_that_are_told_elsewhere(site: Path):
     for name, times in (
         ("Upper bound on the tokens that one reading accumulates per layer", 3),
         ("Number of observations in which min_delta has to be gained", 3),
-        ("Neighbours of mutual_knn and mutual_knn_z", 3),
+        ("Number of neighbours in mutual_knn and mutual_knn_z", 3),
     ):
         assert page.count(name) == times, name
 
