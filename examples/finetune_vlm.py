@@ -48,13 +48,14 @@ Batch = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, help="at most so many: 1500, or 900 with --to-the-end")
     parser.add_argument("--tower-steps", type=int, default=300, help="steps of the CLIP before")
     parser.add_argument("--every", type=int, default=15, help="steps between two readings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
     arguments = parser.parse_args()
+    steps = arguments.steps or (900 if arguments.to_the_end else 1500)
     if int(transformers.__version__.split(".")[0]) < 5:
         sys.exit(f"To read a LLaVA, transformers 5.0 or newer is needed, not {transformers.__version__}.")
     os.environ.setdefault("WANDB_MODE", "offline")
@@ -75,12 +76,12 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             output_dir=str(arguments.output),
-            max_steps=arguments.steps,
+            max_steps=steps,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=len(held_out),
             learning_rate=1e-3,
             lr_scheduler_type="constant_with_warmup",
-            warmup_steps=arguments.steps // 6,
+            warmup_steps=min(150, steps // 6),
             weight_decay=0.1,
             seed=arguments.seed,
             logging_steps=arguments.every,
@@ -92,7 +93,7 @@ def main() -> None:
             run_name="llava-scenes",
         ),
         data_collator=caption_batch,
-        train_dataset=Scenes(arguments.steps * 32, seed=arguments.seed + 1),
+        train_dataset=Scenes(steps * 32, seed=arguments.seed + 1),
         eval_dataset=held_out,
         callbacks=[
             AlignmentCallback(arguments.every, probe=caption_batch(held_out), during_eval=False),
