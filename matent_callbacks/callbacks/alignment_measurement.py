@@ -49,10 +49,10 @@ SUMMARIZED_BY_MAXIMUM = (
 """The keys whose maximum over the run belongs in a run's summary, beside their last value."""
 
 
-class _Batches(NamedTuple):
-    """The readings of this rank's batches, and hashes of the batches."""
+class _Probe(NamedTuple):
+    """The batches of this rank's probe, and hashes of them in a distributed run."""
 
-    readings: list[Reading]
+    batches: list[Any]
     fingerprints: list[int]
 
 
@@ -143,12 +143,12 @@ class AlignmentMeasurement:
         find_probe: Callable[[], Any] | None,
     ) -> dict[str, float]:
         error: Exception | None = None
-        batches = _Batches([], [])
+        found, readings = _Probe([], []), list[Reading]()
         try:
-            probe = self._found_probe(model, prefix, find_probe)
+            found = self._found_probe(model, prefix, find_probe)
             context = None if self._is_dual_encoder(model) else self._context_group
             with quiet(model), around(), in_parts(model, context):
-                batches = self._read(model, probe)
+                readings = self._read(model, found.batches)
         except Exception as raised:
             error = raised
         # The ranks go on together or not at all: those that could read the probe would wait for the others.
@@ -156,50 +156,51 @@ class AlignmentMeasurement:
             raise error or RuntimeError("Another rank failed to read the probe.")
         if error is not None:
             raise error
-        return self._values(self._together(batches, model), model)
+        return self._values(self._together(readings, found.fingerprints, model), model)
 
-    def _found_probe(self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None) -> list[Any]:
+    def _found_probe(self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None) -> _Probe:
         """Return this rank's probe; raise on all ranks of a context group unless it is the same on each of them."""
-        batches: list[Any] = []
+        found = _Probe([], [])
         error: Exception | None = None
         try:
             if not self.probes and find_probe is not None:
                 self.probes = {self._prefix: find_probe()}
             probe = self.probes[prefix]
             batches = [probe] if isinstance(probe, Mapping) else list(probe)
+            found = _Probe(batches, [fingerprint(batch) for batch in batches] if is_distributed() else [])
         except Exception as raised:
             error = raised
         if self._context_group is not None and is_distributed(self._context_group):
-            hashes = str([fingerprint(batch) for batch in batches])
-            any_failed, hashes_of_ranks = agree(hashes, error is not None, device_of(model), self._context_group)
+            any_failed, hashes_of_ranks = agree(
+                str(found.fingerprints), error is not None, device_of(model), self._context_group
+            )
             if any_failed:
                 raise error or RuntimeError("Another rank failed to find the probe.")
             if hashes_of_ranks:
                 raise ValueError("`probe` must be the same on all ranks of `context_group`, got unlike batches.")
         if error is not None:
             raise error
-        return batches
+        return found
 
-    def _read(self, model: nn.Module, batches: list[Any]) -> _Batches:
+    def _read(self, model: nn.Module, batches: list[Any]) -> list[Reading]:
         """Read the batches of this rank's probe."""
         if not batches and not is_distributed(self._group):
             raise ValueError("`probe` must hold at least one batch, got none.")
-        readings = [self._read_batch(model, batch) for batch in batches]
-        return _Batches(readings, [fingerprint(batch) for batch in batches] if is_distributed(self._group) else [])
+        return [self._read_batch(model, batch) for batch in batches]
 
     def _read_batch(self, model: nn.Module, batch: Any) -> Reading:
         if self._is_dual_encoder(model):
             return read_dual_encoder(model, batch, self._towers)
         return read_vision_language(model, batch, self._stages, exchange=self._exchanges(model), tell=self._tell)
 
-    def _together(self, batches: _Batches, model: nn.Module) -> Reading:
+    def _together(self, readings: list[Reading], fingerprints: list[int], model: nn.Module) -> Reading:
         """Merge the readings of all batches and ranks."""
         names = TOWERS if self._is_dual_encoder(model) else (*STAGES, *(EXCHANGED if self._exchanges(model) else ()))
         if not is_distributed(self._group):
-            return merged(batches.readings, names, model)
+            return merged(readings, names, model)
         # As a rule all ranks are given the same probe: each reads it, and it counts once.
-        mine = held_first(batches.fingerprints, device_of(model), self._group)
-        own = [reading for reading, first in zip(batches.readings, mine, strict=True) if first]
+        mine = held_first(fingerprints, device_of(model), self._group)
+        own = [reading for reading, first in zip(readings, mine, strict=True) if first]
         return over_ranks(merged(own, names, model), self._group)
 
     def _values(self, reading: Reading, model: nn.Module) -> dict[str, float]:

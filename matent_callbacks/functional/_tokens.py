@@ -66,7 +66,7 @@ def check_stage(name: str, hidden_states: Tensor | None, attention_mask: Tensor 
 def finite_rows(x: Tensor) -> Tensor:
     """Which rows of ``(..., d)`` hold neither NaN nor Inf: one reduction, instead of a bool tensor as large as ``x``.
 
-    Half precision is summed in float32, where its finite numbers cannot overflow.
+    Half precision is summed in float32: in float16 the sum of finite numbers may overflow.
     """
     return torch.isfinite(x.sum(-1, dtype=statistics_dtype(x)))
 
