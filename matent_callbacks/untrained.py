@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from matent_callbacks.capture.randomness import same_random_numbers
 from matent_callbacks.capture.stack import unwrap
 
 
@@ -35,7 +36,7 @@ def untrained_like(model: nn.Module, *, seed: int | None = None) -> nn.Module:
     """
     inner = unwrap(model)
     first = next(inner.parameters(), torch.empty(0))
-    with torch.random.fork_rng(devices=[]):
+    with same_random_numbers():
         if seed is not None:
             torch.manual_seed(seed)
         # On the CPU, so that nothing is drawn from the random state of another device.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.joint_forward import language_model
-from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.capture.values import first_tensor
 
 # Arguments whose last dimension is tokens.
@@ -46,7 +45,7 @@ def in_parts(model: nn.Module, group: dist.ProcessGroup | None) -> Iterator[None
         dist.all_gather(whole, own.contiguous(), group=group)
         return _with_states(output, torch.cat(whole, 1)[:, : embeddings.shape[1]])
 
-    undo = around_calls(unwrap(language_model(unwrap(model))), call, replicas=False)
+    undo = around_calls(language_model(model), call, replicas=False)
     try:
         yield
     finally:

@@ -67,7 +67,7 @@ class JointForward:
     @property
     def decoder(self) -> nn.Module:
         """The language model."""
-        return unwrap(language_model(self.model))
+        return language_model(self.model)
 
     @property
     def num_labels(self) -> Tensor:
@@ -141,12 +141,13 @@ def token_roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return is_image, is_text
 
 
-def language_model(model: Any) -> Any:
-    """Return the part that takes the embeddings of image and text."""
+def language_model(model: Any) -> nn.Module:
+    """Return the part that takes the embeddings of image and text, without wrappers."""
+    model = unwrap(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if decoder in (model, model.base_model):
         raise not_found(model, "image", "`get_decoder` gives no language model")
-    return decoder
+    return unwrap(decoder)
 
 
 @contextmanager
