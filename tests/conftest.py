@@ -138,7 +138,14 @@ def make_llama() -> Callable[..., Any]:
 def make_trainer(make_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     """A real Trainer on real text, with dropout, that logs each step and reports nowhere unless told."""
 
-    def make(callbacks: list[Any] | None = None, *, model: Any = None, examples: int = 96, **arguments: Any) -> Any:
+    def make(
+        callbacks: list[Any] | None = None,
+        *,
+        model: Any = None,
+        examples: int = 96,
+        cls: type | None = None,
+        **arguments: Any,
+    ) -> Any:
         from transformers import Trainer, TrainingArguments
 
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -155,7 +162,7 @@ def make_trainer(make_llama: Callable[..., Any], tmp_path: Path) -> Callable[...
             "use_cpu": True,
             "seed": 3,
         }
-        return Trainer(
+        return (cls or Trainer)(
             model=model if model is not None else make_llama(),
             args=TrainingArguments(**{**settings, **arguments}),
             train_dataset=text_examples(examples),

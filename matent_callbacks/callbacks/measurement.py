@@ -19,6 +19,7 @@ from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
 
 _DATA_SET_RANK = "sequence_effective_rank"
+_Kind = Literal["training", "evaluation", "probe"]
 
 
 def check_every_n_steps(every_n_steps: int) -> None:
@@ -64,7 +65,7 @@ class Measurement:
         self._guard = guard
         self.settings = {"solver": solver, **settings}
         self._given_groups = self._groups = ParallelGroups(process_group, context_group)
-        self._monitors: dict[bool, EntropyMonitor] = {}
+        self._monitors: dict[_Kind, EntropyMonitor] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
         """Return a copy with the same arguments, without monitors and reference values."""
@@ -79,18 +80,22 @@ class Measurement:
             self._groups = parallel_groups(owner)
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
-        """Return the monitor of the model's own forwards."""
-        return self._monitor(model, probing=False)
+        """Return the monitor of the model's own forwards in training."""
+        return self._monitor(model, "training")
+
+    def evaluation_monitor(self, model: nn.Module) -> EntropyMonitor:
+        """Return the monitor of its forwards in evaluation, which may come in the middle of a window of training."""
+        return self._monitor(model, "evaluation")
 
     @property
     def is_on_a_model(self) -> bool:
         """Whether the model is known, and the names of its layers with it."""
-        return False in self._monitors
+        return "training" in self._monitors
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """The names of the layers, as in the keys."""
-        return self._monitors[False].layers
+        return self._monitors["training"].layers
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -109,11 +114,11 @@ class Measurement:
 
     def from_forwards(self) -> Callable[[], dict[str, float]]:
         """Compute what the monitor has read since the last call; returns a function that waits for the values."""
-        return self._values(self._monitors[False], self._prefix)
+        return self._values(self._monitors["training"], self._prefix)
 
     def reset(self) -> None:
         """Discard what the monitor has read."""
-        self._monitors[False].reset()
+        self._monitors["training"].reset()
 
     def from_probe(
         self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -127,7 +132,7 @@ class Measurement:
     ) -> Callable[[], dict[str, float]]:
         values: Callable[[], dict[str, float]] = dict
         with self._guard("the reading of the probe"):
-            monitor = self._monitor(model, probing=True)
+            monitor = self._monitor(model, "probe")
             self._read_probe(monitor, probe, around)
             values = self._values(monitor, prefix)
         return lambda: self._with_difference(values(), prefix)
@@ -212,12 +217,12 @@ class Measurement:
         with self._guard("the forwards of the probe"), around():
             monitor.read(probe)
 
-    def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
+    def _monitor(self, model: nn.Module, kind: _Kind) -> EntropyMonitor:
         # The model may be another object now: replaced when prepared for training, or new in a hyperparameter search.
-        monitor = self._monitors.get(probing)
+        monitor = self._monitors.get(kind)
         if monitor is None or monitor.model is not model:
-            extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()
-            monitor = self._monitors[probing] = self.new_monitor(model, (*self.metrics, *extra))
+            extra = (_DATA_SET_RANK,) if kind == "probe" and self._reference is not None else ()
+            monitor = self._monitors[kind] = self.new_monitor(model, (*self.metrics, *extra))
         return monitor
 
 

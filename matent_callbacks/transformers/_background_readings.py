@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from transformers import Trainer, TrainerState
 
+from matent_callbacks.transformers._log_records import log_record
+
 
 class LateReading:
     """At most one reading that is still being computed, and the step that it will be logged under."""
@@ -25,13 +27,5 @@ class LateReading:
         values = finish() if finish is not None else {}
         if not values:
             return False
-        state, control = trainer.state, trainer.control
-        # A log record takes its step from the state, and writing one clears `should_log`, which another may have set.
-        now = state.global_step, state.epoch, control.should_log
-        state.global_step, state.epoch = self._step, self._epoch
-        try:
-            # Not the `log` of a subclass, which may add numbers of its own: those belong to another step.
-            Trainer.log(trainer, values)
-        finally:
-            state.global_step, state.epoch, trainer.control.should_log = now
+        log_record(trainer, values, step=self._step, epoch=self._epoch)
         return True

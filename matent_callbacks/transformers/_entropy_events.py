@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,8 +10,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
+from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.transformers._background_readings import LateReading
-from matent_callbacks.transformers._log_records import Halves, MeasuringCallback
+from matent_callbacks.transformers._log_records import Halves, MeasuringCallback, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
 from matent_callbacks.transformers._reporters import show, takes_pictures
 
@@ -20,8 +21,9 @@ from matent_callbacks.transformers._reporters import show, takes_pictures
 class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
-    The values are in the Trainer's own log record of the step, beside the loss, so that every reporter (W&B,
-    TensorBoard, ...) and ``state.log_history`` have them; in evaluation they are among the metrics, so that
+    Where the Trainer logs at a monitored step, the values are in its record, beside the loss. Elsewhere they get a
+    record of their own under that step, so the Trainer's records are what they are without the callback. Every reporter
+    (W&B, TensorBoard, ...) and ``state.log_history`` have them. In evaluation they are among the metrics, so that
     ``metric_for_best_model`` and early stopping can use them.
 
     ============================================  ===================================================================
@@ -57,6 +59,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().start_over()
         self._late = LateReading()
         self._probed_step = -1
+        self._evaluation: EntropyMonitor | None = None
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
@@ -98,35 +101,29 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         return {}
 
     def begin_evaluation(self) -> None:
-        self._measurement.reset()
+        self._evaluation = None
 
     def join_evaluation(self, model: nn.Module, batch: Any) -> None:
         # The first batch is over: it is run again, now that the method is wrapped.
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
-        return self._measurement.from_forwards()()
+        # On a rank without a batch there is none yet, and the other ranks wait for its share.
+        monitor = self._evaluation or self._measurement.evaluation_monitor(self.trainer.model)
+        return self._measurement.values(monitor)
 
     def begin(self, state: TrainerState) -> None:
         self._measurement.begin(self.trainer.model)
         self.keep_state(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        has_reading = bool(self._pending)
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if has_reading and not self._pending:
-            self._show_pictures()
+    def was_logged(self, values: Mapping[str, float]) -> None:
+        super().was_logged(values)
+        self._show_pictures()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
         self._log_late()
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         unseen = best_was_loaded or self._probed_step != state.global_step
@@ -134,7 +131,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             values = self._probe(state)()
             with self.guard("the record of the last reading"):
                 if values:
-                    self.trainer.log(values)
+                    log_record(self.trainer, values, step=state.global_step, epoch=state.epoch)
         self._show_pictures(last=True)
 
     def _around_training_step(
@@ -144,19 +141,21 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         if self._measurement.probes or left >= self.window_steps:
             yield
         else:
-            yield from self._reading(model, inputs, training_only=True)
+            yield from self._reading(self._measurement.monitor(model), inputs, training_only=True)
 
     def _around_prediction_step(
         self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Halves:
         if self._in_evaluation:
-            yield from self._reading(model, inputs, sample_mask=counted_samples(self.trainer, inputs))
+            if self._evaluation is None:
+                self._evaluation = self._measurement.evaluation_monitor(model)
+                self._evaluation.reset()  # an evaluation before may not have come to its end
+            yield from self._reading(self._evaluation, inputs, sample_mask=counted_samples(self.trainer, inputs))
         else:
             yield
 
-    def _reading(self, model: nn.Module, inputs: Any, **how: Any) -> Halves:
-        """Keep the monitor on in between, on the model as it is called: prepared, wrapped, perhaps compiled."""
-        monitor = self._measurement.monitor(model)
+    def _reading(self, monitor: EntropyMonitor, inputs: Any, **how: Any) -> Halves:
+        """Keep the monitor on in between; it is on the model as it is called: prepared, wrapped, perhaps compiled."""
         try:
             monitor.start(same_adapters=True, attention_mask=self.mask_of(inputs), **how)
             yield

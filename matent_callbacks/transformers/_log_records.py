@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
@@ -21,8 +22,25 @@ Halves = Generator[None, Any, None]
 _AROUND = "_matent_callbacks"
 
 
+def log_record(trainer: Trainer, values: dict[str, float], *, step: int, epoch: float | None) -> None:
+    """Log ``values`` in a record of their own under ``step``; all else in the Trainer is as it was before."""
+    state = trainer.state
+    # A record takes its step from the state, and writing one clears `should_log`, which another may have set.
+    now = state.global_step, state.epoch, trainer.control.should_log
+    state.global_step, state.epoch = step, epoch
+    try:
+        # Not the `log` of a subclass, which may add its averages since the last record, and begin new ones.
+        Trainer.log(trainer, values)
+    finally:
+        state.global_step, state.epoch, trainer.control.should_log = now
+
+
 class MeasuringCallback(AttachedCallback):
-    """Puts the values of a step into the Trainer's own record of it, and those of an evaluation among its metrics."""
+    """Puts the values of a step into the Trainer's record of it, and those of an evaluation among its metrics.
+
+    Where the Trainer writes no record at that step, the values get one of their own: when the Trainer logs decides over
+    which steps it averages the loss, so the callback never makes it log.
+    """
 
     order = 0
 
@@ -49,7 +67,10 @@ class MeasuringCallback(AttachedCallback):
 
     def wrappers(self) -> dict[str, Callable[..., Halves]]:
         """Return the Trainer's methods to wrap, each with a generator that is called with it and its arguments."""
-        return {"evaluation_loop": self._around_evaluation_loop}
+        return {
+            "evaluation_loop": self._around_evaluation_loop,
+            "_maybe_log_save_evaluate": self._before_logging,
+        }
 
     def is_due(self, state: TrainerState) -> bool:
         """Whether the step that is over is monitored."""
@@ -69,16 +90,28 @@ class MeasuringCallback(AttachedCallback):
         """Return the readings of the evaluation that is over."""
         raise NotImplementedError
 
+    def was_logged(self, values: Mapping[str, float]) -> None:
+        """Called when the values of a step or an evaluation are in a log record."""
+        if self.prog_bar:
+            with self.guard("the progress bar"):
+                show_in_bar(self.trainer, values)
+
     # Events
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log_pending()  # where a Trainer of the user's does not call what is wrapped
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.is_due(state):
-            return
-        # The readings go into the Trainer's own record of this step, with the loss. It is requested first: all ranks
-        # gather the loss for it together, even if the reading fails on one of them.
-        control.should_log = True
-        self._pending_step = state.global_step
-        self._pending.update(self.step_values(state))
+        if self.is_due(state):
+            self._pending_step = state.global_step
+            self._pending.update(self.step_values(state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log_pending()
 
     def on_log(
         self,
@@ -95,12 +128,11 @@ class MeasuringCallback(AttachedCallback):
         elif state.global_step != self._pending_step:
             return  # the record of an earlier step, from another callback's background reading
         pending, self._pending = self._pending, {}
-        logs.update(pending)
-        # log_history has its own copy of the record already.
-        state.log_history[-1].update(pending)
-        if self.prog_bar and pending:
-            with self.guard("the progress bar"):
-                show_in_bar(self.trainer, pending)
+        if pending:
+            logs.update(pending)
+            # log_history has its own copy of the record already.
+            state.log_history[-1].update(pending)
+            self.was_logged(pending)
 
     @unguarded
     def on_prediction_step(
@@ -130,6 +162,23 @@ class MeasuringCallback(AttachedCallback):
 
     # Internals
 
+    def _before_logging(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
+        # Every callback has had its say on whether the Trainer logs now.
+        state, control, strategy = self.trainer.state, self.trainer.control, self.trainer.args.logging_strategy
+        joins = control.should_log and state.global_step > self.trainer._globalstep_last_logged
+        # The record of an epoch is written under the epoch's last step, in a second call.
+        ends_epoch = strategy == IntervalStrategy.EPOCH and float(state.epoch or 0.5).is_integer()
+        if not joins and (not ends_epoch or control.should_save or control.should_evaluate):
+            self._log_pending()
+        yield
+
+    def _log_pending(self) -> None:
+        pending, self._pending = self._pending, {}
+        if pending:
+            with self.guard("the record of a reading"):
+                log_record(self.trainer, pending, step=self._pending_step, epoch=self.trainer.state.epoch)
+                self.was_logged(pending)
+
     def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
         if not self.during_eval:
             yield
@@ -141,9 +190,7 @@ class MeasuringCallback(AttachedCallback):
             output = yield
         finally:
             self._in_evaluation = False
-        bound = inspect.signature(evaluation_loop).bind(*args, **kwargs)
-        bound.apply_defaults()
-        output.metrics.update(self._prefixed(bound.arguments["metric_key_prefix"]))
+        output.metrics.update(self._prefixed(_metric_key_prefix(evaluation_loop, args, kwargs)))
 
     def _finish_late_evaluation(self, logs: dict[str, Any]) -> None:
         self._in_evaluation = self._joined_late = False
@@ -154,11 +201,13 @@ class MeasuringCallback(AttachedCallback):
         return {f"{prefix}_{key}": value for key, value in self.evaluation_values().items()}
 
     def _wrapped_method(self, trainer: Trainer, name: str, around: Callable[..., Halves]) -> Callable[..., Any]:
-        method = getattr(trainer, name)
+        own = vars(trainer).get(name)
 
         # With the signature of the method, since several callbacks may wrap it.
-        @functools.wraps(method)
+        @functools.wraps(getattr(trainer, name))
         def monitored(*args: Any, **kwargs: Any) -> Any:
+            # That of the class is looked up now: it may have been replaced since, as tests do with `mock.patch`.
+            method = _method_of_class(trainer, name) if own is None else own
             if not self.is_attached_to(trainer):
                 return method(*args, **kwargs)
             return self.guard.run_between(
@@ -168,3 +217,23 @@ class MeasuringCallback(AttachedCallback):
             )
 
         return monitored
+
+
+def _method_of_class(trainer: Trainer, name: str) -> Callable[..., Any]:
+    method: Any = inspect.getattr_static(type(trainer), name)
+    bind = getattr(type(method), "__get__", None)
+    return method if bind is None else bind(method, trainer, type(trainer))  # type: ignore[no-any-return]
+
+
+def _metric_key_prefix(evaluation_loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return the prefix that an evaluation loop is called with, also where a subclass takes ``*args, **kwargs``."""
+    if "metric_key_prefix" in kwargs:
+        return str(kwargs["metric_key_prefix"])
+    # The subclass may have other arguments than the Trainer, or another default.
+    for loop in (evaluation_loop, functools.partial(Trainer.evaluation_loop, None)):
+        with suppress(TypeError):
+            bound = inspect.signature(loop).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if "metric_key_prefix" in bound.arguments:
+                return str(bound.arguments["metric_key_prefix"])
+    return "eval"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
@@ -52,7 +51,7 @@ class ReadingPrinter(AttachedCallback):
             # Not where a user's subclass does something of its own.
             if type(printer).on_log in (ProgressCallback.on_log, PrinterCallback.on_log):
                 # On the instance only: when training is over, it has the method of its class again.
-                printer.on_log = functools.partial(self._print, printer, type(printer).on_log.__get__(printer))
+                printer.on_log = functools.partial(self._print, printer)
                 self._quiet.append(printer)
 
     def on_train_end(
@@ -65,7 +64,6 @@ class ReadingPrinter(AttachedCallback):
     def _print(
         self,
         printer: Any,
-        usual: Callable[..., Any],
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
@@ -80,4 +78,4 @@ class ReadingPrinter(AttachedCallback):
                 bar = getattr(printer, "training_bar", None)
                 print(line, flush=True) if bar is None else bar.write(line)
         if line is None or attempt.failed:
-            usual(args, state, control, logs=logs, **kwargs)
+            type(printer).on_log(printer, args, state, control, logs=logs, **kwargs)

@@ -63,6 +63,15 @@ def by_hand(model: Any, batch: Any) -> dict[str, float]:
 
 
 @needs("transformers", "5.0")
+def test_a_step_that_the_trainer_does_not_log_has_a_record_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, [AlignmentCallback(2)], logging_steps=3)
+    trainer.train()
+    read = {r["step"]: "loss" in r for r in trainer.state.log_history if "alignment/image_text" in r}
+    assert read == {2: False, 4: False}
+    assert [r["step"] for r in trainer.state.log_history if "loss" in r] == [3]
+
+
+@needs("transformers", "5.0")
 def test_readings_of_a_vision_language_model(tmp_path):
     trainer = make_trainer(tmp_path, [AlignmentCallback(2, metrics=["effective_rank", "matrix_entropy"])])
     trainer.train()
