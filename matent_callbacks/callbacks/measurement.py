@@ -175,6 +175,14 @@ class Measurement:
         """Compute what a monitor has read since the last call."""
         return self._computed(monitor, self._prefix)
 
+    def begin_evaluation(self) -> None:
+        """Discard what is left of an evaluation that did not come to its end."""
+        self._monitors["evaluation"].reset()
+
+    def evaluation_values(self) -> dict[str, float]:
+        """Compute what the monitor of evaluations has read."""
+        return self.values(self._monitors["evaluation"])
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         return {"reference_ranks": self._reference_ranks}

@@ -59,11 +59,12 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().start_over()
         self._late = LateReading()
         self._probed_step = -1
-        self._evaluation: EntropyMonitor | None = None
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
         self.watch(trainer.model, trainer, trainer.callback_handler.callbacks)
+        # Made now: a rank that has no batch to evaluate, or fails to read any, still computes with the others.
+        self._measurement.evaluation_monitor(trainer.model)
 
     @property
     def state_key(self) -> str:
@@ -101,16 +102,14 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         return {}
 
     def begin_evaluation(self) -> None:
-        self._evaluation = None
+        self._measurement.begin_evaluation()
 
     def join_evaluation(self, model: nn.Module, batch: Any) -> None:
         # The first batch is over: it is run again, now that the method is wrapped.
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
-        # On a rank without a batch there is none yet, and the other ranks wait for its share.
-        monitor = self._evaluation or self._measurement.evaluation_monitor(self.trainer.model)
-        return self._measurement.values(monitor)
+        return self._measurement.evaluation_values()
 
     def begin(self, state: TrainerState) -> None:
         self._measurement.begin(self.trainer.model)
@@ -147,10 +146,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Halves:
         if self._in_evaluation:
-            if self._evaluation is None:
-                self._evaluation = self._measurement.evaluation_monitor(model)
-                self._evaluation.reset()  # an evaluation before may not have come to its end
-            yield from self._reading(self._evaluation, inputs, sample_mask=counted_samples(self.trainer, inputs))
+            monitor = self._measurement.evaluation_monitor(model)
+            yield from self._reading(monitor, inputs, sample_mask=counted_samples(self.trainer, inputs))
         else:
             yield
 

@@ -28,6 +28,7 @@ from matent_callbacks.transformers import (
     MatrixEntropyCallback,
     _background_readings,
     _entropy_events,
+    _log_records,
 )
 from tests.conftest import collate, text_examples
 from tests.distributed import lightning_on_ranks, trainer_on_ranks
@@ -53,14 +54,16 @@ ENTROPY: dict[str, tuple[list[tuple[Any, str]], dict[str, Any]]] = {
     "probe": ([(EntropyMonitor, "read")], {"probe": probe(), "reference": "start"}),
     "saved state": ([(Measurement, "state_dict")], {"probe": probe(), "reference": "start"}),
     "loaded state": ([(Measurement, "load_state_dict")], {"probe": probe(), "reference": "start"}),
-    "reset": ([(Measurement, "reset")], {}),
     "pictures": ([(LayerPictures, "draw")], {"layers": "all"}),
 }
 OF_TRAINER = {
     "samples": ([(_entropy_events, "counted_samples")], {}),
-    "late record": ([(_background_readings, "Trainer")], {"background": True}),
+    "evaluation begins": ([(Measurement, "begin_evaluation")], {}),
+    "late record": ([(_background_readings, "log_record")], {"background": True}),
+    "own record": ([(_log_records, "log_record")], {}),
 }
 OF_LIGHTNING = {
+    "reset": ([(Measurement, "reset")], {}),
     "samples": ([(_entropy_hooks, "counted_samples")], {}),
     "log": ([(LightningModule, "log_dict")], {}),
     "publish": ([(_entropy_hooks, "publish")], {"background": True}),

@@ -139,7 +139,6 @@ OF_BOTH = [
     Place(Measurement, "begin", on_probe),
     Place(Measurement, "from_forwards"),
     Place(Measurement, "from_probe", on_probe),
-    Place(Measurement, "reset"),
     Place(LayerPictures, "draw", takes_pictures=True),
     Place(Measurement, "state_dict", on_probe, RESUMED),
     Place(Measurement, "load_state_dict", on_probe, RESUMED),
@@ -157,6 +156,8 @@ OF_BOTH = [
     Place(SharedCollapseAlarm, "warn_if_never_logged", alarmed_by_nothing),
 ]
 OF_TRAINER = [
+    Place(Measurement, "begin_evaluation"),
+    Place(Measurement, "evaluation_values"),
     Place(_entropy_events, "counted_samples"),
     Place(_entropy_events, "takes_pictures"),
     Place(_entropy_events, "show", takes_pictures=True),
@@ -167,6 +168,7 @@ OF_TRAINER = [
     Place(_collapse_events, "alert", alarmed),
 ]
 OF_LIGHTNING = [
+    Place(Measurement, "reset"),
     Place(_entropy_hooks, "counted_samples"),
     Place(_entropy_hooks, "takes_pictures"),
     Place(_entropy_hooks, "show", takes_pictures=True),
