@@ -15,6 +15,7 @@ _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modu
 _LANGUAGE_MODELS = ("language_model", "text_model", "thinker")
 _HEAD = re.compile("For[A-Z]|LMHead|WithProjection|Backbone$")
 _STATES = {"last_hidden_state", "language_output"}
+_PERCEPTRON = re.compile("(FeedForward|MLP|Mlp)$")
 _XLM = ("attentions", "layer_norm1", "ffns", "layer_norm2")
 
 
@@ -158,7 +159,7 @@ def _paths_to_blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
     paths = [path for path in ancestries(model).values() if len(path) > 1 and _is_list_of_blocks(path)]
     if is_hugging_face(model):
         # Blocks without a linear layer are those of a convolutional network, whose values are not tokens.
-        paths = [path for path in paths if _has_linear(path[-1])]
+        paths = [path for path in paths if _has_linear(path[-1]) and not _PERCEPTRON.search(_kind(path[-1]))]
 
     def preference(path: tuple[nn.Module, ...]) -> tuple[bool, bool, int, bool, int]:
         length, config = len(_blocks(path[-1])), getattr(_nearest(path), "config", None)
@@ -166,8 +167,9 @@ def _paths_to_blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
         return is_depth, length in _depths(config), -len(path), _has_linear(path[-1]), length
 
     best = max(map(preference, paths), default=None)
-    kinds = {type(block) for path in paths for block in _blocks(path[-1])}
-    if best and is_hugging_face(model) and not any(best[:2]) and len(kinds) > 1 and len(paths) > 1:
+    # Without a number to go by, one of several kinds could be part of a head.
+    apart = {_kind(path[-1]) for path in paths if not any(_is_stack(outer) for outer in path[1:-1])}
+    if best and is_hugging_face(model) and not any(best[:2]) and len(apart) > 1:
         return []
     return [path for path in paths if preference(path) == best]
 
@@ -203,6 +205,10 @@ def _blocks(blocks: nn.Module) -> tuple[nn.Module, ...]:
     """The blocks of a list, or of a list of lists, as those of Funnel and PVT."""
     nested = [list(child) if isinstance(child, nn.ModuleList) else [child] for child in blocks.children()]
     return tuple(block for children in nested for block in children)
+
+
+def _kind(blocks: nn.Module) -> str:
+    return type(_blocks(blocks)[0]).__name__
 
 
 def _has_linear(blocks: nn.Module) -> bool:
@@ -296,6 +302,6 @@ def _ends_of_post_norm(parent: Any, owner: nn.Module | None) -> tuple[nn.Module,
     lists = [name for name, child in parent.named_children() if isinstance(child, nn.ModuleList)]
     raise ValueError(
         f"`layers` needs a stack of blocks, but {type(parent).__name__} keeps the parts of its blocks in separate "
-        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as `layers`, or "
-        f"another part to look in as `module`."
+        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as `layers`, "
+        f"or another part to look in as `module`."
     )
