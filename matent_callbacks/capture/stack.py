@@ -235,8 +235,12 @@ def _depths(config: Any) -> set[int]:
 def _last_state(path: tuple[nn.Module, ...]) -> tuple[nn.Module, nn.Module]:
     """The module whose first output is the last hidden state, not what a head makes of it; and the transformer."""
     index = max(index for index, module in enumerate(path) if is_hugging_face(module))
-    owner, below = path[index], path[index + 1]
-    if _has_head(owner, below):
+    owner: Any = path[index]
+    below = path[index + 1]
+    # A model that has a decoder as well gives what that one returns.
+    encoder = owner.get_encoder() if hasattr(owner, "get_encoder") else None
+    is_decoded = getattr(owner.config, "is_encoder_decoder", False) and encoder in path[index + 1 :]
+    if is_decoded or _has_head(owner, below):
         plain = path[index + 1 : -1]
         inside = [module for module in plain if _first_fields(module) & _STATES] or list(plain[-1:])
         return _norm_after(owner, below) or (inside[0] if inside else _blocks(path[-1])[-1]), owner
@@ -302,6 +306,6 @@ def _ends_of_post_norm(parent: Any, owner: nn.Module | None) -> tuple[nn.Module,
     lists = [name for name, child in parent.named_children() if isinstance(child, nn.ModuleList)]
     raise ValueError(
         f"`layers` needs a stack of blocks, but {type(parent).__name__} keeps the parts of its blocks in separate "
-        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as `layers`, "
-        f"or another part to look in as `module`."
+        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as "
+        f"`layers`, or another part to look in as `module`."
     )

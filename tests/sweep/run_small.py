@@ -13,12 +13,12 @@ from matent_callbacks.capture.stack import find_stack
 from tests.conftest import slow_pooled_entropy
 
 
-def make_inputs(model: Any, name: str) -> tuple[dict[str, Tensor], Tensor | None]:
+def make_inputs(model: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
     """Inputs that a model of any class may take, and the mask of their tokens."""
     torch.manual_seed(1)
     config, taken = model.config, inspect.signature(model.forward).parameters
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Any] = {}
     mask = None
     if "input_ids" in taken:
         shape = (2, 2, 12) if "ForMultipleChoice" in name else (4, 12)
@@ -29,7 +29,8 @@ def make_inputs(model: Any, name: str) -> tuple[dict[str, Tensor], Tensor | None
             inputs["input_ids"][mask == 0] = getattr(text, "pad_token_id", None) or 0
             inputs["attention_mask"] = mask
             mask = mask.view(-1, 12)
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        is_decoded = getattr(config, "is_encoder_decoder", False) and "ForSequenceClassification" not in name
+        if is_decoded and "decoder_input_ids" in taken:
             inputs["decoder_input_ids"] = torch.randint(5, 90, (4, 6))
     elif "pixel_values" in taken:
         vision = getattr(config, "vision_config", config)
@@ -39,10 +40,13 @@ def make_inputs(model: Any, name: str) -> tuple[dict[str, Tensor], Tensor | None
     elif "input_values" in taken:
         inputs["input_values"] = torch.randn(3, 1600)
     elif "input_features" in taken:
+        # Audio comes as bins x frames or the other way round; models that know a number of bins say which by it.
         bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 16)
         inputs["input_features"] = torch.randn(3, bins, 32)
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = torch.randint(5, 90, (3, 6))
+    if "use_cache" in taken:
+        inputs["use_cache"] = False
     return inputs, mask
 
 

@@ -45,6 +45,12 @@ _WIDTHS = {
     "n_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "rotary_dim": 8,
     "d_kv": 8,
     "d_head": 8,
     "attention_head_size": 8,
@@ -111,6 +117,8 @@ def small(config_type: Any, *, widths: bool, default: Any = None, depth: int = D
             own[name] = depth
     for name, value in _WIDTHS.items() if widths else ():
         before = getattr(default, name, None)
+        if name == "pad_token_id" and hasattr(default, name):
+            own[name] = value
         if before is not None and isinstance(before, int) == isinstance(value, int):
             own[name] = type(before)(value) if isinstance(value, tuple) else value
         elif type(value) is int and isinstance(before, list | tuple) and name in ("image_size", "patch_size"):
