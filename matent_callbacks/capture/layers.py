@@ -85,7 +85,7 @@ def resolve_layers(
     for spec in asked:
         if isinstance(spec, bool) or not isinstance(spec, str | int):
             raise TypeError(f"`layers` must hold names and ints, got {spec!r} ({type(spec).__name__}).")
-        matched = fnmatch.filter(named, spec) if isinstance(spec, str) and not _is_stack_name(spec) else None
+        matched = _matches(spec, named, root) if isinstance(spec, str) else None
         if matched is None:
             stack = stack or find_stack(root)
             indices = _indices(spec, len(stack.blocks), layer_offset or 0)
@@ -151,6 +151,14 @@ def _masked_by(
     return frozenset((*path[nearest:], *place[nearest:]))
 
 
+def _matches(spec: str, named: dict[str, nn.Module], root: nn.Module) -> list[str] | None:
+    """The modules that a name or glob means; None: it means layers of the stack."""
+    if not _is_stack_name(spec):
+        return fnmatch.filter(named, spec)
+    # An own module may be called `layer_0` or `last`; in a model of transformers these are always layers.
+    return [spec] if spec in named and not hugging_face_models(root) else None
+
+
 def _is_stack_name(spec: str) -> bool:
     return spec in ("last", "all") or spec.startswith("every:") or re.fullmatch(r"layer_\d+", spec) is not None
 
@@ -163,7 +171,7 @@ def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoin
         goes_on = layer_offset is not None and stack.last is stack.blocks[-1]
         return ReadPoint(key if goes_on else "last", stack.last, "output")
     if index == 0:
-        return ReadPoint(key, stack.blocks[0], "input")
+        return ReadPoint(key, stack.first, "input")
     return ReadPoint(key, stack.blocks[index - 1], "output")
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import nn
 
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+_LANGUAGE_MODELS = ("language_model", "text_model", "thinker")
+_HEAD = re.compile("For[A-Z]|LMHead|WithProjection|Backbone$")
+_STATES = {"last_hidden_state", "language_output"}
+_PERCEPTRON = re.compile("(FeedForward|MLP|Mlp)$")
+_XLM = ("attentions", "layer_norm1", "ffns", "layer_norm2")
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,8 @@ class Stack:
     last: nn.Module
     owner: nn.Module
     """The transformer itself: the module that is given the attention mask."""
+    first: nn.Module
+    """The module whose input are the embeddings: the first block, where blocks are modules."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -69,25 +79,32 @@ def find_stack(model: nn.Module) -> Stack:
     """Find the one obvious stack of blocks in ``model``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or several.
     """
     candidates = hugging_face_models(model)
     if len(candidates) > 1:
-        raise ValueError(
-            f"`module` must say which of the transformers in {type(model).__name__} is meant: {', '.join(candidates)}."
-        )
+        raise ValueError(_several(model, candidates))
     hugging_face = next(iter(candidates.values()), None)
-    transformer = _language_model(hugging_face) if hugging_face else model
-    found = _outermost_list(transformer, depth=getattr(getattr(transformer, "config", None), "num_hidden_layers", None))
-    if found is None:
+    paths = _paths_to_blocks(model) if hugging_face is None else _paths_in_hugging_face(hugging_face)
+    if not paths:
         raise ValueError(
             f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
-            f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`."
+            f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`"
+            f"{_could_be(model)}."
         )
-    parent, blocks = found
-    if hugging_face:
-        return Stack(tuple(blocks.children()), last=transformer, owner=transformer)
-    return Stack(tuple(blocks.children()), last=_last_of(parent, blocks), owner=parent)
+    nearest = dict.fromkeys(_nearest(path) for path in paths)
+    if len(nearest) > 1:
+        names = {unwrap(module): clean_name(name) for name, module in model.named_modules()}
+        raise ValueError(_several(model, [names[module] for module in nearest if module is not None]))
+    path = paths[0]
+    *_, parent, found = path
+    first, *_ = blocks = _blocks(found)
+    if _is_one_of_parallel_lists(parent, found):
+        blocks = _ends_of_post_norm(parent, next(iter(nearest)))
+    if hugging_face is None:
+        return Stack(blocks, _norm_after(parent, found) or blocks[-1], parent, first)
+    last, owner = _last_state(path)
+    return Stack(blocks, last, owner, first)
 
 
 def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,53 +125,187 @@ def is_hugging_face(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("config", "base_model", "get_input_embeddings", "get_decoder"))
 
 
-def _language_model(model: Any) -> nn.Module:
-    """What ``AutoModel`` would load: the module whose first output is the last hidden state of the language model."""
+def _paths_in_hugging_face(model: Any) -> list[tuple[nn.Module, ...]]:
+    """The modules from a model of transformers down to its main stack: of its encoder, or of its language model."""
+    within = ancestries(model)
+    for part in _parts(model):
+        paths = _paths_to_blocks(part) if part in within else []
+        if paths:
+            return [(*within[part][:-1], *path) for path in paths]
+    return []
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    """Where to look for the main stack, the best place first; the model itself is the last one."""
+    named = [getattr(model, name, None) for name in _LANGUAGE_MODELS]
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        return model.get_encoder()  # type: ignore[no-any-return]
-    decoder: nn.Module = model.get_decoder()
-    if decoder is model:
-        # Before 5.0, transformers only finds a decoder that is called `model` or `decoder`.
-        return getattr(model, "text_model", model) if model.base_model is model else _language_model(model.base_model)
-    return decoder
+        named.insert(0, model.get_encoder())
+    # What is called `decoder` may be a head, which is no model of its own.
+    named.append(model.get_decoder())
+    for part in named:
+        if isinstance(part, nn.Module) and part is not model and is_hugging_face(part):
+            yield from _parts(part)
+    if model.base_model is not model:
+        yield from _parts(model.base_model)
+    yield model
 
 
-def _outermost_list(model: nn.Module, *, depth: int | None) -> tuple[nn.Module, nn.Module] | None:
-    """Find the list of blocks on the outermost level that has one; experts and heads lie deeper.
+def _paths_to_blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """Find the list of blocks, or several that are as good: the modules from ``model`` down to it.
 
-    Of several, prefer one of length ``depth``, then one with linear layers, then the longest.
+    In a model of transformers it is one as long as the config says; then the outermost one, as experts and heads lie
+    deeper; then the longest.
     """
+    paths = [path for path in ancestries(model).values() if len(path) > 1 and _is_list_of_blocks(path)]
+    if is_hugging_face(model):
+        # Blocks without a linear layer are those of a convolutional network, whose values are not tokens.
+        paths = [path for path in paths if _has_linear(path[-1]) and not _PERCEPTRON.search(_kind(path[-1]))]
 
-    def preference(found: tuple[nn.Module, nn.Module]) -> tuple[bool, bool, int]:
-        length = len(list(found[1].children()))
-        return length == depth, any(isinstance(m, nn.Linear) for m in found[1].modules()), length
+    def preference(path: tuple[nn.Module, ...]) -> tuple[bool, bool, int, bool, int]:
+        length, config = len(_blocks(path[-1])), getattr(_nearest(path), "config", None)
+        is_depth = length == getattr(config, "num_hidden_layers", None)
+        return is_depth, length in _depths(config), -len(path), _has_linear(path[-1]), length
 
-    level = [model]
-    while level:
-        lists = [
-            (parent, child)
-            for parent in level
-            for child in parent.children()
-            if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child)
-        ]
-        if lists:
-            return max(lists, key=preference)
-        level = [child for parent in level for child in parent.children()]
-    return None
+    best = max(map(preference, paths), default=None)
+    # Without a number to go by, one of several kinds could be part of a head.
+    apart = {_kind(path[-1]) for path in paths if not any(_is_stack(outer) for outer in path[1:-1])}
+    if best and is_hugging_face(model) and not any(best[:2]) and len(apart) > 1:
+        return []
+    return [path for path in paths if preference(path) == best]
+
+
+def _several(model: nn.Module, names: Iterable[str]) -> str:
+    return f"`module` must say which of the transformers in {type(model).__name__} is meant: {', '.join(names)}."
+
+
+def _could_be(model: nn.Module) -> str:
+    """The parts that have a stack of their own, to end an error with."""
+    parts = [name for name, part in model.named_modules() if name and is_hugging_face(part) and _paths_to_blocks(part)]
+    return f", which could be {', '.join(map(clean_name, parts))}" if parts else ""
+
+
+def _is_list_of_blocks(path: tuple[nn.Module, ...]) -> bool:
+    """Whether these are blocks, and not what a block consists of."""
+    *above, found = path
+    return _is_stack(found) and not any(_is_stack(outer) and len(_blocks(outer)) > 1 for outer in above[1:])
 
 
 def _is_stack(blocks: nn.Module) -> bool:
     """Whether these are blocks: modules with children, all of one type except in an ``nn.ModuleList`` (hybrids)."""
-    children = list(blocks.children())
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        return False
+    children = _blocks(blocks)
     if not children or any(not list(child.children()) for child in children):
         return False
     kinds = {type(child) for child in children}
     return len(kinds) == 1 or isinstance(blocks, nn.ModuleList)
 
 
-def _last_of(parent: nn.Module, blocks: nn.Module) -> nn.Module:
-    """The norm that follows the blocks, in the order the modules were made; the last block where there is none."""
+def _blocks(blocks: nn.Module) -> tuple[nn.Module, ...]:
+    """The blocks of a list, or of a list of lists, as those of Funnel and PVT."""
+    nested = [list(child) if isinstance(child, nn.ModuleList) else [child] for child in blocks.children()]
+    return tuple(block for children in nested for block in children)
+
+
+def _kind(blocks: nn.Module) -> str:
+    return type(_blocks(blocks)[0]).__name__
+
+
+def _has_linear(blocks: nn.Module) -> bool:
+    # Conv1D: a linear layer of GPT-2.
+    return any("Linear" in type(m).__name__ or type(m).__name__ == "Conv1D" for m in blocks.modules())
+
+
+def _nearest(path: Sequence[nn.Module]) -> nn.Module | None:
+    """The innermost model of transformers on a path."""
+    return next((module for module in reversed(path) if is_hugging_face(module)), None)
+
+
+def _depths(config: Any) -> set[int]:
+    """Every number of layers that a config holds."""
+    found: set[int] = set()
+    for name, value in vars(config).items() if config is not None else ():
+        if re.search(r"(layers?|depths?|blocks|block_sizes|blocks_per_stage)$", name):
+            found |= {value} if isinstance(value, int) else set()
+            if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
+                found |= {len(value), sum(value)}
+    return found
+
+
+def _last_state(path: tuple[nn.Module, ...]) -> tuple[nn.Module, nn.Module]:
+    """The module whose first output is the last hidden state, not what a head makes of it; and the transformer."""
+    index = max(index for index, module in enumerate(path) if is_hugging_face(module))
+    owner: Any = path[index]
+    below = path[index + 1]
+    # A model that has a decoder as well gives what that one returns.
+    encoder = owner.get_encoder() if hasattr(owner, "get_encoder") else None
+    is_decoded = getattr(owner.config, "is_encoder_decoder", False) and encoder in path[index + 1 :]
+    if is_decoded or _has_head(owner, below):
+        plain = path[index + 1 : -1]
+        inside = [module for module in plain if _first_fields(module) & _STATES] or list(plain[-1:])
+        return _norm_after(owner, below) or (inside[0] if inside else _blocks(path[-1])[-1]), owner
+    # The final norm may be in the model around the one that has the blocks.
+    while index and is_hugging_face(path[index - 1]) and not _has_head(path[index - 1], owner):
+        following = _after(path[index - 1], owner)
+        if not following or not _is_norm(following[0]):
+            break
+        index -= 1
+        owner = path[index]
+    return owner, owner
+
+
+def _has_head(model: Any, branch: nn.Module) -> bool:
+    """Whether a model of transformers gives more than hidden states; ``branch`` is the child that has the blocks."""
+    first = _first_fields(model)
+    if first:
+        return first.isdisjoint(_STATES)
+    if any(_HEAD.search(kind.__name__) for kind in type(model).__mro__):
+        return True
+    return any(isinstance(child, nn.Linear) for child in _after(model, branch))
+
+
+def _first_fields(model: nn.Module) -> set[str]:
+    """The first fields of the outputs that a model says its forward returns, if it says so."""
+    said = getattr(type(model).forward, "__annotations__", {}).get("return")
+    names = re.findall(r"\w+", str(said))
+    known = vars(sys.modules[type(model).__module__])
+    kinds = [known[name] for name in names if isinstance(known.get(name), type)]
+    return {fields(kind)[0].name for kind in kinds if is_dataclass(kind) and fields(kind)}
+
+
+def _after(parent: nn.Module, child: nn.Module) -> list[nn.Module]:
+    """The children of a module that were made after one of them."""
     siblings = list(parent.children())
-    after = siblings[next(i for i, sibling in enumerate(siblings) if sibling is blocks) + 1 :]
-    norms = [m for m in after if "norm" in type(m).__name__.lower()]
-    return norms[0] if norms else list(blocks.children())[-1]
+    return siblings[next(i for i, sibling in enumerate(siblings) if sibling is child) + 1 :]
+
+
+def _norm_after(parent: nn.Module, child: nn.Module) -> nn.Module | None:
+    """The norm that follows the blocks, in the order the modules were made."""
+    return next(filter(_is_norm, _after(parent, child)), None)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _is_one_of_parallel_lists(parent: nn.Module, found: nn.Module) -> bool:
+    """Whether the parts of each block are in lists of their own, so that no module is a block."""
+    lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and child is not found]
+    are_attention = all(
+        isinstance(part, nn.MultiheadAttention) or re.search(r"(Attention|Attn)\d*$", type(part).__name__)
+        for part in found.children()
+    )
+    return are_attention and any(len(other) == len(list(found.children())) for other in lists)
+
+
+def _ends_of_post_norm(parent: Any, owner: nn.Module | None) -> tuple[nn.Module, ...]:
+    """The modules that end each layer of XLM and Flaubert, whose layers are no modules: their last norms."""
+    config = getattr(owner, "config", None)
+    if all(hasattr(parent, name) for name in _XLM) and not getattr(config, "pre_norm", False):
+        return _blocks(parent.layer_norm2)
+    lists = [name for name, child in parent.named_children() if isinstance(child, nn.ModuleList)]
+    raise ValueError(
+        f"`layers` needs a stack of blocks, but {type(parent).__name__} keeps the parts of its blocks in separate "
+        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as "
+        f"`layers`, or another part to look in as `module`."
+    )

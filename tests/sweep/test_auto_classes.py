@@ -1,0 +1,175 @@
+"""Every model class that transformers can make: its blocks are found, and read as its own hidden states.
+
+What is refused, or differs, is in a table with the reason: anything else fails, also in a version to come.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from matent_callbacks.capture.stack import Stack, find_stack, is_hugging_face
+from tests.sweep.run_small import compare
+from tests.sweep.small_configs import auto_classes, build
+from tests.versions import older
+
+# Names of classes, from their beginning: why no stack is found.
+REFUSED = {
+    "(Bit|BiT|DINOv3ConvNext|EfficientNet|HGNetV2|MobileNetV[12]|MobileViT|PoolFormer|RegNet|ResNet|RTDetrResNet"
+    "|SuperPoint|TextNet|SwiftFormer|FocalNet|Levit|Cvt|GroupViT)": "convolutions",
+}
+# Whose blocks are not as many as the config says anywhere.
+UNCOUNTED: dict[str, str] = {}
+# Whose own hidden states are others than those that are read.
+DIFFERENT: dict[str, str] = {}
+
+
+def reason(table: dict[str, str], name: str) -> str | None:
+    return next((why for pattern, why in table.items() if re.match(rf"(?:{pattern})", name)), None)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging, "_default_log_level", 50)
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def counts(config: Any) -> set[int]:
+    """Every number of layers that a config or one of its parts holds."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= counts(value)
+        elif re.search("layer|depth|block", name):
+            found |= {value} if isinstance(value, int) else set()
+            if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
+                found |= {len(value), sum(value)}
+    return found
+
+
+def faults(model: Any, stack: Stack) -> list[str]:
+    """What is wrong with the stack that was found."""
+    names = {module: name for name, module in model.named_modules()}
+    kinds = {type(block).__name__ for block in stack.blocks}
+    found = []
+    if len(stack.blocks) not in counts(model.config):
+        found.append(f"{len(stack.blocks)} blocks")
+    if any(re.search("(Attention|MLP|FeedForward|Conv|Embeddings)$", kind) for kind in kinds):
+        found.append(f"blocks are {', '.join(kinds)}")
+    if len({kind.replace("Attention", "").replace("Mamba", "") for kind in kinds}) > 2:
+        found.append(f"several kinds, {', '.join(kinds)}")
+    if re.search("For[A-Z]|LMHead", type(stack.last).__name__) or stack.last is model.get_output_embeddings():
+        found.append(f"last is {type(stack.last).__name__}")
+    if is_hugging_face(stack.last) and not any(names[block].startswith(names[stack.last]) for block in stack.blocks):
+        found.append(f"last is {names[stack.last]}, beside the blocks")
+    return found
+
+
+def test_the_blocks_of_every_class_are_found():
+    right, refused, unbuilt, wrong = [], [], [], []
+    for name, model_type in auto_classes().items():
+        try:
+            model = build(name, model_type)
+        except Exception:
+            unbuilt.append(name)
+            continue
+        try:
+            found = faults(model, find_stack(model))
+        except ValueError as error:
+            clear = re.search(r"`module`|`layers`", str(error)) and reason(REFUSED, name)
+            (refused if clear else wrong).append(name if clear else f"{name}: {error}")
+            continue
+        found = [fault for fault in found if not (fault.endswith(" blocks") and reason(UNCOUNTED, name))]
+        (wrong if found else right).append(f"{name}: {'; '.join(found)}" if found else name)
+    print(f"{len(right)} right, {len(refused)} refused, {len(unbuilt)} not built")
+    assert not wrong, "\n".join(wrong)
+    assert len(right) > (600 if older("transformers", "5.20") else 1300)
+
+
+def test_what_is_read_are_the_hidden_states_that_a_model_returns():
+    same, named, failed, wrong = [], [], [], []
+    for name, model_type in auto_classes().items():
+        try:
+            size = sum(parameter.numel() for parameter in build(name, model_type, narrow=True).parameters())
+            found = compare(build(name, model_type, device="cpu", narrow=True), name) if size < 8e6 else "too large"
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        if found == "same":
+            same.append(name)
+        elif " read, " in found:
+            (named if reason(DIFFERENT, name) else wrong).append(f"{name}: {found}")
+        else:
+            failed.append(name)
+    print(f"{len(same)} the same, {len(named)} named as different, {len(failed)} not run")
+    assert not wrong, "\n".join(wrong)
+    assert len(same) > (350 if older("transformers", "5.20") else 750)
+
+
+def small(name: str) -> Any:
+    model_type = auto_classes().get(name)
+    if model_type is None:
+        pytest.skip(f"no {name} in transformers {transformers.__version__}")
+    return build(name, model_type, device="cpu", narrow=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("ModernBertForMaskedLM", "ModernBertModel"),
+        ("ViTForMaskedImageModeling", "ViTModel"),
+        ("Llama4ForCausalLM", "Llama4TextModel"),
+        ("MllamaForCausalLM", "MllamaTextModel"),
+        ("FSMTForConditionalGeneration", "FSMTEncoder"),
+        ("XLMModel", "XLMModel"),
+        ("FlaubertWithLMHeadModel", "FlaubertModel"),
+    ],
+)
+def test_last_is_no_head(name, last):
+    model = small(name)
+    assert type(find_stack(model).last).__name__ == last
+    found = compare(model, name)
+    assert found == "same" or reason(DIFFERENT, name)
+
+
+def test_blocks_that_are_no_modules_are_refused():
+    model = small("FlaubertModel")
+    model.config.pre_norm = True
+    with pytest.raises(ValueError, match="separate lists .*attentions, layer_norm1, ffns, layer_norm2.*`module`"):
+        find_stack(model)
+
+
+def test_several_transformers_are_named():
+    model = small("Blip2ForImageTextRetrieval")
+    with pytest.raises(ValueError, match="`module` must say .*: vision_model, qformer"):
+        find_stack(model)
+
+
+def test_a_head_of_an_own_model_is_left_out():
+    """A subclass with its own head, which gives logits under any name."""
+
+    class Mine(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            block = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)]
+            self.embed, self.blocks = nn.Embedding(9, 8), nn.ModuleList(block)
+            self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 9)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.norm(self.blocks[1](self.blocks[0](self.embed(input_ids)))))
+
+    model = Mine(transformers.LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2))
+    assert find_stack(model).last is model.norm
