@@ -27,11 +27,6 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         >>> # Trainer(callbacks=[callback]).fit(module_with_a_clip_model, data)
     """
 
-    @property
-    def state_key(self) -> str:
-        name = {} if self.name is None else {"name": self.name}
-        return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics, **name))
-
     @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

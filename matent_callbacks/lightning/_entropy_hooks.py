@@ -68,19 +68,6 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._overdue = False
         self._loaders: dict[int, EntropyMonitor] = {}
 
-    @property
-    def state_key(self) -> str:
-        return str(
-            self._generate_state_key(
-                every_n_steps=self.every_n_steps,
-                layers=self._measurement.layers,
-                metrics=self._measurement.metrics,
-                module=self._measurement.settings["module"],
-                probe=bool(self._measurement.probes),
-                **({} if self.name is None else {"name": self.name}),
-            )
-        )
-
     def state_dict(self) -> dict[str, Any]:
         return {**self._measurement.state_dict(), "records": self._records}
 

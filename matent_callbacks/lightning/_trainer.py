@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks, unguarded
+from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -35,9 +36,31 @@ __all__ = [
 class GuardedCallback(GuardedHooks, Callback):
     """A Lightning ``Callback`` whose hooks never end a run, and whose copies have nothing of a run."""
 
+    trainer: Any = None
+
+    state_key = StateKey()
+    """Identifies this callback's state in the checkpoint."""
+
+    # Events of Hugging Face's Trainer, which has other callbacks.
+    on_init_end = on_train_begin = on_prediction_step = refusing("transformers")
+
+    @property
+    def callbacks_of_trainer(self) -> list[Any]:
+        """The callbacks of the Trainer, once it is known."""
+        return [] if self.trainer is None else list(self.trainer.callbacks)
+
+    @unguarded
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        # Also where there is none, so that Lightning asks each callback for its key when the Trainer is made.
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer gives its callbacks methods of the LightningModule.
-        return {name: value for name, value in super().__getstate__().items() if name not in ("log", "log_dict")}
+        of_run = ("log", "log_dict", "trainer")
+        return {name: value for name, value in super().__getstate__().items() if name not in of_run}
 
 
 def draws_its_batches(step: Any) -> bool:

@@ -59,12 +59,6 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         super().attach(trainer)
         self.join(trainer, trainer.callback_handler.callbacks)
 
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        name = f", name={self.name}" if self.name is not None else ""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}{name})"
-
     def check(self) -> None:
         # A probe or a model that cannot be read raises now, not in the middle of the run.
         self._measure()

@@ -62,12 +62,6 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         super().attach(trainer)
         self.watch(trainer.model, trainer, trainer.callback_handler.callbacks)
 
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        name = f", name={self.name}" if self.name is not None else ""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers}{name})"
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         return self._measurement.state_dict()
