@@ -1,4 +1,4 @@
-"""Warns of names that are never logged, and of readings that are never due, as soon as that can be known."""
+"""Warns of names that are never logged, as soon as that can be known."""
 
 from __future__ import annotations
 
@@ -86,16 +86,6 @@ def had_first_readings(callbacks: Iterable[Any], start: int, step: int) -> bool:
         elif isinstance(callback, SharedAlignmentCallback):
             intervals.append(callback.every_n_steps)
     return bool(intervals) and all(start // interval < step // interval for interval in intervals)
-
-
-def warn_if_never_due(every_n_steps: int, num_steps: int | None, otherwise: str) -> None:
-    """Warn if ``every_n_steps`` is more than all steps of a run, and say what is measured ``otherwise``."""
-    if num_steps is not None and 0 < num_steps < every_n_steps:
-        warnings.warn(
-            f"`every_n_steps` is {every_n_steps}, and training ends at step {num_steps}: no step is due for a reading, "
-            f"{otherwise}.",
-            stacklevel=4,
-        )
 
 
 def _similar(name: str, names: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "log",
     "log_to_loggers",
     "logging_step",
+    "planned_steps",
     "publish",
     "takes_names_with_a_loader",
 ]
@@ -92,6 +94,15 @@ def logging_step(trainer: Any) -> int:
     """Return the step that the Trainer itself would now write values of ``self.log`` under."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
+
+
+def planned_steps(trainer: Any, pl_module: Any) -> int | None:
+    """Return at how many optimizer steps training ends at the latest, if that is known."""
+    planned = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
+    if pl_module.automatic_optimization and epochs is not None and epochs >= 0 and math.isfinite(per_epoch):
+        planned.append(math.ceil(per_epoch / trainer.accumulate_grad_batches) * epochs)
+    return min(planned, default=None)
 
 
 def log_to_loggers(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:

@@ -102,7 +102,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         return self._measurement.from_forwards()()
 
     def begin(self, state: TrainerState) -> None:
-        self._measurement.begin(self.trainer.model)
+        self.warn_if_never_due(state.max_steps)
+        self._measurement.begin(self.trainer.model, resumed=state.global_step > 0)
         self.keep_state(state)
 
     def on_log(
