@@ -138,3 +138,7 @@ class SharedCollapseAlarm(GuardedHooks):
             for alarm in alarms:
                 with self.guard("what `action` does"):
                     self.action(alarm)
+
+    def warn_if_never_logged(self, logged: Iterable[str]) -> None:
+        """Warn at the end of a run if the name was never logged, unless that was told before."""
+        self.unlogged.at_end(logged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
@@ -95,3 +95,7 @@ class SharedPlateauStopping(GuardedHooks):
     def say_stop(self) -> None:
         """Print one line on why, at which step and at which value."""
         print(f"Stopping: {self.monitor}: {self.detector.reason}")
+
+    def warn_if_never_logged(self, logged: Iterable[str]) -> None:
+        """Warn at the end of a run if the name was never logged, unless that was told before."""
+        self.unlogged.at_end(logged)

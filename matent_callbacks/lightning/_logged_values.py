@@ -38,6 +38,10 @@ class ObservingCallback(GuardedCallback):
 
     unlogged: Unlogged
 
+    def warn_if_never_logged(self, logged: Iterable[str]) -> None:
+        """Called when training ends, with all names that were logged."""
+        raise NotImplementedError
+
     def start_over(self) -> None:
         super().start_over()
         self.logged = LoggedValues()
@@ -68,7 +72,7 @@ class ObservingCallback(GuardedCallback):
         self.look(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.unlogged.at_end(trainer.callback_metrics)
+        self.warn_if_never_logged(trainer.callback_metrics)
 
     def _tell_of_unlogged(self, trainer: Any) -> None:
         """Tell of a name that was not logged in a batch before this one, when all callbacks have had their turn."""

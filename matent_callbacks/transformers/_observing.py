@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +17,10 @@ class ObservingCallback(AttachedCallback):
     order = 1
 
     unlogged: Unlogged
+
+    def warn_if_never_logged(self, logged: Iterable[str]) -> None:
+        """Called when training ends, with all names that were logged."""
+        raise NotImplementedError
 
     def start_over(self) -> None:
         super().start_over()
@@ -47,7 +52,7 @@ class ObservingCallback(AttachedCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.unlogged.at_end(_names(state))
+        self.warn_if_never_logged(_names(state))
 
 
 def _names(state: TrainerState) -> set[str]:

@@ -202,7 +202,7 @@ def test_the_hugging_face_trainer_makes_an_object_of_a_class_where_it_can(make_t
     trainer = make_trainer(kinds, max_steps=100)
     trainer.train()
     assert "effective_rank/last" in {key for record in trainer.state.log_history for key in record}
-    with pytest.raises(TypeError, match="`PlateauStopping` needs arguments: pass an object, .*, not the class"):
+    with pytest.raises(TypeError, match=r"`PlateauStopping` needs arguments: pass an object, .*, not the class"):
         make_trainer([of_transformers.PlateauStopping])
 
 
