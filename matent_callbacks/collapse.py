@@ -6,12 +6,28 @@ import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from statistics import NormalDist, median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from matent_callbacks.plateau import kendall_score
 
 _Z = NormalDist().inv_cdf(0.95)
 _HORIZON = 8  # in patience: a slower climb does not count. Chosen by benchmarks/collapse.py and three real runs.
+
+
+class _Observation(NamedTuple):
+    """A value, with the highest level and the first value of the series before it."""
+
+    step: int
+    value: float
+    highest: float | None
+    first: float | None
+
+    @classmethod
+    def of(cls, step: Any, value: Any, highest: Any, first: Any = None) -> _Observation:
+        """Make one of the types of JSON."""
+        # States of earlier versions have one reference.
+        first = highest if first is None else first
+        return cls(int(step), float(value), *(None if level is None else float(level) for level in (highest, first)))
 
 
 class CollapseDetector:
@@ -65,8 +81,8 @@ class CollapseDetector:
             raise ValueError(f"`relative_to` must be 'max', 'first' or a number above 0, got {relative_to!r}.")
         self._floor, self._patience, self._warmup_steps = floor, patience, warmup_steps
         self._relative_to = relative_to
-        # (step, value, reference before it): everything else follows from these.
-        self._window: deque[tuple[int, float, float | None]] = deque(maxlen=2 * patience)
+        # Everything else follows from these.
+        self._window: deque[_Observation] = deque(maxlen=2 * patience)
 
     def update(self, step: int, value: float | None) -> bool:
         """Observe one value and return whether the series has collapsed.
@@ -85,11 +101,11 @@ class CollapseDetector:
             [False, False, True, False]
         """
         if value is not None and math.isfinite(value):
-            reference = self.reference
-            while self._window and self._window[-1][0] >= step:
-                reference = self._window.pop()[2]
+            first, highest = self._first, self._highest
+            while self._window and self._window[-1].step >= step:
+                _, _, highest, first = self._window.pop()
             if step >= self._warmup_steps:
-                self._window.append((int(step), float(value), reference))
+                self._window.append(_Observation(int(step), float(value), highest, first))
         return self._is_collapsed()
 
     @property
@@ -105,14 +121,7 @@ class CollapseDetector:
         """
         if isinstance(self._relative_to, int | float):
             return float(self._relative_to)
-        if not self._window:
-            return None
-        *before, (_, value, reference) = self._window
-        if reference is None:
-            return value
-        if self._relative_to == "first" or not before:
-            return reference
-        return max(reference, min(value, before[-1][1]))
+        return self._first if self._relative_to == "first" else self._highest
 
     @property
     def reason(self) -> str | None:
@@ -126,7 +135,7 @@ class CollapseDetector:
             return None
         reference = self.reference
         assert reference is not None
-        step, value, _ = self._window[-1]
+        step, value, *_ = self._window[-1]
         return (
             f"collapse at step {step}, value {value:.6g}: below {self._floor * reference:.6g} ({self._floor:g} of "
             f"{reference:.6g}) for {len(self._below())} observations, and not climbing"
@@ -138,12 +147,14 @@ class CollapseDetector:
         Example:
             >>> detector = CollapseDetector(floor=0.25, patience=5)
             >>> detector.update(100, 2.5), detector.state_dict()
-            (False, {'window': [[100, 2.5, None]]})
+            (False, {'window': [[100, 2.5, None, None]]})
         """
         return {"window": [list(observation) for observation in self._window]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; the latest observations are kept if ``patience`` has been lowered.
+
+        With another ``relative_to`` the reference is what it would have been from the beginning.
 
         Args:
             state: What ``state_dict`` returned.
@@ -153,23 +164,38 @@ class CollapseDetector:
 
         Example:
             >>> detector = CollapseDetector(floor=0.25, patience=5)
-            >>> detector.load_state_dict({"window": [[100, 40.0, None], [200, 42.0, 40.0]]})
+            >>> detector.load_state_dict({"window": [[100, 40.0, None, None], [200, 42.0, 40.0, 40.0]]})
             >>> detector.reference
             40.0
         """
         try:
-            window = [
-                (int(step), float(value), None if before is None else float(before))
-                for step, value, before in state["window"]
-            ]
+            window = [_Observation.of(*row) for row in state["window"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`state` must be what state_dict returned, got {state!r}.") from error
         self._window = deque(window, maxlen=self._window.maxlen)
 
+    @property
+    def _first(self) -> float | None:
+        """The first observation of the series."""
+        if not self._window:
+            return None
+        last = self._window[-1]
+        return last.value if last.first is None else last.first
+
+    @property
+    def _highest(self) -> float | None:
+        """The highest level so far."""
+        if not self._window:
+            return None
+        *before, last = self._window
+        if last.highest is None or not before:
+            return last.value if last.highest is None else last.highest
+        return max(last.highest, min(last.value, before[-1].value))
+
     def _below(self) -> list[float]:
         """Return the latest consecutive observations that lie below the floor."""
         reference, below = self.reference, list[float]()
-        for _, value, _ in reversed(self._window):
+        for _, value, *_ in reversed(self._window):
             if reference is None or reference <= 0 or value >= self._floor * reference:
                 break
             below.append(value)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
-from matent_callbacks.callbacks.unlogged import warn_never_logged
+from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.collapse import CollapseDetector
 
 # Prefix of the names that alarms are logged under; values with this prefix are not watched themselves.
@@ -68,7 +68,8 @@ class SharedCollapseAlarm(GuardedHooks):
         self.action = action
         self.checkpoint = checkpoint
         self.settings: dict[str, Any] = {"floor": floor, "patience": patience, "relative_to": relative_to}
-        """These identify the alarm in a checkpoint."""
+        """Arguments of the detectors."""
+        self._warmup_steps = warmup_steps
         self._new_detector = functools.partial(CollapseDetector, **self.settings, warmup_steps=warmup_steps)
         self._new_detector()  # raises for what is out of range
         self.start_over()
@@ -77,18 +78,28 @@ class SharedCollapseAlarm(GuardedHooks):
         super().start_over()
         self._detectors: dict[str, CollapseDetector] = {}
         self._raised: set[str] = set()
+        self.unlogged = Unlogged(self.monitor, "no collapse of it could be told")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         detectors = {key: detector.state_dict() for key, detector in self._detectors.items()}
-        return {"detectors": detectors, "raised": sorted(self._raised)}
+        return {"detectors": detectors, "raised": sorted(self._raised), "warmup_steps": self._warmup_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; other settings judge the observations of before, too."""
         detectors = {key: self._new_detector() for key in state_dict["detectors"]}
         for key, detector in detectors.items():
             detector.load_state_dict(state_dict["detectors"][key])
+        before = state_dict["warmup_steps"]
+        if detectors and before != self._warmup_steps and self.settings["relative_to"] in ("max", "first"):
+            warnings.warn(
+                f"`warmup_steps` was {before} and is {self._warmup_steps} since training was resumed: values that were "
+                f"observed before stay observed, and others stay unknown ({type(self).__name__}).",
+                stacklevel=2,
+            )
         self._detectors, self._raised = detectors, set(state_dict["raised"])
+        if detectors:
+            self.unlogged.found()
 
     def watched(self, names: Iterable[str]) -> list[str]:
         """Return those of the logged names that match ``monitor``."""
@@ -96,6 +107,7 @@ class SharedCollapseAlarm(GuardedHooks):
 
     def observe(self, step: int, values: Mapping[str, float]) -> tuple[list[Alarm], list[str]]:
         """Process watched values; return the alarms that they raise, and the names that recovered from one."""
+        self.unlogged.found()
         alarms, recovered = [], []
         for key, value in values.items():
             detector = self._detectors.setdefault(key, self._new_detector())
@@ -128,6 +140,5 @@ class SharedCollapseAlarm(GuardedHooks):
                     self.action(alarm)
 
     def warn_if_never_logged(self, logged: Iterable[str]) -> None:
-        """Warn if nothing was watched, with the names that were logged."""
-        if not self._detectors:
-            warn_never_logged(self.monitor, logged, "no collapse of it could be told")
+        """Warn at the end of a run if the name was never logged, unless that was told before."""
+        self.unlogged.at_end(logged)

@@ -14,7 +14,7 @@ from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
-from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps
+from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps, warn_if_never_due
 from matent_callbacks.callbacks.probe import prefix_of
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
@@ -115,6 +115,10 @@ class SharedEntropyCallback(GuardedHooks):
         self._measurement = self._measurement.renewed(self.guard)
         measurement = self._measurement
         self._pictures = LayerPictures(measurement.metrics, measurement.prefixes) if self._with_pictures else None
+
+    def warn_if_never_due(self, last_step: int | None) -> None:
+        """Warn if no step is due until ``last_step``."""
+        warn_if_never_due(self.every_n_steps, last_step, at_end=bool(self._measurement.probes))
 
     def mask_of(self, batch: Any) -> Tensor | None:
         """Return what ``mask`` returns for a batch; None without ``mask``."""

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.probe import probes_by_prefix
+from matent_callbacks.callbacks.probe import hashes, probes_by_prefix
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
 
 _DATA_SET_RANK = "sequence_effective_rank"
 _Kind = Literal["training", "evaluation", "probe"]
+_SETTINGS_OF_REFERENCE = ("module", "layer_offset", "max_tokens")
 
 
 def check_every_n_steps(every_n_steps: int) -> None:
     """Raise ValueError unless it is a whole number above 0."""
     if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
         raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
+
+
+def warn_if_never_due(every_n_steps: int, last_step: int | None, *, at_end: bool) -> None:
+    """Warn if all steps of a run are fewer than ``every_n_steps``, and say whether it is measured ``at_end``."""
+    if last_step is not None and 0 < last_step < every_n_steps:
+        warnings.warn(
+            f"`every_n_steps` is {every_n_steps}, and training ends at step {last_step}: "
+            f"{'only its end is measured' if at_end else 'no step of it is measured'}.",
+            stacklevel=4,
+        )
 
 
 class Measurement:
@@ -62,6 +76,7 @@ class Measurement:
         self._prefix = prefix
         self._reference = reference
         self._reference_ranks: dict[str, float] | None = None
+        self._reference_of: dict[str, Any] = {}
         self._guard = guard
         self.settings = {"solver": solver, **settings}
         self._given_groups = self._groups = ParallelGroups(process_group, context_group)
@@ -71,7 +86,7 @@ class Measurement:
         """Return a copy with the same arguments, without monitors and reference values."""
         new = copy.copy(self)
         new._guard, new._monitors, new._reference_ranks = guard, {}, None
-        new._groups = self._given_groups
+        new._groups, new._reference_of = self._given_groups, {}
         return new
 
     def choose_groups(self, owner: Any) -> None:
@@ -137,18 +152,27 @@ class Measurement:
             values = self._values(monitor, prefix)
         return lambda: self._with_difference(values(), prefix)
 
-    def begin(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """Measure the reference, unless it came with the checkpoint that the run resumes from."""
+    def begin(
+        self,
+        model: nn.Module,
+        *,
+        resumed: bool,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Measure the reference, or find that of the start of the run in the state of the checkpoint."""
         if self._reference is None:
             return
-        loaded = self._reference_ranks is not None
+        of_start = self._reference == "start" or any(part is self._reference for part in model.modules())
         group = self._groups.process_group
+        device = next(model.parameters()).device
+        before, self._reference_of = self._reference_of, self._what_it_is_of(of_start, device)
         if is_distributed(group):
-            # A rank that could not load it when another did goes without: it would be alone in measuring it.
-            loaded = agreed_failures([loaded], next(model.parameters()).device, group)[0]
-        if loaded:
+            # The ranks measure it together or not at all.
+            resumed = agreed_failures([resumed], device, group)[0]
+        if of_start and resumed:
+            self._keep_what_holds(before)
             return
-        reference = model if self._reference == "start" else self._reference
+        reference = model if of_start else self._reference
         assert isinstance(reference, nn.Module)
 
         def measure() -> dict[str, float]:
@@ -160,6 +184,54 @@ class Measurement:
             return ranks
 
         self._reference_ranks = self._guard.values("the reference", measure)
+
+    def _what_it_is_of(self, of_start: bool, device: torch.device) -> dict[str, Any]:
+        """Return what the values of the reference depend on, as JSON types."""
+        own: dict[str, list[int]] = {}
+        with self._guard("the comparison of `probe` with that at the start"):
+            own = {prefix: hashes(probe) for prefix, probe in self.probes.items()}
+        group = self._groups.process_group
+        probes: dict[str, str] = {}
+        for prefix in self.probes:
+            found = torch.tensor(own.get(prefix, []), dtype=torch.int64, device=device).reshape(-1, 1)
+            # Ranks can have shares of it.
+            everybodys = all_gather_ragged(found, group) if is_distributed(group) else [found]
+            distinct = {number for part in everybodys for number in part.flatten().tolist()}
+            probes[prefix] = " ".join(f"{number:x}" for number in sorted(distinct))
+        settings = {name: self.settings.get(name) for name in _SETTINGS_OF_REFERENCE}
+        return {"reference": "start" if of_start else "model", "probes": probes, "settings": settings}
+
+    def _keep_what_holds(self, before: dict[str, Any]) -> None:
+        """Leave out reference values from the checkpoint that are not of what is measured now, with one warning."""
+        now, saved = self._reference_of, self._reference_ranks or {}
+        changed = [name for name in ("reference", "settings") if before.get(name) != now[name]]
+        others = [p for p in self.probes if before.get("probes", {}).get(p) != now["probes"][p] or not now["probes"][p]]
+        wanted = [(p, f"{p}{_DATA_SET_RANK}/{layer}") for p in self.probes for layer in self.layer_names]
+        kept = {
+            key: value
+            for prefix in self.probes
+            for key, value in saved.items()
+            if not changed and prefix not in others and key.startswith(f"{prefix}{_DATA_SET_RANK}/")
+        }
+        self._reference_ranks = kept
+        missing = [key.replace(_DATA_SET_RANK, "diff_erank") for _, key in wanted if key not in kept]
+        if not missing:
+            return
+        if not saved:
+            reason = "the checkpoint has no reference values of this callback"
+        elif "settings" in changed:
+            names = ", ".join(f"`{name}`" for name in _SETTINGS_OF_REFERENCE)
+            reason = f"the reference values in the checkpoint are of another {names}"
+        elif changed:
+            reason = "the reference values in the checkpoint are of another `reference`"
+        elif others:
+            reason = "the reference values in the checkpoint are of another `probe`"
+        else:
+            reason = "these layers have no reference values in the checkpoint"
+        warnings.warn(
+            f"Training was resumed without {', '.join(missing)}: {reason}, and what is measured now is not the start.",
+            stacklevel=4,
+        )
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Create another monitor with the same arguments."""
@@ -185,16 +257,14 @@ class Measurement:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
-        return {"reference_ranks": self._reference_ranks}
+        return {"reference_ranks": self._reference_ranks, "reference_of": self._reference_of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        An invalid state leaves no reference: one measured now would not be from the beginning of the run.
-        """
-        self._reference_ranks = {}
+        """Restore what :meth:`state_dict` returned; an invalid state leaves no reference."""
+        self._reference_ranks, self._reference_of = {}, {}
         ranks = state["reference_ranks"]
         self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
+        self._reference_of = dict(state["reference_of"])
 
     def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
         return _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
-from matent_callbacks.callbacks.unlogged import warn_never_logged
+from matent_callbacks.callbacks.needed_arguments import needs_arguments
+from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.plateau import PlateauDetector
+
+# Observations in a checkpoint, for a resumed run with a longer window.
+_KEPT = 500
 
 
 @with_arguments_of(PlateauDetector)
@@ -22,6 +27,7 @@ class SharedPlateauStopping(GuardedHooks):
         on_error: ``"warn"``: an error in a run is warned about once, and training goes on; ``"raise"``.
     """
 
+    @needs_arguments('"eval_loss", mode="min", min_delta=0.01, patience=5')
     def __init__(
         self,
         monitor: str,
@@ -37,18 +43,49 @@ class SharedPlateauStopping(GuardedHooks):
         self.guard = Guard(type(self).__name__, on_error)
         self.monitor = monitor
         self.verbose = verbose
-        self.smoothing = smoothing
-        self.settings: dict[str, Any] = {"min_delta": min_delta, "patience": patience, "mode": mode}
-        """These identify the detector in a checkpoint."""
-        self._new_detector = functools.partial(
-            PlateauDetector, **self.settings, warmup_steps=warmup_steps, smoothing=smoothing
-        )
+        self.settings: dict[str, Any] = {
+            "min_delta": min_delta,
+            "patience": patience,
+            "mode": mode,
+            "warmup_steps": warmup_steps,
+            "smoothing": smoothing,
+        }
+        """The arguments of the detector, which are in the checkpoint, too."""
         self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
-        self.detector = self._new_detector()
-        self.observed = False
+        self.detector = PlateauDetector(**self.settings)
+        self.unlogged = Unlogged(self.monitor, "training could not stop on it")
+        self._history: deque[tuple[int, float]] = deque(maxlen=_KEPT)
+
+    def observe(self, step: int, value: float) -> bool:
+        """Process a logged value; return whether the plateau is reached."""
+        self.unlogged.found()
+        if math.isfinite(value):
+            while self._history and self._history[-1][0] >= step:
+                self._history.pop()
+            self._history.append((step, value))
+        return self.detector.update(step, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, and what a report of the run needs, as JSON types."""
+        history = [list(observation) for observation in self._history]
+        return {**self.detector.state_dict(), "monitor": self.monitor, "settings": self.settings, "history": history}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; with other settings the observations are judged by the new ones."""
+        detector = PlateauDetector(**self.settings)
+        # First, since it raises for what is no state.
+        detector.load_state_dict(state_dict)
+        history = deque(((int(step), float(value)) for step, value in state_dict["history"]), maxlen=_KEPT)
+        if state_dict["settings"] != self.settings:
+            detector = PlateauDetector(**self.settings)
+            for step, value in history:
+                detector.update(step, value)
+        self.detector, self._history = detector, history
+        if history:
+            self.unlogged.found()
 
     def logged_values(self) -> dict[str, float]:
         """Return the trend, once there are two observations, and the number of observations since progress."""
@@ -60,6 +97,5 @@ class SharedPlateauStopping(GuardedHooks):
         print(f"Stopping: {self.monitor}: {self.detector.reason}")
 
     def warn_if_never_logged(self, logged: Iterable[str]) -> None:
-        """Warn if the name was never logged, with the names that were."""
-        if not self.observed:
-            warn_never_logged(self.monitor, logged, "training could not stop on it")
+        """Warn at the end of a run if the name was never logged, unless that was told before."""
+        self.unlogged.at_end(logged)

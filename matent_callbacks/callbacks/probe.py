@@ -60,6 +60,11 @@ def fingerprint(batch: Any) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
+def hashes(probe: Any) -> list[int]:
+    """Return the :func:`fingerprint` of each batch of a probe."""
+    return [fingerprint(batch) for batch in (probe if isinstance(probe, list | tuple) else [probe])]
+
+
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())

@@ -7,10 +7,11 @@ from typing import Any
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
 from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loggers import summarize_by_maximum
 from matent_callbacks.lightning._monitored_steps import MeasuringCallback
-from matent_callbacks.lightning._trainer import log
+from matent_callbacks.lightning._trainer import log, planned_steps
 
 
 @with_arguments_of(SharedAlignmentCallback)
@@ -27,11 +28,6 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         >>> # Trainer(callbacks=[callback]).fit(module_with_a_clip_model, data)
     """
 
-    @property
-    def state_key(self) -> str:
-        name = {} if self.name is None else {"name": self.name}
-        return str(self._generate_state_key(every_n_steps=self.every_n_steps, metrics=self._alignment.metrics, **name))
-
     @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -42,6 +38,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
+        warn_if_never_due(self.every_n_steps, planned_steps(trainer, pl_module), at_end=True)
         with self.guard("the greatest values in W&B's table of runs"):
             summarize_by_maximum(trainer, self.guard, *self.summarized_by_maximum)
         # A probe or a model that cannot be read raises now, not in the middle of the run.

@@ -38,13 +38,6 @@ class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
         >>> # Trainer(callbacks=callbacks).fit(module, data)
     """
 
-    @property
-    def state_key(self) -> str:
-        return str(self._generate_state_key(monitor=self.monitor, **self.settings))
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.warn_if_never_logged(trainer.callback_metrics)
-
     def look(self, trainer: Any) -> None:
         metrics = trainer.callback_metrics
         new = self.logged.new(metrics, self.watched(metrics))

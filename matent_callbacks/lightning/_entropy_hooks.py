@@ -20,6 +20,7 @@ from matent_callbacks.lightning._trainer import (
     draws_its_batches,
     log,
     logging_step,
+    planned_steps,
     publish,
     takes_names_with_a_loader,
 )
@@ -68,19 +69,6 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._overdue = False
         self._loaders: dict[int, EntropyMonitor] = {}
 
-    @property
-    def state_key(self) -> str:
-        return str(
-            self._generate_state_key(
-                every_n_steps=self.every_n_steps,
-                layers=self._measurement.layers,
-                metrics=self._measurement.metrics,
-                module=self._measurement.settings["module"],
-                probe=bool(self._measurement.probes),
-                **({} if self.name is None else {"name": self.name}),
-            )
-        )
-
     def state_dict(self) -> dict[str, Any]:
         return {**self._measurement.state_dict(), "records": self._records}
 
@@ -108,7 +96,9 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._skipped = self._overdue = False
         if not self.off:
             self._measurement.reset()
-            self._measurement.begin(pl_module, around=trainer.precision_plugin.forward_context)
+            self.warn_if_never_due(planned_steps(trainer, pl_module))
+            around = trainer.precision_plugin.forward_context
+            self._measurement.begin(pl_module, resumed=trainer.global_step > 0, around=around)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # Discard an accumulation that was cut short by an exception or a loader that ended early: its gradients are

@@ -30,6 +30,7 @@ class MeasuringCallback(GuardedCallback):
 
     @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self.off = trainer.barebones
         if self.off:
             warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)

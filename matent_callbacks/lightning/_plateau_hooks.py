@@ -16,8 +16,9 @@ class PlateauStopping(SharedPlateauStopping, ObservingCallback):
 
     Each time the value is logged is one observation, whatever logs it: the training loss, a validation metric, a
     reading of ``MatrixEntropyCallback``. The decision is :class:`~matent_callbacks.PlateauDetector`'s. Its history is
-    in every checkpoint, so a resumed run stops where an uninterrupted one does. A value is seen one batch late if it is
-    logged by a callback further back in the list, or by the module's ``on_train_epoch_end``.
+    in every checkpoint, so a resumed run stops where an uninterrupted one does; if its settings have changed, the new
+    ones judge the values of before, too. A value is seen one batch late if it is logged by a callback further back in
+    the list, or by the module's ``on_train_epoch_end``.
 
     ====================================  ===========================================================================
     ``plateau/<monitor>``                 trend: estimated change of the value per ``patience`` observations
@@ -29,27 +30,13 @@ class PlateauStopping(SharedPlateauStopping, ObservingCallback):
         >>> stopping = PlateauStopping("val_effective_rank/last", min_delta=0.5, patience=5, mode="any")
     """
 
-    @property
-    def state_key(self) -> str:
-        return str(self._generate_state_key(monitor=self.monitor, **self.settings))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.detector.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.detector.load_state_dict(state_dict)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.warn_if_never_logged(trainer.callback_metrics)
-
     def look(self, trainer: Any) -> None:
         value = self.logged.new(trainer.callback_metrics, [self.monitor]).get(self.monitor)
         if value is None:
             return
-        self.observed = True
         stop = False
         with self.guard("the observation of a value"):
-            stop = self.detector.update(trainer.global_step, float(value))
+            stop = self.observe(trainer.global_step, float(value))
         # Ranks that log different values, or fail to observe one, must not stop at different steps.
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         stops_now = stop and not trainer.should_stop

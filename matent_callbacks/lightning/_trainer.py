@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
 
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard, GuardedHooks, unguarded
+from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -27,6 +29,7 @@ __all__ = [
     "log",
     "log_to_loggers",
     "logging_step",
+    "planned_steps",
     "publish",
     "takes_names_with_a_loader",
 ]
@@ -35,9 +38,31 @@ __all__ = [
 class GuardedCallback(GuardedHooks, Callback):
     """A Lightning ``Callback`` whose hooks never end a run, and whose copies have nothing of a run."""
 
+    trainer: Any = None
+
+    state_key = StateKey()
+    """Identifies this callback's state in the checkpoint."""
+
+    # Events of Hugging Face's Trainer, which has other callbacks.
+    on_init_end = on_train_begin = on_prediction_step = refusing("transformers")
+
+    @property
+    def callbacks_of_trainer(self) -> list[Any]:
+        """The callbacks of the Trainer, once it is known."""
+        return [] if self.trainer is None else list(self.trainer.callbacks)
+
+    @unguarded
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        # Also where there is none, so that Lightning asks each callback for its key when the Trainer is made.
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer gives its callbacks methods of the LightningModule.
-        return {name: value for name, value in super().__getstate__().items() if name not in ("log", "log_dict")}
+        of_run = ("log", "log_dict", "trainer")
+        return {name: value for name, value in super().__getstate__().items() if name not in of_run}
 
 
 def draws_its_batches(step: Any) -> bool:
@@ -69,6 +94,15 @@ def logging_step(trainer: Any) -> int:
     """Return the step that the Trainer itself would now write values of ``self.log`` under."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
+
+
+def planned_steps(trainer: Any, pl_module: Any) -> int | None:
+    """Return at how many optimizer steps training ends at the latest, if that is known."""
+    planned = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
+    if pl_module.automatic_optimization and epochs is not None and epochs >= 0 and math.isfinite(per_epoch):
+        planned.append(math.ceil(per_epoch / trainer.accumulate_grad_batches) * epochs)
+    return min(planned, default=None)
 
 
 def log_to_loggers(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:

@@ -13,6 +13,7 @@ from matent_callbacks.report._settings import first_known
 from matent_callbacks.report._words import step as at
 
 _STATE = "trainer_state.json"
+# In logs of earlier versions the settings are in the key.
 _PLATEAU = re.compile(
     r"PlateauStopping\((?P<monitor>.+), min_delta=(?P<delta>.+), patience=(?P<patience>\d+), mode=(?P<mode>\w+)\)"
 )
@@ -109,17 +110,22 @@ def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | N
 
 def _plateau(name: str, saved: Any) -> Stop | None:
     match = _PLATEAU.fullmatch(name)
-    if match is None:
+    if match is None and not name.startswith("PlateauStopping("):
         return None
     try:
-        settings: dict[str, Any] = {
-            "min_delta": float(match["delta"]),
-            "patience": int(match["patience"]),
-            "mode": match["mode"],
-        }
-        detector = PlateauDetector(**settings, smoothing=saved["smoothing"])
+        if match is None:
+            monitor, settings = saved["monitor"], saved["settings"]
+        else:
+            monitor = match["monitor"]
+            settings = {
+                "min_delta": float(match["delta"]),
+                "patience": int(match["patience"]),
+                "mode": match["mode"],
+                "smoothing": saved["smoothing"],
+            }
+        detector = PlateauDetector(**settings)
         detector.load_state_dict(saved)
         step = saved["window"][-1][0]
     except (ValueError, IndexError, KeyError, TypeError):
         return None
-    return Stop(step, match["monitor"], detector.reason) if detector.reason else None
+    return Stop(step, monitor, detector.reason) if detector.reason else None

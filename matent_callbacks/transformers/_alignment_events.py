@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
 from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
@@ -59,15 +60,12 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         super().attach(trainer)
         self.join(trainer, trainer.callback_handler.callbacks)
 
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        name = f", name={self.name}" if self.name is not None else ""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}{name})"
-
     def check(self) -> None:
         # A probe or a model that cannot be read raises now, not in the middle of the run.
         self._measure()
+
+    def begin(self, state: TrainerState) -> None:
+        warn_if_never_due(self.every_n_steps, state.max_steps, at_end=True)
 
     def on_log(
         self,

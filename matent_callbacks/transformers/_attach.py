@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
+from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 # Key of the states of all callbacks of this package, in the Trainer's own record of callback states.
 _STATES = "matent_callbacks"
@@ -22,6 +23,17 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
     """Rank among the callbacks of this package: those that measure come before those that read what was measured."""
 
     trainer: Any = None
+
+    state_key = StateKey()
+    """Identifies this callback's state in the checkpoint."""
+
+    # Events of Lightning, which has other callbacks.
+    setup = teardown = on_exception = refusing("lightning")
+
+    @property
+    def callbacks_of_trainer(self) -> list[TrainerCallback]:
+        """The callbacks of the Trainer, once it is known."""
+        return [] if self.trainer is None else list(self.trainer.callback_handler.callbacks)
 
     def attach(self, trainer: Trainer) -> None:
         """Attach the callback to a Trainer. Only needed if the Trainer cannot be found from its events.
@@ -79,11 +91,6 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
             if state.stateful_callbacks is None:
                 state.stateful_callbacks = {}
             state.stateful_callbacks.setdefault(_STATES, {})[self.state_key] = self.state_dict()
-
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""

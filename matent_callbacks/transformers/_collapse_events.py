@@ -8,12 +8,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.collapse_alarm import SharedCollapseAlarm
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.transformers._attach import AttachedCallback
+from matent_callbacks.transformers._observing import ObservingCallback
 from matent_callbacks.transformers._reporters import alert
 
 
 @with_arguments_of(SharedCollapseAlarm)
-class CollapseAlarm(SharedCollapseAlarm, AttachedCallback):
+class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
     """Raises an alarm when a logged value has fallen far below its level and does not come back.
 
     Each log record with the value is one observation, whatever logs it. The decision is
@@ -30,14 +30,6 @@ class CollapseAlarm(SharedCollapseAlarm, AttachedCallback):
         >>> callbacks = [MatrixEntropyCallback(every_n_steps=10, layers="all"), CollapseAlarm(action="stop")]
         >>> # Trainer(..., callbacks=callbacks).train()
     """
-
-    order = 1
-
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"{type(self).__name__}({self.monitor}, {settings})"
 
     def on_log(
         self,
@@ -63,8 +55,3 @@ class CollapseAlarm(SharedCollapseAlarm, AttachedCallback):
         if state.is_world_process_zero:
             self.tell(alarms, lambda title, text: alert(self.trainer, self.guard, title, text))
         self.act(alarms)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.warn_if_never_logged({key for record in state.log_history for key in record})

@@ -66,12 +66,6 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         # Made now: a rank that has no batch to evaluate, or fails to read any, still computes with the others.
         self._measurement.evaluation_monitor(trainer.model)
 
-    @property
-    def state_key(self) -> str:
-        """Identifies this callback's state in the checkpoint."""
-        name = f", name={self.name}" if self.name is not None else ""
-        return f"{type(self).__name__}(every_n_steps={self.every_n_steps}, layers={self._measurement.layers}{name})"
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         return self._measurement.state_dict()
@@ -112,7 +106,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         return self._measurement.evaluation_values()
 
     def begin(self, state: TrainerState) -> None:
-        self._measurement.begin(self.trainer.model)
+        self.warn_if_never_due(state.max_steps)
+        self._measurement.begin(self.trainer.model, resumed=state.global_step > 0)
         self.keep_state(state)
 
     def was_logged(self, values: Mapping[str, float]) -> None:

@@ -41,11 +41,6 @@ class ReadingPrinter(AttachedCallback):
     def start_over(self) -> None:
         self._quiet: list[Any] = []
 
-    @property
-    def state_key(self) -> str:
-        """The name that a state would have in the checkpoint; this callback has none."""
-        return type(self).__name__
-
     def begin(self, state: TrainerState) -> None:
         for printer in self.trainer.callback_handler.callbacks:
             # Not where a user's subclass does something of its own.
