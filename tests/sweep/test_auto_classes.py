@@ -143,13 +143,13 @@ def test_last_is_no_head(name, last):
 def test_blocks_that_are_no_modules_are_refused():
     model = small("FlaubertModel")
     model.config.pre_norm = True
-    with pytest.raises(ValueError, match="separate lists .*attentions, layer_norm1, ffns, layer_norm2.*`module`"):
+    with pytest.raises(ValueError, match=r"separate lists .*attentions, layer_norm1, ffns, layer_norm2.*`module`"):
         find_stack(model)
 
 
 def test_several_transformers_are_named():
     model = small("Blip2ForImageTextRetrieval")
-    with pytest.raises(ValueError, match="`module` must say .*: vision_model, qformer"):
+    with pytest.raises(ValueError, match=r"`module` must say .*: vision_model, qformer"):
         find_stack(model)
 
 
