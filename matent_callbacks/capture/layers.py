@@ -155,8 +155,11 @@ def _matches(spec: str, named: dict[str, nn.Module], root: nn.Module) -> list[st
     """The modules that a name or glob means; None: it means layers of the stack."""
     if not _is_stack_name(spec):
         return fnmatch.filter(named, spec)
-    # An own module may be called `layer_0` or `last`; in a model of transformers these are always layers.
-    return [spec] if spec in named and not hugging_face_models(root) else None
+    # An own module may be called `layer_0`, or `last` where there is no stack; in a model of transformers these are
+    # always layers.
+    is_key = spec in ("last", "all") or re.fullmatch(r"layer_\d{2,}", spec)
+    is_own = spec in named and not hugging_face_models(root) and not (is_key and _stack_or_none(root))
+    return [spec] if is_own else None
 
 
 def _is_stack_name(spec: str) -> bool:

@@ -266,9 +266,10 @@ def _has_head(model: Any, branch: nn.Module) -> bool:
 
 def _first_fields(model: nn.Module) -> set[str]:
     """The first fields of the outputs that a model says its forward returns, if it says so."""
-    said = getattr(type(model).forward, "__annotations__", {}).get("return")
-    names = re.findall(r"\w+", str(said))
-    known = vars(sys.modules[type(model).__module__])
+    forward = type(model).forward
+    names = re.findall(r"\w+", str(getattr(forward, "__annotations__", {}).get("return")))
+    # Where the method was written: FSDP2 makes a class of its own of the model's.
+    known = vars(sys.modules.get(getattr(forward, "__module__", ""), sys))
     kinds = [known[name] for name in names if isinstance(known.get(name), type)]
     return {fields(kind)[0].name for kind in kinds if is_dataclass(kind) and fields(kind)}
 

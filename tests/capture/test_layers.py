@@ -228,6 +228,50 @@ def test_own_module_with_positional_arguments(batch, norm, container):
         assert readings[f"matrix_entropy/{layer}"] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["layer_0", "layer_00", "last", "all"])
+def test_an_own_module_may_be_called_as_a_layer_is(name):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.add_module(name, nn.Linear(8, 8))
+    model.head = nn.Linear(8, 3)
+    model.forward = lambda x: model.head(getattr(model, name)(x))  # type: ignore[method-assign]
+    inputs = torch.randn(2, 6, 8)
+    monitor = EntropyMonitor(model, name, metrics="matrix_entropy", dtype=torch.float64)
+    with monitor:
+        model(inputs)
+    expected = slow_pooled_entropy(getattr(model, name)(inputs).detach())
+    assert monitor.compute() == {f"matrix_entropy/{name}": pytest.approx(expected, abs=1e-6)}
+
+
+def test_where_there_is_a_stack_its_layers_come_first():
+    model = OwnGPT(True, nn.ModuleList)
+    model.last, model.all, model.layer_01, model.layer_0 = (nn.Linear(16, 9) for _ in range(4))
+    points = resolve_layers(model, ["last", "layer_01", "layer_0"]).points
+    assert [(point.key, point.module) for point in points] == [
+        ("last", model.ln_f),
+        ("layer_01", model.blocks[0]),
+        ("layer_0", model.layer_0),
+    ]
+    assert [point.key for point in resolve_layers(model, "all").points] == ["layer_00", "layer_01", "last"]
+    llama = build("llama")
+    llama.layer_1 = nn.Linear(4, 4)
+    assert resolve_layers(llama, "layer_1").points[0].module is llama.model.layers[0]
+
+
+class AttentionInOneList(nn.Module):
+    """Blocks that are no modules: their parts are in parallel lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(2))
+        self.ffns = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+
+def test_attention_alone_is_no_block():
+    with pytest.raises(ValueError, match=r"separate lists \(attentions, ffns\).*`module`"):
+        EntropyMonitor(AttentionInOneList())
+
+
 @pytest.mark.parametrize(
     ("layers", "keys"),
     [
