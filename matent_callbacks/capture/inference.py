@@ -148,9 +148,10 @@ def _has_forward(module: nn.Module) -> bool:
 def _told(model: nn.Module, own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     given = ", ".join(kwargs) if kwargs else f"{len(args)} positional"
     told = f"It was run as {type(model).__name__}({given})"
-    if own is model or _takes(model, args, kwargs):
-        return f"{told}."
-    return f"{told}, since {type(own).__name__}.forward{inspect.signature(own.forward)} does not take these."
+    if own is not model:
+        takes = ", ".join(inspect.signature(own.forward).parameters)
+        told = f"{told}, since {type(own).__name__}.forward({takes}) does not take these"
+    return f"({told}.)"
 
 
 def device_of(model: nn.Module) -> torch.device:
