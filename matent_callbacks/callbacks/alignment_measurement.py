@@ -20,12 +20,12 @@ from matent_callbacks.callbacks.alignment_reading import (
     Counts,
     Reading,
     Stages,
-    device_of,
     merged,
     over_ranks,
     read_dual_encoder,
     read_vision_language,
 )
+from matent_callbacks.callbacks.influence import Influence, sample_of_weights
 from matent_callbacks.callbacks.pair_measures import (
     EXCHANGE_MEASURES,
     OF_DUAL_ENCODERS,
@@ -38,7 +38,7 @@ from matent_callbacks.callbacks.pair_measures import (
 from matent_callbacks.callbacks.probe import fingerprint, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.in_parts import in_parts
-from matent_callbacks.capture.inference import quiet
+from matent_callbacks.capture.inference import device_of, quiet
 from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.functional.alignment import STAGES, image_reduction_ratio, image_text_alignment
 
@@ -89,7 +89,8 @@ class AlignmentMeasurement:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         if stages is not None and context_group is not None:
             raise ValueError("`context_group` is for models whose stages are found: pass it or `stages`, not both.")
-        self._given_probes = self.probes = probes_by_prefix(probe, prefix)
+        # Functions of the user's may take any batch.
+        self._given_probes = self.probes = probes_by_prefix(probe, prefix, check=stages is None)
         self._prefix = prefix
         self._given_group = self._group = group
         self._context_group = context_group
@@ -100,11 +101,13 @@ class AlignmentMeasurement:
         self._k = k
         self._alpha = alpha
         self._told: set[str] = set()
+        self._influences = {own: Influence() for own in self.prefixes}
 
     def renewed(self) -> AlignmentMeasurement:
         """Return a copy with the same arguments, but without a probe that was found."""
         new = copy.copy(self)
         new.probes, new._group = self._given_probes, self._given_group
+        new._influences = {own: Influence() for own in self.prefixes}
         return new
 
     def choose_group(self, owner: Any) -> None:
@@ -132,6 +135,8 @@ class AlignmentMeasurement:
         values: dict[str, float] = {}
         for prefix in self.prefixes:
             reading = self._measure_one(model, prefix, around, find_probe)
+            if self._influences[prefix].is_missing(reading, sample_of_weights(model)):
+                warnings.warn(Influence.MISSING.format(probe="`probe`"), stacklevel=2)
             values |= {f"{prefix}{key}": value for key, value in reading.items()}
         return values
 
@@ -166,7 +171,7 @@ class AlignmentMeasurement:
             if not self.probes and find_probe is not None:
                 self.probes = {self._prefix: find_probe()}
             probe = self.probes[prefix]
-            batches = [probe] if isinstance(probe, Mapping) else list(probe)
+            batches = [probe] if isinstance(probe, Mapping | Tensor) else list(probe)
             found = _Probe(batches, [fingerprint(batch) for batch in batches] if is_distributed() else [])
         except Exception as raised:
             error = raised

@@ -21,6 +21,7 @@ from matent_callbacks.accumulate.sequence_mean import (
 )
 from matent_callbacks.capture.dual_encoder import dual_encoder_towers, mean_token
 from matent_callbacks.capture.image_exchange import Exchange, exchange_images
+from matent_callbacks.capture.inference import device_of
 from matent_callbacks.capture.joint_forward import JointForward
 from matent_callbacks.capture.vision_language import Stage, StageReader, stages_of
 from matent_callbacks.functional._precision import statistics_dtype
@@ -81,11 +82,6 @@ def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | No
         for name, tower in zip(TOWERS, (image, text), strict=True)
     }
     return Reading(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) -> Reading:

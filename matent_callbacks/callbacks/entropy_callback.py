@@ -28,12 +28,15 @@ class SharedEntropyCallback(GuardedHooks):
         every_n_steps: Optimizer steps between two readings.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
             in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
-            separately and logged as ``<probe>/<metric>/<layer>``.
+            separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT
+            included. A module of your own around a Hugging Face model is run by its own ``forward`` if that takes the
+            names in the batch, all of them, and needs no others; or else the model inside is run.
         during_eval: Also read the forwards of evaluation.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
             when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
-        mask: Function from a batch to its mask ``(B, T)``, for models that are not given one; it overrides their own.
+        mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, for models that are not given one;
+            it overrides their own.
         prog_bar: Show the values in the progress bar.
         background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
             values are logged under their own step, but only at the next reading, checkpoint, or end of training.
@@ -49,7 +52,8 @@ class SharedEntropyCallback(GuardedHooks):
             the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
 
     Raises:
-        ValueError: Here for an argument out of range or an unknown metric; before training for an unknown layer, with
+        ValueError: Here for an argument out of range, an unknown metric, or a probe that holds no batch (rows of a data
+            set, text, a loader); before training for an unknown layer, with
             near matches, and for a second callback that would log the same names.
     """
 
@@ -94,6 +98,7 @@ class SharedEntropyCallback(GuardedHooks):
             layers,
             metrics=metrics,
             probe=probe,
+            mask=mask,
             reference=reference,
             background=background,
             prefix=prefix_of(name),
@@ -137,6 +142,7 @@ class SharedEntropyCallback(GuardedHooks):
         with self.guard("the choice of ranks by the Trainer's device mesh"):
             self._measurement.choose_groups(trainer)
         self._measurement.monitor(model)
+        self._measurement.check_probes(model)
         for other in callbacks:
             if not isinstance(other, SharedEntropyCallback) or other is self or not other._measurement.is_on_a_model:
                 continue

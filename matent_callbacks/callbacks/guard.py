@@ -58,8 +58,9 @@ class Guard:
             return False
         if work not in self._warned:
             self._warned.add(work)
+            text = " ".join([str(error), *getattr(error, "__notes__", ())])
             told = message.format(error=error) or (
-                f"Monitoring failed: {type(error).__name__}: {error} Training goes on without {work} ({self._owner})."
+                f"Monitoring failed: {type(error).__name__}: {text} Training goes on without {work} ({self._owner})."
             )
             warnings.warn(told, stacklevel=4)
         return True

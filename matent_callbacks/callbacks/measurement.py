@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
 from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
 from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.influence import Influence, sample_of_weights
 from matent_callbacks.callbacks.probe import hashes, probes_by_prefix
+from matent_callbacks.capture.inference import why_unfit
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
@@ -55,6 +57,7 @@ class Measurement:
         *,
         metrics: str | Iterable[str],
         probe: Any,
+        mask: Callable[[Any], Tensor | None] | None,
         reference: Literal["start"] | nn.Module | None,
         background: bool,
         prefix: str,
@@ -72,6 +75,8 @@ class Measurement:
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
         self.probes = probes_by_prefix(probe, prefix)
+        self._mask = mask
+        self._influences = {own: Influence() for own in self.probes}
         self.background = background
         self._prefix = prefix
         self._reference = reference
@@ -87,6 +92,7 @@ class Measurement:
         new = copy.copy(self)
         new._guard, new._monitors, new._reference_ranks = guard, {}, None
         new._groups, new._reference_of = self._given_groups, {}
+        new._influences = {own: Influence() for own in self.probes}
         return new
 
     def choose_groups(self, owner: Any) -> None:
@@ -146,11 +152,24 @@ class Measurement:
         self, prefix: str, probe: Any, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]
     ) -> Callable[[], dict[str, float]]:
         values: Callable[[], dict[str, float]] = dict
+        weights: list[Tensor] = []
         with self._guard("the reading of the probe"):
             monitor = self._monitor(model, "probe")
             self._read_probe(monitor, probe, around)
             values = self._values(monitor, prefix)
-        return lambda: self._with_difference(values(), prefix)
+            weights = sample_of_weights(model)
+        return lambda: self._with_difference(self._watched(values(), weights, prefix), prefix)
+
+    def _watched(self, values: dict[str, float], weights: list[Tensor], prefix: str) -> dict[str, float]:
+        """Return the values, and warn where the trained parameters have no influence on them."""
+        with self._guard("a look at whether the readings of the probe change"):
+            if self._influences[prefix].is_missing(values, weights):
+                warnings.warn(Influence.MISSING.format(probe=self._label(prefix)), stacklevel=2)
+        return values
+
+    def _label(self, prefix: str) -> str:
+        name = prefix[len(self._prefix) : -1]
+        return f"`probe` {name!r}" if name else "`probe`"
 
     def begin(
         self,
@@ -243,6 +262,18 @@ class Measurement:
             **self.settings,
         )
 
+    def check_probes(self, model: nn.Module) -> None:
+        """Raise ValueError if a probe cannot be run on the model, as far as that is known without running it."""
+        runnable = self.monitor(model).runnable
+        for prefix, probe in self.probes.items():
+            for batch in probe if isinstance(probe, list | tuple) else [probe]:
+                unfit = why_unfit(runnable, batch)
+                if unfit is not None:
+                    raise ValueError(
+                        f"{self._label(prefix)} must hold batches as the model takes them, as the collator returns "
+                        f"them; got {unfit}."
+                    )
+
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
         """Compute what a monitor has read since the last call."""
         return self._computed(monitor, self._prefix)
@@ -292,8 +323,9 @@ class Measurement:
         self, monitor: EntropyMonitor, probe: Any, around: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         # Guarded separately: if the forwards fail on one rank, the others still wait for it in `compute`.
-        with self._guard("the forwards of the probe"), around():
-            monitor.read(probe)
+        label = next(self._label(prefix) for prefix, own in self.probes.items() if own is probe)
+        with self._guard(f"the forwards of {label}"), around():
+            monitor.read(probe, attention_mask=self._mask)
 
     def _monitor(self, model: nn.Module, kind: _Kind) -> EntropyMonitor:
         # The model may be another object now: replaced when prepared for training, or new in a hyperparameter search.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from matent_callbacks.capture.batches import check_probe
 from matent_callbacks.capture.randomness import same_random_numbers
 
 
@@ -20,26 +23,41 @@ def prefix_of(name: str | None) -> str:
     return "" if name is None else f"{name}/"
 
 
-def probes_by_prefix(probe: Any, prefix: str) -> dict[str, Any]:
+def probes_by_prefix(probe: Any, prefix: str, *, check: bool = True) -> dict[str, Any]:
     """Return probes by the prefix of the names of their values; empty without a probe.
 
     Several probes are a mapping from names to probes, each a batch that is a mapping, or a list of batches.
 
     Raises:
-        ValueError: If the mapping is empty, or a name is invalid.
+        ValueError: If there is no probe, a name is invalid, or, with ``check``, what is passed is no batch: rows of a
+            data set, the data set itself, text, or token ids in lists.
     """
     if probe is None:
         return {}
-    if not isinstance(probe, Mapping) or not all(map(_is_probe, probe.values())):
-        return {prefix: probe}
-    if not probe:
+    # A rank may have no part in a list of batches.
+    if (
+        isinstance(probe, Mapping | list | tuple)
+        and not probe
+        and (isinstance(probe, Mapping) or not _is_one_of_many())
+    ):
         raise ValueError("`probe` must hold at least one batch or one named probe, got none.")
+    if not isinstance(probe, Mapping) or not all(map(_is_probe, probe.values())):
+        if check:
+            check_probe(probe)
+        return {prefix: probe}
+    for name, own in probe.items() if check else ():
+        check_probe(own, name)
     return {f"{prefix}{prefix_of(name)}": own for name, own in probe.items()}
 
 
 def _is_probe(value: Any) -> bool:
     batches = value if isinstance(value, list | tuple) else [value]
     return bool(batches) and all(isinstance(batch, Mapping) for batch in batches)
+
+
+def _is_one_of_many() -> bool:
+    """Whether this is a rank of a distributed run, or was launched to become one."""
+    return (dist.is_available() and dist.is_initialized()) or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> Any:

@@ -64,7 +64,7 @@ def dual_encoder_towers(
     handles = [tower.register_forward_hook(keep(name)) for name, tower in towers.items()]
     handles.append(inner.register_forward_hook(lambda module, args, output: whole.update(output=output)))
     try:
-        run(inner, {key: value for key, value in batch.items() if key not in ("labels", "return_loss")})
+        run((inner,), {key: value for key, value in batch.items() if key not in ("labels", "return_loss")})
     finally:
         for handle in handles:
             handle.remove()

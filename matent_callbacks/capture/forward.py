@@ -24,6 +24,8 @@ class Seen:
     """The keys of the layers that were called."""
     counted: bool = False
     """Whether any forward counted."""
+    broken_off: bool = False
+    """Whether a forward raised an error, which says why nothing was read."""
     unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The layers whose padding was counted because no mask fitted, with the lengths of mask and hidden states."""
 

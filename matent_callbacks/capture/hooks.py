@@ -96,6 +96,15 @@ class Capture:
         self._forwards.clear()
 
     @contextmanager
+    def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
+        """Let ``attention_mask`` override the masks that the model is given; None: they hold."""
+        before, self._outer_mask = self._outer_mask, attention_mask
+        try:
+            yield
+        finally:
+            self._outer_mask = before
+
+    @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks, during forwards that are known to run eagerly."""
         undo: list[Callable[[], None]] = []

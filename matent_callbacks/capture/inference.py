@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import call_eagerly
 from matent_callbacks.capture.randomness import same_random_numbers
+from matent_callbacks.capture.stack import is_hugging_face, unwrap
 
 # The models on which side-effect-free inference is running now, the innermost call last.
 _on_the_side: list[object] = []
@@ -89,13 +90,73 @@ def _every_module_called() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def run(model: nn.Module, batch: Any) -> None:
-    """Run one forward eagerly, on keyword arguments (a mapping) or positional ones (a tuple, list or tensor)."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batch = to_device(batch, device)
-    kwargs = {**batch, **cheap_arguments(model, batch)} if isinstance(batch, Mapping) else {}
+def run(runnable: Sequence[nn.Module], batch: Any) -> None:
+    """Run one forward eagerly, on keyword arguments (a mapping) or positional ones (a tuple, list or tensor).
+
+    It is run through the first module whose own ``forward`` takes the batch, or else through the last one. An error
+    has a note that says through which.
+    """
     args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    call_eagerly(model, args, kwargs)
+    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    model = _chosen(runnable, args, kwargs)
+    device = device_of(model)
+    try:
+        args, kwargs = to_device(args, device), to_device(kwargs, device)
+        call_eagerly(model, args, {**kwargs, **cheap_arguments(model, kwargs)} if kwargs else kwargs)
+    except Exception as error:
+        own = next((module for module in runnable if _has_forward(module)), model)
+        error.add_note(_told(model, own, args, kwargs))
+        raise
+
+
+def why_unfit(runnable: Sequence[nn.Module], batch: Any) -> str | None:
+    """Describe what a batch is, if a model of transformers is known not to take it; None if it may."""
+    if not isinstance(batch, Mapping):
+        return None
+    model = _chosen(runnable, (), batch)
+    if not is_hugging_face(model):
+        return None
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim < 2:
+        return f"`input_ids` of shape {tuple(ids.shape)}, as in a row of a data set before it is collated"
+    nested = [key for key, value in batch.items() if isinstance(value, Mapping)]
+    if nested and inspect.signature(unwrap(model).forward).parameters.keys().isdisjoint(batch):
+        return ", ".join(f"{key!r}: {type(value).__name__}" for key, value in batch.items())
+    return None
+
+
+def _chosen(runnable: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+    return next((module for module in runnable if _takes(module, args, kwargs)), runnable[-1])
+
+
+def _takes(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if not _has_forward(module):
+        return False
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether it has a ``forward`` of its own: those of the base classes take anything and raise an error."""
+    forward = inspect.unwrap(module.forward)  # hooks may be in place
+    return getattr(forward, "__qualname__", "") not in ("_forward_unimplemented", "LightningModule.forward")
+
+
+def _told(model: nn.Module, own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    given = ", ".join(kwargs) if kwargs else f"{len(args)} positional"
+    told = f"It was run as {type(model).__name__}({given})"
+    if own is not model:
+        takes = ", ".join(inspect.signature(own.forward).parameters)
+        told = f"{told}, since {type(own).__name__}.forward({takes}) does not take these"
+    return f"({told}.)"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -105,16 +166,19 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
 def cheap_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments that save work: no key-value cache, and without labels the logits of one position only."""
-    taken = inspect.signature(model.forward).parameters
+    # A PEFT model passes on what it does not name.
+    taken = inspect.signature(unwrap(model).forward).parameters
     wanted: dict[str, Any] = {}
-    # Models that pass on arguments they do not name accept this through `**kwargs`.
-    if "use_cache" in taken or (_has_config(model) and any(p.kind is p.VAR_KEYWORD for p in taken.values())):
+    # So do models of transformers that accept arguments through `**kwargs`.
+    passed_on = is_hugging_face(model) and _has_config(model)
+    if "use_cache" in taken or (passed_on and any(p.kind is p.VAR_KEYWORD for p in taken.values())):
         wanted["use_cache"] = False
     if "logits_to_keep" in taken and "labels" not in batch:
         wanted["logits_to_keep"] = 1

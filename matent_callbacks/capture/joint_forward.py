@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import eagerly
-from matent_callbacks.capture.inference import cheap_arguments, to_device
+from matent_callbacks.capture.inference import cheap_arguments, device_of, to_device
 from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.capture.values import first_tensor
 from matent_callbacks.functional._precision import statistics_dtype
@@ -53,7 +53,7 @@ class JointForward:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool = False) -> None:
         self.model: Any = unwrap(model)
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         batch = to_device(batch, device)
         labels = batch.get("labels") if with_labels else None
         # The loss of the model itself is not used, and would need logits for all tokens.

@@ -19,6 +19,7 @@ from matent_callbacks.capture.stack import (
     hugging_face_models,
     is_hugging_face,
     sequence_first,
+    trained_object,
     unwrap,
 )
 
@@ -53,8 +54,8 @@ class Layers:
     """The transformer that the blocks belong to, if blocks were asked for."""
     stack: Stack | None
     """The main stack of blocks of the model, if there is an obvious one, whether or not it was asked for."""
-    runnable: nn.Module
-    """What a probe is run through: the Hugging Face model inside, if there is exactly one, or the unwrapped model."""
+    runnable: tuple[nn.Module, ...]
+    """What a probe may be run through: from the model as it is trained down to the one Hugging Face model inside."""
 
 
 def resolve_layers(
@@ -106,7 +107,6 @@ def resolve_layers(
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
     inside = [m for place in places.values() for m in _below(root, above[place]) if not _is_container(m)]
     watched = [*chain, *inside, *(point.module for point in points.values())]
-    transformers = list(hugging_face_models(inner).values())
     return Layers(
         tuple(
             replace(
@@ -121,8 +121,21 @@ def resolve_layers(
         frozenset(m for m in watched if any(isinstance(a, nn.TransformerEncoderLayer) for a in above.get(m, ()))),
         owner,
         main,
-        runnable=transformers[0] if len(transformers) == 1 else inner,
+        runnable=_runnable(model, root, owner or (main.owner if main else None)),
     )
+
+
+def _runnable(model: nn.Module, root: nn.Module, owner: nn.Module | None) -> tuple[nn.Module, ...]:
+    """List what a probe may be run through, outermost first; the last is for a probe that fits none of them."""
+    outer = trained_object(model)
+    above = ancestries(outer)
+    # With PEFT around them: prompts and prefixes are put in by its `forward`.
+    inside = [outer.get_submodule(name) for name in hugging_face_models(outer)]
+    if len(inside) > 1:
+        inside = [found for found in inside if found in above.get(root, ()) or root in above[found]]
+    to = inside[0] if len(inside) == 1 else owner
+    path = dict.fromkeys(map(trained_object, above.get(to, (outer,)) if to else (outer,)))
+    return tuple(path) if len(inside) == 1 else (*path, outer)
 
 
 def _stack_or_none(model: nn.Module) -> Stack | None:

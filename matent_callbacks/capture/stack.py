@@ -33,14 +33,20 @@ class Stack:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module under DDP, FSDP, ``torch.compile`` and PEFT wrappers."""
+    inner: Any = trained_object(model)
+    while hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+        inner = trained_object(inner.get_base_model())
+    return inner  # type: ignore[no-any-return]
+
+
+def trained_object(model: nn.Module) -> nn.Module:
+    """What the user trains: the module under DDP, FSDP and ``torch.compile``, with PEFT still around it."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
             inner = inner.module
-        elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
-            inner = inner.get_base_model()
         else:
             return inner  # type: ignore[no-any-return]
 

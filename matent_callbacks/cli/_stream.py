@@ -190,7 +190,7 @@ class _Reader:
         self._shape, self.widths, self._entropies, self._moments, self._others = ids.shape, {}, {}, {}, {}
         self._capture.open(attention_mask=mask)
         try:
-            run(self._target, {"input_ids": ids, "attention_mask": mask.long()})
+            run((self._target,), {"input_ids": ids, "attention_mask": mask.long()})
         finally:
             self._capture.close()
         if silent := [layer for layer in self._layers if layer not in self.widths]:

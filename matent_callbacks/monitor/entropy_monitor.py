@@ -22,9 +22,10 @@ from matent_callbacks.accumulate.catalogue import (
 )
 from matent_callbacks.accumulate.layer_statistics import OF_WHOLE_SEQUENCES, LayerAccumulator
 from matent_callbacks.accumulate.reduction import check_groups
+from matent_callbacks.capture.batches import check_batch
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
-from matent_callbacks.capture.inference import quiet, run
+from matent_callbacks.capture.inference import device_of, quiet, run, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.explanations import counted_padding, why_unread
 from matent_callbacks.monitor.joint_reading import JointReading
@@ -151,6 +152,11 @@ class EntropyMonitor:
         """Names of the layers that are read, as they stand in the keys."""
         return tuple(point.key for point in self._layers.points)
 
+    @property
+    def runnable(self) -> tuple[nn.Module, ...]:
+        """What :meth:`read` may run a batch through, from the model as it is trained down to the one inside."""
+        return self._layers.runnable
+
     def __enter__(self) -> EntropyMonitor:
         self.start()
         return self
@@ -188,15 +194,34 @@ class EntropyMonitor:
         """Stop reading and remove every hook."""
         self._capture.close()
 
-    def read(self, batches: Any) -> None:
+    def read(self, batches: Any, *, attention_mask: Tensor | Callable[[Any], Tensor | None] | None = None) -> None:
         """Read batches in side-effect-free inference: evaluation mode, no gradients, no trace left.
+
+        They are run through the model as it is trained, with PEFT and without DDP, FSDP and ``torch.compile``. Where
+        its own ``forward`` does not take them, as that of a LightningModule may not, they are run through the first
+        module on the way to the Hugging Face model inside whose ``forward`` does, or else through that model. If a
+        forward fails, all that was read since the last ``compute`` is discarded.
 
         Args:
             batches: One batch (a mapping of keyword arguments, or a tensor) or a list of batches.
+            attention_mask: ``(B, T)``, for models that are not given one, or a function that returns it for a batch;
+                it overrides the model's own. ``None``, also from the function: the model's own holds.
+
+        Raises:
+            ValueError: If there is no tensor in a batch, or its token ids are a list.
         """
-        with quiet(self.model), self._capture.uncompiled():
-            for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
-                run(self._layers.runnable, batch)
+        device = device_of(self.model)
+        try:
+            with quiet(self.model), self._capture.uncompiled():
+                for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
+                    check_batch(batch)
+                    mask = attention_mask(batch) if callable(attention_mask) else attention_mask
+                    with self._capture.masked(to_device(mask, device)):
+                        run(self.runnable, batch)
+        except Exception:
+            self.reset()
+            self._capture.seen.broken_off = True
+            raise
 
     def compute(self) -> dict[str, float]:
         """Compute the readings since the last call, as ``{"<metric>/<layer>": value}``, and reset.
@@ -245,7 +270,7 @@ class EntropyMonitor:
                 stacklevel=3,
             )
         empty = [layer for layer, values in readings.values.items() if not values]
-        if empty:
+        if empty and not seen.broken_off:
             warnings.warn(why_unread(empty, seen, self._layers, self.model), stacklevel=3)
         for told in counted_padding({key: own for key, own in seen.unmasked.items() if key not in self._unmasked}):
             warnings.warn(told, stacklevel=3)
@@ -263,7 +288,7 @@ class EntropyMonitor:
     def reset(self) -> None:
         """Discard what was read since the last ``compute``."""
         self._capture.seen = Seen()
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         sources = sources_of(self.metrics)
         self._accumulators = {
             layer: LayerAccumulator(
