@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from matent_callbacks.callbacks.probe import probes_by_prefix
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
+from matent_callbacks.monitor.decomposition import NONFINITE
+from matent_callbacks.monitor.remembered import Remembered
 
 _DATA_SET_RANK = "sequence_effective_rank"
 
@@ -65,11 +68,14 @@ class Measurement:
         self.settings = {"solver": solver, **settings}
         self._given_groups = self._groups = ParallelGroups(process_group, context_group)
         self._monitors: dict[bool, EntropyMonitor] = {}
+        self._told: set[str] = set()
+        self._remembered: dict[tuple[str, ...], Remembered] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
         """Return a copy with the same arguments, without monitors and reference values."""
         new = copy.copy(self)
-        new._guard, new._monitors, new._reference_ranks = guard, {}, None
+        new._guard, new._monitors, new._reference_ranks, new._told = guard, {}, None, set()
+        new._remembered = {}
         new._groups = self._given_groups
         return new
 
@@ -152,23 +158,33 @@ class Measurement:
             for prefix, probe in self.probes.items():
                 self._read_probe(monitor, probe, around)
                 ranks |= _prefixed(prefix, monitor.compute())
-            return ranks
+            return {key: rank for key, rank in ranks.items() if f"{_DATA_SET_RANK}/" in key}
 
         self._reference_ranks = self._guard.values("the reference", measure)
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Create another monitor with the same arguments."""
-        return EntropyMonitor(
-            model,
-            self.layers,
-            metrics=metrics or self.metrics,
-            **self._groups._asdict(),
-            **self.settings,
-        )
+        metrics = metrics or self.metrics
+        monitor = EntropyMonitor(model, self.layers, metrics=metrics, **self._groups._asdict(), **self.settings)
+        # So that the names of values stay the same from one evaluation to the next, each of which has new monitors.
+        monitor.remembered = self._remembered.setdefault(metrics, monitor.remembered)
+        return monitor
 
-    def values(self, monitor: EntropyMonitor) -> dict[str, float]:
-        """Compute what a monitor has read since the last call."""
-        return self._computed(monitor, self._prefix)
+    def values(self, monitor: EntropyMonitor | None = None) -> dict[str, float]:
+        """Compute what a monitor has read in an evaluation; ``None``: that of the model's own forwards.
+
+        The names are the same at each evaluation: counts of tokens with NaN or Inf are told by one warning instead.
+        """
+        values = self._computed(monitor or self._monitors[False], self._prefix)
+        bad = {key: number for key, number in values.items() if key.startswith(f"{self._prefix}{NONFINITE}/")}
+        new = [f"{key.partition('/')[2]} ({number:.0f})" for key, number in bad.items() if key not in self._told]
+        self._told.update(bad)
+        if new:
+            warnings.warn(
+                f"Tokens with NaN or Inf were left out of the readings of an evaluation: {', '.join(new)}.",
+                stacklevel=2,
+            )
+        return {key: value for key, value in values.items() if key not in bad}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
@@ -184,16 +200,19 @@ class Measurement:
         self._reference_ranks = ranks if ranks is None else {str(key): float(value) for key, value in ranks.items()}
 
     def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
-        return _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
+        values = self._guard.values("the numbers of a reading", monitor.compute)
+        return _prefixed(prefix, values or monitor.undefined())
 
     def _values(self, monitor: EntropyMonitor, prefix: str) -> Callable[[], dict[str, float]]:
         if not self.background:
             values = self._computed(monitor, prefix)
             return lambda: values
-        finish: Callable[[], dict[str, float]] = dict
+        finish = monitor.undefined
         with self._guard("the beginning of a reading in the background"):
             finish = monitor.compute_later()
-        return lambda: _prefixed(prefix, self._guard.values("the numbers of a reading in the background", finish))
+        return lambda: _prefixed(
+            prefix, self._guard.values("the numbers of a reading in the background", finish) or monitor.undefined()
+        )
 
     def _with_difference(self, values: dict[str, float], prefix: str) -> dict[str, float]:
         ranks = f"{prefix}{_DATA_SET_RANK}/"

@@ -105,7 +105,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
-        return self._measurement.from_forwards()()
+        return self._measurement.values()
 
     def begin(self, state: TrainerState) -> None:
         self._measurement.begin(self.trainer.model)
