@@ -118,6 +118,7 @@ class LayerAccumulator:
         for source, tokens in self.tokens.items():
             of = states if vectors is None or source not in OF_VECTORS else vectors
             tokens.check_width(of.shape[-1])
+        self._give(mask)
         try:
             with full_precision(states.device):
                 if self.tokens.keys() & OF_VECTORS:
@@ -187,6 +188,7 @@ class LayerAccumulator:
                     self.tokens.get("raw"),
                     limited=lambda mask: mask if budget is None else self._first_tokens(mask, budget),
                 )
+                self._give(parts.counts)
                 if found is not None:
                     self._add_entropies(found, parts.width)
         except BaseException:
@@ -201,8 +203,13 @@ class LayerAccumulator:
             for source, center in CENTERS.items()
             if source in self._sources
         }
+        self.num_given = torch.zeros((), dtype=torch.int64, device=self.device)
+        """``()``: tokens that the masks have in, whether they hold NaN or not."""
         of_none = empty_sequence_mean(dtype=self.dtype, device=self.device)
         self.means: dict[Source, SequenceMean] = {source: of_none for source in MEANS if source in self._sources}
+
+    def _give(self, mask: Tensor) -> None:
+        self.num_given = self.num_given + mask.sum().to(self.device)
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> Tensor | None:
         entropy = None

@@ -96,6 +96,11 @@ class SequenceParts:
         attempt.end()
         return found
 
+    @property
+    def counts(self) -> Tensor:
+        """``(B, T)`` bool: the tokens of this rank that the mask, and the limit on their number, have in."""
+        return self._mask
+
     def _bring(self, limited: Callable[[Tensor], Tensor]) -> None:
         self._states, mask = self._local()
         self._mask = limited(mask)

@@ -22,6 +22,8 @@ from matent_callbacks.capture.inference import why_unfit
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
+from matent_callbacks.monitor.decomposition import NONFINITE
+from matent_callbacks.monitor.remembered import Remembered
 
 _DATA_SET_RANK = "sequence_effective_rank"
 _Kind = Literal["training", "evaluation", "probe"]
@@ -86,13 +88,16 @@ class Measurement:
         self.settings = {"solver": solver, **settings}
         self._given_groups = self._groups = ParallelGroups(process_group, context_group)
         self._monitors: dict[_Kind, EntropyMonitor] = {}
+        self._told: set[str] = set()
+        self._remembered: dict[tuple[str, ...], Remembered] = {}
 
     def renewed(self, guard: Guard) -> Measurement:
         """Return a copy with the same arguments, without monitors and reference values."""
         new = copy.copy(self)
-        new._guard, new._monitors, new._reference_ranks = guard, {}, None
+        new._guard, new._monitors, new._reference_ranks, new._told = guard, {}, None, set()
         new._groups, new._reference_of = self._given_groups, {}
         new._influences = {own: Influence() for own in self.probes}
+        new._remembered = {}
         return new
 
     def choose_groups(self, owner: Any) -> None:
@@ -200,7 +205,7 @@ class Measurement:
             for prefix, probe in self.probes.items():
                 self._read_probe(monitor, probe, around)
                 ranks |= _prefixed(prefix, monitor.compute())
-            return ranks
+            return {key: rank for key, rank in ranks.items() if f"{_DATA_SET_RANK}/" in key}
 
         self._reference_ranks = self._guard.values("the reference", measure)
 
@@ -254,13 +259,11 @@ class Measurement:
 
     def new_monitor(self, model: nn.Module, metrics: tuple[str, ...] | None = None) -> EntropyMonitor:
         """Create another monitor with the same arguments."""
-        return EntropyMonitor(
-            model,
-            self.layers,
-            metrics=metrics or self.metrics,
-            **self._groups._asdict(),
-            **self.settings,
-        )
+        metrics = metrics or self.metrics
+        monitor = EntropyMonitor(model, self.layers, metrics=metrics, **self._groups._asdict(), **self.settings)
+        # So that the names of values stay the same from one evaluation to the next, each of which has new monitors.
+        monitor.remembered = self._remembered.setdefault(metrics, monitor.remembered)
+        return monitor
 
     def check_probes(self, model: nn.Module) -> None:
         """Raise ValueError if a probe cannot be run on the model, as far as that is known without running it."""
@@ -275,8 +278,20 @@ class Measurement:
                     )
 
     def values(self, monitor: EntropyMonitor) -> dict[str, float]:
-        """Compute what a monitor has read since the last call."""
-        return self._computed(monitor, self._prefix)
+        """Compute what a monitor has read in an evaluation.
+
+        The names are the same at each evaluation: counts of tokens with NaN or Inf are told by one warning instead.
+        """
+        values = self._computed(monitor, self._prefix)
+        bad = {key: number for key, number in values.items() if key.startswith(f"{self._prefix}{NONFINITE}/")}
+        new = [f"{key.partition('/')[2]} ({number:.0f})" for key, number in bad.items() if key not in self._told]
+        self._told.update(bad)
+        if new:
+            warnings.warn(
+                f"Tokens with NaN or Inf were left out of the readings of an evaluation: {', '.join(new)}.",
+                stacklevel=2,
+            )
+        return {key: value for key, value in values.items() if key not in bad}
 
     def begin_evaluation(self) -> None:
         """Discard what is left of an evaluation that did not come to its end."""
@@ -298,16 +313,19 @@ class Measurement:
         self._reference_of = dict(state["reference_of"])
 
     def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
-        return _prefixed(prefix, self._guard.values("the numbers of a reading", monitor.compute))
+        values = self._guard.values("the numbers of a reading", monitor.compute)
+        return _prefixed(prefix, values or monitor.undefined())
 
     def _values(self, monitor: EntropyMonitor, prefix: str) -> Callable[[], dict[str, float]]:
         if not self.background:
             values = self._computed(monitor, prefix)
             return lambda: values
-        finish: Callable[[], dict[str, float]] = dict
+        finish = monitor.undefined
         with self._guard("the beginning of a reading in the background"):
             finish = monitor.compute_later()
-        return lambda: _prefixed(prefix, self._guard.values("the numbers of a reading in the background", finish))
+        return lambda: _prefixed(
+            prefix, self._guard.values("the numbers of a reading in the background", finish) or monitor.undefined()
+        )
 
     def _with_difference(self, values: dict[str, float], prefix: str) -> dict[str, float]:
         ranks = f"{prefix}{_DATA_SET_RANK}/"

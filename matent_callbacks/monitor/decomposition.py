@@ -26,17 +26,18 @@ _BATCH_NUMBERS = 2**17
 # From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
 _WORTH_A_THREAD = 256
 NONFINITE = "nonfinite_tokens"
+COUNTED = "counted"
 ERROR = "matrix_entropy_error"
 # From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
 # (benchmarks/solver.py).
-_WIDE = 1024
+WIDE = 1024
 
 Unit = tuple[Source, str]
 """What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
 
 
 def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
-    """Compute the numbers of each unit, ``(names,)``; NaN where no token was seen.
+    """Compute the numbers of each unit, ``(names,)``; NaN where too few tokens were seen. The counts come last.
 
     Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
     """
@@ -45,7 +46,7 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
         alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
     found: dict[Unit, Tensor] = {}
     for (size, num_features, source), units in alike.items():
-        *wanted, _ = names[units[0]]
+        wanted = names[units[0]][:-2]
         num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
         nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
         if size == 0:
@@ -56,18 +57,18 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
             summary = {
                 **summarized(eigenvalues, quantities, num_features=num_features),
                 **_shares(eigenvalues, wanted),
-                ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
+                ERROR: torch.zeros_like(eigenvalues[:, 0]),  # eigenvalues are exact
             }
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
         table = torch.where(num_tokens.unsqueeze(-1) >= _fewest(source), table, torch.nan)
-        table = torch.cat([table, nonfinite.unsqueeze(-1).to(table.dtype)], -1)
+        table = torch.cat([table, torch.stack([num_tokens, nonfinite], -1).to(table.dtype)], -1)
         found.update(zip(units, table, strict=True))
     return found
 
 
 def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Like :func:`decompose`, but with the approximate solver for wide matrices."""
-    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
+    wide = [unit for unit in matrices if matrices[unit].size >= WIDE]
     estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
     return {**decompose(matrices, names), **estimated}
 
@@ -89,8 +90,9 @@ def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int)
         "effective_rank": entropy.exp(),
         ERROR: error,
     }
-    numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-1]]
-    return torch.stack([*numbers, matrix.moments.num_nonfinite.to(entropy.dtype)])
+    numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-2]]
+    counts = (matrix.moments.num_tokens, matrix.moments.num_nonfinite)
+    return torch.stack([*numbers, *(count.to(entropy.dtype) for count in counts)])
 
 
 def _eigenvalues(matrices: list[Matrix | Discriminant]) -> Tensor:

@@ -27,9 +27,11 @@ from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import device_of, quiet, run, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
-from matent_callbacks.monitor.explanations import counted_padding, why_unread
+from matent_callbacks.monitor.decomposition import NONFINITE
+from matent_callbacks.monitor.explanations import counted_padding, undefined_by_cause, why_undefined
 from matent_callbacks.monitor.joint_reading import JointReading
 from matent_callbacks.monitor.readings import PendingReadings, Readings
+from matent_callbacks.monitor.remembered import Remembered
 from matent_callbacks.monitor.solvers import background
 
 
@@ -144,7 +146,7 @@ class EntropyMonitor:
         )
         self._failed: set[str] = set()
         self._unmasked: set[str] = set()
-        self._told_unlike: set[str] = set()
+        self.remembered = Remembered()
         self.reset()
 
     @property
@@ -226,10 +228,11 @@ class EntropyMonitor:
     def compute(self) -> dict[str, float]:
         """Compute the readings since the last call, as ``{"<metric>/<layer>": value}``, and reset.
 
-        ``nonfinite_tokens/<layer>`` is included if tokens were left out because they held NaN or Inf. A layer that
-        saw no valid token is left out, with a warning that says why. If ranks do not read the same layers, nothing is
-        computed, and a warning says what each of them reads. If the model is given a mask that marks padding, and
-        neither it nor one that is given to a module inside fits a layer, a warning says so once.
+        The names are the same each time: a number that is not defined is NaN, and one warning says why. Two kinds are
+        missing until a layer was read: the names of ``spectrum``, and those of a layer that fails at its first
+        reading. ``nonfinite_tokens/<layer>`` is added if tokens were left out
+        because they held NaN or Inf. If ranks do not read the same layers, all is NaN, and a warning says what each of
+        them reads. Another says where padding counts, since no mask fits a layer.
         """
         return self._begin(None)()
 
@@ -257,10 +260,9 @@ class EntropyMonitor:
 
     def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
         if readings.unlike:
-            if readings.unlike not in self._told_unlike:
-                self._told_unlike.add(readings.unlike)
-                warnings.warn(readings.unlike, stacklevel=3)
-            return {}
+            for told in self.remembered.untold("unlike", [readings.unlike]):
+                warnings.warn(told, stacklevel=3)
+            return self.undefined()
         self._joint.failed |= readings.failed
         elsewhere = readings.failed - self._failed
         if elsewhere:
@@ -269,21 +271,20 @@ class EntropyMonitor:
                 f"Left out, since ranks failed to read them or differ in their width: {', '.join(sorted(elsewhere))}.",
                 stacklevel=3,
             )
-        empty = [layer for layer, values in readings.values.items() if not values]
-        if empty and not seen.broken_off:
-            warnings.warn(why_unread(empty, seen, self._layers, self.model), stacklevel=3)
+        for cause, undefined in undefined_by_cause(readings, seen).items():
+            new = self.remembered.untold(cause, undefined)
+            # What broke off was told with its own error.
+            if new and not seen.broken_off:
+                warnings.warn(why_undefined(cause, new, readings, seen, self._layers, self.model), stacklevel=3)
         for told in counted_padding({key: own for key, own in seen.unmasked.items() if key not in self._unmasked}):
             warnings.warn(told, stacklevel=3)
         self._unmasked |= set(seen.unmasked)
-        names = dict.fromkeys(name for values in readings.values.values() for name in values)
-        result = {
-            f"{name}/{layer}": values[name]
-            for name in names
-            for layer, values in readings.values.items()
-            if name in values
-        }
-        bad = {f"nonfinite_tokens/{layer}": float(count) for layer, count in readings.nonfinite.items() if count}
-        return {**result, **bad}
+        bad = {f"{NONFINITE}/{layer}": float(count) for layer, count in readings.nonfinite.items() if count}
+        return self.remembered.complete(readings.values) | bad
+
+    def undefined(self) -> dict[str, float]:
+        """Return NaN under each name that :meth:`compute` returned before, for where it fails."""
+        return self.remembered.complete({})
 
     def reset(self) -> None:
         """Discard what was read since the last ``compute``."""

@@ -1,22 +1,46 @@
-"""Words the warnings about layers that were not read, or were read with their padding."""
+"""Words the warnings about layers that were not read, numbers not defined, and padding that was read."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from torch import nn
 
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source
+from matent_callbacks.accumulate.documents import VIEWS
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
+if TYPE_CHECKING:
+    from matent_callbacks.monitor.readings import Readings
+
 # The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
+
+Cause = Literal["unwatched", "silent", "uncounted", "masked", "all NaN", "too few", "not finite"]
+"""Why a number is not defined."""
+
+Undefined = tuple[str, str]
+"""A layer, and the name of a number."""
+
+# How many of what a metric takes, by its source.
+_TAKES: dict[Source, tuple[int, str]] = {
+    "pooled": (1, "token"),
+    "raw": (1, "token"),
+    "embedding": (2, "sequence"),
+    "raw_embedding": (1, "sequence"),
+    "between_documents": (2, f"sequence of {VIEWS} tokens or more"),
+    "sequence": (1, "sequence of 2 tokens or more"),
+    "sequence_by_tokens": (1, "sequence of 2 tokens or more"),
+    "curvature": (1, "sequence of 3 tokens or more"),
+}
 
 
 def how_ranks_differ(descriptions: Sequence[str], group: dist.ProcessGroup | None) -> str:
@@ -44,25 +68,90 @@ def _listed(items: Any) -> str:
     return ", ".join(items[:_TOLD]) + more
 
 
-def why_unread(empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
-    """Explain why some layers have no reading, and which names would have one."""
+def undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
+    """Return the numbers that are NaN, by the reason."""
+    found: dict[Cause, list[Undefined]] = defaultdict(list)
+    for layer, values in readings.values.items():
+        for name in [] if layer in readings.failed else [name for name, value in values.items() if math.isnan(value)]:
+            found[_cause(layer, name, readings, seen)].append((layer, name))
+    return found
+
+
+def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
+    source, given = _source(name), readings.given[layer]
+    count = readings.counted[layer, source]
+    if given == 0:
+        if not seen.ran and not seen.called:
+            return "unwatched"
+        if layer not in seen.called:
+            return "silent"
+        return "masked" if seen.counted else "uncounted"
+    if count == 0 and readings.nonfinite[layer] >= given:
+        return "all NaN"
+    return "too few" if count < _TAKES[source][0] else "not finite"
+
+
+def why_undefined(
+    cause: Cause, undefined: Sequence[Undefined], readings: Readings, seen: Seen, layers: Layers, model: nn.Module
+) -> str:
+    """Explain why numbers are not defined, all for the same reason."""
+    empty = list(dict.fromkeys(layer for layer, _ in undefined))
+    names = list(dict.fromkeys(name for _, name in undefined))
     unread = f"so there is no reading of: {', '.join(empty)}."
-    told = f"No valid token was seen, {unread}"
-    silent = [key for key in empty if key not in seen.called]
-    if not seen.ran and not seen.called:
+    if any(not math.isnan(value) for layer in empty for value in readings.values[layer].values()):
+        unread = f"so there is no {', '.join(names)} of: {', '.join(empty)}."
+    if cause == "all NaN":
+        alike: dict[int, list[str]] = defaultdict(list)
+        for layer in empty:
+            alike[readings.given[layer]].append(layer)
+        each = (f"all {number} tokens are NaN or Inf in {', '.join(keys)}" for number, keys in alike.items())
+        return f"No valid token was seen, {unread} Of those seen, {'; '.join(each)}."
+    if cause == "not finite":
+        return (
+            f"The numbers that were computed are not finite, {unread} They are not defined for these tokens, such as "
+            "the slope of a spectrum of one direction, or their squares are out of the range of the statistics' dtype."
+        )
+    if cause == "masked":
+        return f"Too few valid tokens or sequences were seen, {unread}"
+    if cause == "too few":
+        needs: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            least, what = _TAKES[_source(name)]
+            noun, _, kind = what.partition(" ")
+            fewest = min(readings.counted[layer, _source(name)] for layer, own in undefined if own == name)
+            needed = f"{least} {noun}{'s' if least > 1 else ''} {kind}".strip()
+            needs[f"at least {needed}, and {fewest} came"].append(name)
+        bad = max(readings.nonfinite[layer] for layer in empty)
+        return (
+            f"Too few valid tokens or sequences were seen, {unread} It takes "
+            + "; ".join(f"{needed} ({', '.join(own)})" for needed, own in needs.items())
+            + (f"; {bad} tokens were left out since they are NaN or Inf" if bad else "")
+            + ". Larger batches have more of them, and so have several steps that are read as one (`window_steps=`)."
+        )
+    return _why_unread(cause, empty, seen, layers, model)
+
+
+def _source(name: str) -> Source:
+    if name == "holevo_information":
+        return "sequence_by_tokens"  # which takes more than the other of its two
+    return "pooled" if name.startswith(SPECTRUM_TOP) else CATALOGUE[name.removesuffix("_error")]
+
+
+def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
+    """Explain why nothing of some layers was seen, and which names would have a reading."""
+    told = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
+    if cause == "unwatched":
         return (
             f"{told} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a copy."
         )
-    if not silent:
-        if not seen.counted:
-            return (
-                f"{told} Their forwards are not counted: they were handed a key-value cache, or were not in training "
-                "mode with gradients."
-            )
-        return f"Too few valid tokens or sequences were seen, {unread}"
-    names = ", ".join(dict.fromkeys(_names_that_would_work(silent, seen, layers, model))) or "none that is known"
+    if cause == "uncounted":
+        return (
+            f"{told} Their forwards are not counted: they were handed a key-value cache, or were not in training "
+            "mode with gradients."
+        )
+    names = ", ".join(dict.fromkeys(_names_that_would_work(empty, seen, layers, model))) or "none that is known"
     return (
-        f"{told} No forward of {', '.join(silent)} ran, although {type(model).__name__} was run: a module is not "
+        f"{told} No forward of {', '.join(empty)} ran, although {type(model).__name__} was run: a module is not "
         "called where it is skipped, where only its weights are used, or where a fused kernel does its work. Names "
         f"that would have a reading: {names}."
     )

@@ -26,7 +26,7 @@ from matent_callbacks.accumulate.reduction import (
     reduce_moments,
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.monitor.decomposition import ERROR, NONFINITE, Unit, decompose, estimate
+from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, WIDE, Unit, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
@@ -37,11 +37,15 @@ class Readings(NamedTuple):
     """The numbers of all layers."""
 
     values: dict[str, dict[str, float]]
-    """By layer and name. A number that is not defined, because no token was seen for example, is missing."""
+    """By layer and name. A number that is not defined, because no token was seen for example, is NaN."""
     nonfinite: dict[str, int]
     """Tokens that were left out because of NaN or Inf, by layer."""
     failed: set[str]
     """Layers that were left out: on all ranks, because some rank could not read them."""
+    given: dict[str, int]
+    """Tokens that the masks have in, whether they hold NaN or not, by layer."""
+    counted: dict[tuple[str, Source], int]
+    """What counted, by layer and source: tokens, or sequences."""
     unlike: str = ""
     """How ranks differ in what they read, so that nothing could be computed."""
 
@@ -89,6 +93,7 @@ class PendingReadings:
         }
         self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
+        self._given = {layer: accumulator.num_given for layer, accumulator in accumulators.items()}
         self._found: Future[dict[Unit, Tensor]] | None = None
         if executor is not None:
             matrices = {unit: matrix.to(torch.device("cpu")) for unit, matrix in gathered.matrices.items()}
@@ -98,13 +103,14 @@ class PendingReadings:
     def result(self) -> Readings:
         """Return the numbers, which are bitwise the same on every rank."""
         if self._gathered.unlike:
-            return Readings({}, {}, self._gathered.failed, self._gathered.unlike)
+            return Readings({}, {}, self._gathered.failed, {}, {}, self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
         own_means = not self._distributed or dist.get_rank(self._group) == 0
         for unit, names in self._mean_names.items():
             numbers_of_mean = _mean_numbers(self._gathered.means[unit], names) if own_means else None
             pieces.append(self._piece(numbers_of_mean, len(names)))
+        pieces.append(self._piece(torch.stack([*self._given.values()]), len(self._given)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
@@ -136,19 +142,22 @@ class PendingReadings:
 
     def _read_back(self, numbers: list[float]) -> Readings:
         both = (*self._names.items(), *self._mean_names.items())
-        columns = [(layer, name) for (_, layer), names in both for name in names]
-        readings = Readings({}, {}, self._gathered.failed)
-        for (layer, name), number in zip(columns, numbers, strict=True):
+        columns = [(source, layer, name) for (source, layer), names in both for name in names]
+        given = {layer: int(number) for layer, number in zip(self._given, numbers[len(columns) :], strict=True)}
+        readings = Readings({}, {}, self._gathered.failed, given, {})
+        for (source, layer, name), number in zip(columns, numbers[: len(columns)], strict=True):
             values = readings.values.setdefault(layer, {})
             if name == NONFINITE:
                 # A source of one vector per sequence may leave out fewer tokens than one of all tokens.
                 readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
-            elif math.isfinite(number):
-                values[name] = number
+            elif name == COUNTED:
+                readings.counted[layer, source] = int(number)
+            else:
+                values[name] = number if math.isfinite(number) else math.nan
         for values in readings.values.values():
-            within, pooled = values.pop(_WITHIN, None), values.pop("holevo_information", None)
-            if within is not None and pooled is not None:
-                values["holevo_information"] = max(pooled - within, 0.0)  # it is not negative, but rounding is
+            if _WITHIN in values:
+                difference = values.get("holevo_information", math.nan) - values.pop(_WITHIN)
+                values["holevo_information"] = 0.0 if difference < 0 else difference  # only rounding is negative
         return readings
 
 
@@ -234,12 +243,17 @@ def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra:
     names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
     if source == "sequence_by_tokens":
         names.append(_WITHIN)
-    if "spectrum" in metrics and CATALOGUE["spectrum"] == source:
+    if "spectrum" in metrics and CATALOGUE["spectrum"] == source and num_features:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
-    return [*names, *extra, NONFINITE]
+    # A narrower matrix is never estimated.
+    return [*names, *(extra if num_features >= WIDE else ()), COUNTED, NONFINITE]
 
 
 def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
     value = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
-    of = {"sequence_effective_rank": value.exp(), NONFINITE: mean.num_nonfinite.to(value.dtype)}
+    of = {
+        "sequence_effective_rank": value.exp(),
+        COUNTED: mean.num_sequences.to(value.dtype),
+        NONFINITE: mean.num_nonfinite.to(value.dtype),
+    }
     return torch.stack([of.get(name, value) for name in names])

@@ -190,13 +190,19 @@ def test_a_sequence_that_max_tokens_cuts_has_no_vector():
 
 
 def test_one_vector_has_no_spread():
-    found = monitored((torch.randn(1, 5, WIDTH), torch.ones(1, 5)))
-    assert found == {"embedding_rankme": pytest.approx(1.0)}
+    with pytest.warns(UserWarning, match="Too few valid tokens") as caught:
+        found = monitored((torch.randn(1, 5, WIDTH), torch.ones(1, 5)))
+    assert found.pop("embedding_rankme") == pytest.approx(1.0)
+    assert len(found) == len(METRICS) - 1
+    assert all(map(math.isnan, found.values()))
+    few, undefined = (str(w.message) for w in caught)
+    assert "at least 2 sequences, and 1 came (embedding_matrix_entropy, embedding_effective_rank, " in few
+    assert "so there is no embedding_alpha_req of: 0" in undefined
     model = nn.Sequential(nn.Identity())
     monitor = EntropyMonitor(model, "0", metrics="embedding_matrix_entropy")
     monitor.read(torch.randn(1, 5, WIDTH))
     with pytest.warns(UserWarning, match="Too few valid tokens or sequences were seen, so there is no reading of: 0"):
-        assert monitor.compute() == {}
+        assert math.isnan(monitor.compute()["embedding_matrix_entropy/0"])
 
 
 def test_the_approximate_solver_estimates_them_with_their_error():
