@@ -34,13 +34,11 @@ def probes_by_prefix(probe: Any, prefix: str, *, check: bool = True) -> dict[str
     """
     if probe is None:
         return {}
-    # A rank may have no part in a list of batches.
-    if (
-        isinstance(probe, Mapping | list | tuple)
-        and not probe
-        and (isinstance(probe, Mapping) or not _is_one_of_many())
-    ):
+    if isinstance(probe, Mapping) and not probe:
         raise ValueError("`probe` must hold at least one batch or one named probe, got none.")
+    # A rank may have no part in a list of batches.
+    if isinstance(probe, list | tuple) and not probe and not _is_one_of_many():
+        raise ValueError("`probe` must hold at least one batch, got none.")
     if not isinstance(probe, Mapping) or not all(map(_is_probe, probe.values())):
         if check:
             check_probe(probe)

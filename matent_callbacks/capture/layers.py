@@ -101,7 +101,10 @@ def resolve_layers(
     # An encoder-decoder as a whole is called with the encoder's mask; to read one part takes the mask of that part.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
     owners = [found.owner for found in (stack, main if outside else None) if found]
-    chain = [*outside, root, *hugging_face_models(root).values(), *owners]
+    runnable = _runnable(model, root, owner or (main.owner if main else None))
+    # PEFT around a model inside is given the mask of the user's tokens: with a prefix, the model itself is not.
+    peft = [m for m in runnable if outside and unwrap(m) is not m]
+    chain = [*outside, *peft, root, *hugging_face_models(root).values(), *owners]
     above = ancestries(inner)
     # For masks, the last hidden state of a transformers model counts as the output of its last block.
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
@@ -121,7 +124,7 @@ def resolve_layers(
         frozenset(m for m in watched if any(isinstance(a, nn.TransformerEncoderLayer) for a in above.get(m, ()))),
         owner,
         main,
-        runnable=_runnable(model, root, owner or (main.owner if main else None)),
+        runnable=runnable,
     )
 
 
