@@ -215,7 +215,7 @@ class Measurement:
     def _monitor(self, model: nn.Module, *, probing: bool) -> EntropyMonitor:
         # The model may be another object now: replaced when prepared for training, or new in a hyperparameter search.
         monitor = self._monitors.get(probing)
-        if monitor is None or monitor.model is not model:
+        if monitor is None or not monitor.fits(model):
             extra = (_DATA_SET_RANK,) if probing and self._reference is not None else ()
             monitor = self._monitors[probing] = self.new_monitor(model, (*self.metrics, *extra))
         return monitor
