@@ -348,7 +348,7 @@ class Measurement:
     def _monitor(self, model: nn.Module, kind: _Kind) -> EntropyMonitor:
         # The model may be another object now: replaced when prepared for training, or new in a hyperparameter search.
         monitor = self._monitors.get(kind)
-        if monitor is None or monitor.model is not model:
+        if monitor is None or not monitor.fits(model):
             extra = (_DATA_SET_RANK,) if kind == "probe" and self._reference is not None else ()
             monitor = self._monitors[kind] = self.new_monitor(model, (*self.metrics, *extra))
         return monitor

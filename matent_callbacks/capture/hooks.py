@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -176,8 +178,8 @@ class Capture:
                 )
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
-            # A module in the chain may be called without its parents, so each level may be the first to see a cache.
-            if any(not isinstance(arguments.get(name), bool | None) for name in _CACHES):
+            # A cache that the outermost module was not given was made inside, as by PEFT's prefix tuning.
+            if begins and (_generates() or any(_holds_tokens(arguments.get(name)) for name in _CACHES)):
                 forward.counts = False
             forward.masks.look(watched, arguments)
             if forward.packing is None and forward.counts:
@@ -290,6 +292,24 @@ class Capture:
     @property
     def _forward(self) -> Forward | None:
         return self._forwards.get(threading.get_ident())
+
+
+def _generates() -> bool:
+    """Whether this thread is inside a module's ``generate``, which may do without a cache."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether an argument is a key-value cache with tokens in it, and not a flag or a cache that is still empty."""
+    if isinstance(cache, bool | None):
+        return False
+    length = getattr(cache, "get_seq_length", None)
+    return length is None or int(length()) > 0
 
 
 def _in_backward(since: int = -1) -> bool:

@@ -77,28 +77,21 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._records = list(state_dict["records"])
 
     @unguarded
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.off:
-            return
-        self.watch(pl_module, trainer, trainer.callbacks)
-        if not self._measurement.probes and compiled_whole(pl_module):
-            self.off = True
-            warnings.warn(
-                "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
-                "beside the graph, or compile the transformer in it instead. No readings are taken.",
-                stacklevel=2,
-            )
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        self._find_layers(trainer, pl_module)
 
+    @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._late = None
         self._skipped = self._overdue = False
+        self._find_layers(trainer, pl_module)
         if not self.off:
-            self._measurement.reset()
             self.warn_if_never_due(planned_steps(trainer, pl_module))
-            around = trainer.precision_plugin.forward_context
-            self._measurement.begin(pl_module, resumed=trainer.global_step > 0, around=around)
+            with self.guard("the reference"):
+                self._measurement.reset()
+                around = trainer.precision_plugin.forward_context
+                self._measurement.begin(pl_module, resumed=trainer.global_step > 0, around=around)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # Discard an accumulation that was cut short by an exception or a loader that ended early: its gradients are
@@ -159,8 +152,11 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             self._log_late(trainer)
             self._show_pictures(trainer, last=True)
 
+    @unguarded
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._loaders = {}
+        if trainer.state.fn == "validate":
+            self._find_layers(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -175,8 +171,10 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val", len(trainer.num_val_batches))
 
+    @unguarded
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._loaders = {}
+        self._find_layers(trainer, pl_module)
 
     def on_test_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -195,6 +193,20 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         self._stop()
 
     # Internals
+
+    def _find_layers(self, trainer: Any, pl_module: Any) -> None:
+        """Set up the monitor before the first batch, so that a wrong configuration raises before training."""
+        # Not in `setup`: that of the module, and its `configure_model`, come after it and may make the model.
+        if self.off:
+            return
+        self.watch(pl_module, trainer, trainer.callbacks)
+        if not self._measurement.probes and compiled_whole(pl_module):
+            self.off = True
+            warnings.warn(
+                "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
+                "beside the graph, or compile the transformer in it instead. No readings are taken.",
+                stacklevel=2,
+            )
 
     def _is_read(self, trainer: Any, *, due: bool) -> bool:
         """Whether a reading of the optimizer step that is over is due and covers all of it.

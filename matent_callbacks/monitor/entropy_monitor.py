@@ -125,6 +125,7 @@ class EntropyMonitor:
         if on_error not in ("raise", "warn"):
             raise ValueError(f"`on_error` must be 'raise' or 'warn', got {on_error!r}.")
         self.model = model
+        self._parts = list(model.modules())
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
@@ -285,6 +286,10 @@ class EntropyMonitor:
     def undefined(self) -> dict[str, float]:
         """Return NaN under each name that :meth:`compute` returned before, for where it fails."""
         return self.remembered.complete({})
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` is the one that this was made for, and no module in it has been replaced or added since."""
+        return self.model is model and self._parts == list(model.modules())
 
     def reset(self) -> None:
         """Discard what was read since the last ``compute``."""

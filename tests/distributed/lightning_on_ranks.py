@@ -8,7 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from matent_callbacks.lightning import MatrixEntropyCallback, PlateauStopping
@@ -34,6 +36,22 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class MadeLate(Module):
+    """Makes its model where FSDP and large models need it."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = small_llama()
+        if self.device_mesh is not None:
+            for block in (*self.model.model.layers, self.model):
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
 
 
 class Kept(pl.Callback):
@@ -93,6 +111,19 @@ def train_and_evaluate(folder: str, world_size: int) -> dict[str, Any]:
     }
 
 
+def train_models_made_late(folder: str, world_size: int) -> dict[str, dict[str, Any]]:
+    """Readings of models from ``configure_model``, also under a strategy that needs it, and of one from ``__init__``."""
+    sharded = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    made: dict[str, Any] = {"init": (Module, "ddp"), "ddp": (MadeLate, "ddp"), "sharded": (MadeLate, sharded)}
+    found = {}
+    for name, (module, strategy) in made.items():
+        callbacks = [MatrixEntropyCallback(2, layers="all"), Kept("matrix_entropy/layer_00")]
+        trainer = make_trainer(folder, world_size, callbacks, strategy=strategy, num_sanity_val_steps=2)
+        trainer.fit(module(), loader(16 * world_size), loader(8))
+        found[name] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return found
+
+
 def train_with_failures(folder: str, rank: int, world_size: int) -> dict[str, Any]:
     """A mask, and then a probe, that fail on rank 1; the run stops early by readings."""
 
@@ -129,4 +160,5 @@ def train_with_failures(folder: str, rank: int, world_size: int) -> dict[str, An
 def on_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     as_if_launched(rank, world_size)
     right = train_and_evaluate(folder, world_size)
-    return {"right": right, "failing": train_with_failures(folder, rank, world_size)}
+    late = train_models_made_late(folder, world_size)
+    return {"right": right, "late": late, "failing": train_with_failures(folder, rank, world_size)}

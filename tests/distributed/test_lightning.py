@@ -47,6 +47,13 @@ def test_samples_that_the_sampler_repeats_count_once(results):
         assert (result["validated"], result["tested"]) == (right[0]["validated"], right[0]["tested"])
 
 
+def test_a_model_from_configure_model_is_read_as_one_from_init(results):
+    for result in part(results, "late"):
+        assert "val_matrix_entropy/layer_00" in result["init"]
+        assert result["ddp"] == result["init"]
+        assert result["sharded"] == pytest.approx(result["init"], rel=1e-4)
+
+
 def test_a_mask_that_fails_on_one_rank_leaves_the_reading_of_the_others(results):
     failing = part(results, "failing")
     states = [result["seen"][0] for rank, result in enumerate(failing) if rank != 1]
