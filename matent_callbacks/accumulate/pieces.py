@@ -20,9 +20,11 @@ from matent_callbacks.accumulate.symmetric import add_second_moment
 from matent_callbacks.functional._tokens import (
     Tokens,
     directions_from,
-    finite_rows,
+    into_range,
+    largest_of_rows,
     prepare_tokens,
     scaled_to_unit_length_,
+    squares_are_lost,
 )
 
 WORK_SPACE = 64 * 2**20
@@ -79,9 +81,11 @@ def prepared_pieces(
             yield whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype)
 
 
-def whole_sequences(states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> Piece:
-    """Centre and normalise sequences that fit into the work space."""
-    tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype)
+def whole_sequences(
+    states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype, alone: bool = False
+) -> Piece:
+    """Centre and normalise sequences that fit into the work space; ``alone`` is as for :func:`.prepare_tokens`."""
+    tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=alone)
     return Piece(tokens, tokens.valid.any(-1).sum())
 
 
@@ -94,28 +98,44 @@ class LongSequence:
         center: Subtract the mean token.
         normalize: Scale each token to unit length.
         dtype: Of the statistics.
+        alone: Whether it has a spectrum of its own, so that its scale does not matter.
     """
 
-    def __init__(self, states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        *,
+        center: bool,
+        normalize: bool,
+        dtype: torch.dtype,
+        alone: bool = False,
+    ) -> None:
         self._states = states
         self._center = center
         self._normalize = normalize
         self._dtype = dtype
         self._parts = list(slices(states.shape[0], rows_of_a_piece(states.shape[1], dtype)))
-        finite = torch.empty_like(mask)
-        total = torch.zeros(states.shape[1], dtype=dtype, device=states.device)
-        for part in self._parts:
-            x = states[part].to(dtype)
-            finite[part] = finite_rows(x)
-            if center:
-                total += self._where(mask[part] & finite[part], x).sum(0)
-            del x
+        wide = states.dtype if states.dtype == torch.float64 else dtype
+        largest = torch.cat([largest_of_rows(states[part].to(wide)) for part in self._parts])
+        finite = torch.isfinite(largest)
         self.valid = mask & finite
         """``(T,)`` bool: the tokens that count."""
         self.nonfinite = (mask & ~finite).sum()
         """``()`` int64: tokens left out because of NaN or Inf."""
         self._weight = self.valid.unsqueeze(-1).to(dtype)
+        self._factor: Tensor | None = None
+        largest = torch.where(self.valid, largest, 0.0)
+        if normalize or alone:
+            factor = into_range(largest.amax(0, keepdim=True) if center or not normalize else largest, dtype)
+            if states.device.type != "cpu" or bool((factor != 1).any()):
+                self._factor = factor
+        total = torch.zeros(states.shape[1], dtype=dtype, device=states.device)
+        for part in self._parts if center else ():
+            total += self._where(self.valid[part], self._scaled(part)).sum(0)
         self._mean = total / self._count
+        if not (normalize or alone):
+            self._mean.masked_fill_(squares_are_lost(largest.amax(), dtype), torch.nan)
 
     def pieces(self) -> Iterator[Piece]:
         """The tokens, centred and normalised, as pieces ``(1, part of T, d)``."""
@@ -148,7 +168,7 @@ class LongSequence:
         length, num_features = self._states.shape
         gram = torch.zeros(length, length, dtype=self._dtype, device=self._states.device)
         for columns in slices(num_features, rows_of_a_piece(length, self._dtype)):
-            x = self._where(self.valid, self._states[:, columns].to(self._dtype))
+            x = self._where(self.valid, self._scaled(slice(None), columns))
             if self._center:
                 x = torch.addcmul(x, self._weight, self._mean[columns], value=-1)
                 x.addcmul_(self._weight, x.sum(0) / self._count, value=-1)
@@ -180,13 +200,11 @@ class LongSequence:
     def _prepared(self, part: slice) -> Tensor:
         if not self._center:
             # This copies in any case. A view would change when the model writes into its hidden states.
-            x = torch.where(self.valid[part].unsqueeze(-1), self._states[part].to(self._dtype), 0.0)
+            x = torch.where(self.valid[part].unsqueeze(-1), self._scaled(part), 0.0)
             return scaled_to_unit_length_(x) if self._normalize else x
         if self._normalize and self._states.device.type == "cpu":
             valid = self.valid[part]
-            directions = directions_from(
-                self._mean, self._states[part].to(self._dtype), None if bool(valid.all()) else valid
-            )
+            directions = directions_from(self._mean, self._scaled(part), None if bool(valid.all()) else valid)
             if directions is not None:
                 return directions
         residual = self._residual
@@ -194,8 +212,16 @@ class LongSequence:
         return scaled_to_unit_length_(x) if self._normalize else x
 
     def _without_mean(self, part: slice) -> Tensor:
-        x = torch.addcmul(self._states[part].to(self._dtype), self._weight[part], self._mean, value=-1)
+        x = torch.addcmul(self._scaled(part), self._weight[part], self._mean, value=-1)
         return x.masked_fill_(~self.valid[part].unsqueeze(-1), 0.0)
+
+    def _scaled(self, part: slice, columns: slice = slice(None)) -> Tensor:
+        """Tokens whose squares are within the range of the dtype, if their scale does not matter."""
+        x = self._states[part, columns]
+        if self._factor is None:
+            return x.to(self._dtype)
+        factor = self._factor if len(self._factor) == 1 else self._factor[part]
+        return (x.to(torch.promote_types(x.dtype, self._dtype)) * factor.unsqueeze(-1)).to(self._dtype)
 
     @staticmethod
     def _where(valid: Tensor, x: Tensor) -> Tensor:

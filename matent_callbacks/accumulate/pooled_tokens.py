@@ -19,6 +19,7 @@ from matent_callbacks.accumulate.moments import (
 from matent_callbacks.accumulate.pieces import Piece, prepared_pieces, rows_of_a_piece, slices
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
 from matent_callbacks.functional._precision import full_precision
+from matent_callbacks.functional._tokens import squares_are_lost
 from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
 from matent_callbacks.functional.spectrum import over_trace, solved
 
@@ -58,12 +59,19 @@ class Matrix(NamedTuple):
         if self.gram is not None:
             return self.gram
         matrix, mean = lower_triangle(self.moments.scatter), self.moments.mean
-        if not self.add_mean:
-            return matrix
-        # In float64, because adding a large mean in float32 would wipe out the small eigenvalues. MPS has no float64.
-        if mean.device.type != "mps":
-            matrix, mean = matrix.double(), mean.double()
-        return matrix.addr_(mean, mean * self.moments.num_tokens)
+        # Tokens that were centred before have no mean here.
+        lost = squares_are_lost(mean.abs().amax(), matrix.dtype) if mean.numel() else None
+        if lost is not None:  # unless they spread more widely than their mean is large
+            info = torch.finfo(matrix.dtype)
+            lost = lost & (matrix.diagonal().amax() < info.tiny / info.eps)
+        if self.add_mean:
+            # In float64: adding a large mean in float32 would wipe out the small eigenvalues. MPS has no float64.
+            if mean.device.type != "mps":
+                matrix, mean = matrix.double(), mean.double()
+            matrix = matrix.addr_(mean, mean * self.moments.num_tokens)
+        if lost is not None:
+            matrix.diagonal().masked_fill_(lost, torch.nan)
+        return matrix
 
     def full(self) -> Tensor:
         """``(k, k)``: the whole matrix."""
@@ -207,14 +215,18 @@ class PooledTokens:
         weight = torch.cat([tokens.valid for tokens in self._kept]).unsqueeze(-1).to(dtype)
         count = self._moments.num_tokens.clamp(min=1)
         gram = torch.zeros(len(weight), len(weight), dtype=dtype, device=device)
+        largest = gram.new_zeros(())
         with full_precision(device):
             for columns in slices(self.num_features, rows_of_a_piece(len(weight), dtype)):
                 z = torch.cat([tokens.values[:, columns].to(dtype) for tokens in self._kept])
+                if self._center == "global":
+                    largest = torch.maximum(largest, z.abs().amax())
                 # Twice: if the mean is much larger than the spread, rounding leaves a part of it the first time.
                 for _ in range(2 if self._center == "global" else 0):
                     z.addcmul_(weight, z.sum(0) / count, value=-1)
                 gram.addmm_(z, z.T)
                 del z
+        gram.diagonal().masked_fill_(squares_are_lost(largest, dtype), torch.nan)
         return gram
 
     def _fold_kept(self) -> None:

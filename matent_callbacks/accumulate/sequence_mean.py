@@ -66,13 +66,13 @@ def sequence_entropies(
     """
     if pooled is not None:
         pooled.reserve(states)
-    found = []
+    found, alone = [], pooled is None
     for some, valid in sequences_at_a_time(states, mask, dtype):
         if is_long(some, dtype):
-            sequence = LongSequence(some[0], valid[0], center=center, normalize=normalize, dtype=dtype)
+            sequence = LongSequence(some[0], valid[0], center=center, normalize=normalize, dtype=dtype, alone=alone)
             found.append(_of_long_sequence(sequence, alpha, pooled))
             continue
-        piece = whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype)
+        piece = whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype, alone=alone)
         if pooled is not None:
             pooled.add(piece)
         matrix = second_moment(piece.tokens)

@@ -20,7 +20,13 @@ from matent_callbacks.accumulate.pooled_tokens import PooledTokens, entropy_of_l
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.accumulate.sequence_mean import SequenceEntropies
 from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle
-from matent_callbacks.functional._tokens import Tokens, finite_rows, scaled_to_unit_length_
+from matent_callbacks.functional._tokens import (
+    Tokens,
+    finite_rows,
+    into_range,
+    largest_of_rows,
+    scaled_to_unit_length_,
+)
 
 Groups = Sequence[dist.ProcessGroup]
 """Groups along different dimensions of a mesh of ranks, which together hold the parts of the same sequences."""
@@ -152,10 +158,17 @@ class SequenceParts:
 
     def _prepared(self, some: slice, part: slice) -> Tensor:
         mean = self._totals[some, :-1] / self._totals[some, -1:].clamp(min=1)
+        valid = self._valid[some, part]
+        x = self._states[some, part].to(self._dtype)
+        # Of this part alone: a direction does not depend on the scale.
+        largest = torch.where(valid, largest_of_rows(x), 0.0)
+        both = torch.cat([largest, largest_of_rows(mean).to(self._dtype).unsqueeze(1)], dim=1)
+        factor = into_range(both.amax(1), self._dtype)
+        x, mean = x * factor[:, None, None], mean * factor.unsqueeze(1)
         rounded = mean.to(self._dtype)
-        x = self._states[some, part].to(self._dtype) - rounded.unsqueeze(1)
+        x = x - rounded.unsqueeze(1)
         x -= (mean - rounded).to(self._dtype).unsqueeze(1)
-        return scaled_to_unit_length_(x.masked_fill_(~self._valid[some, part].unsqueeze(-1), 0.0))
+        return scaled_to_unit_length_(x.masked_fill_(~valid.unsqueeze(-1), 0.0))
 
     def _places(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
         """Yield slices of sequences and of their tokens that fit into the work space."""

@@ -38,7 +38,7 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 def prepared(rows: Tensor, *, center: bool, normalize: bool) -> Tensor:
     mask = torch.ones(1, len(rows), dtype=torch.bool, device=rows.device)
-    tokens = prepare_tokens(rows.unsqueeze(0), mask, center=center, normalize=normalize, dtype=rows.dtype)
+    tokens = prepare_tokens(rows.unsqueeze(0), mask, center=center, normalize=normalize, dtype=rows.dtype, alone=True)
     return tokens.values[0]
 
 

@@ -7,10 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matent_callbacks.functional._precision import statistics_dtype
-
 # If the mean of a sequence is this many times as long as the centred tokens, the rounding of the mean shows.
 _DWARFS = 8.0
+
+# Numbers whose largest magnitude is from 2^-safe to 2^safe have squares, and sums of these, within the range of a
+# dtype, and so do those that are smaller by as much as rounding errors are.
+_SAFE = {torch.float32: 40, torch.float64: 400}
+# Powers of two that are normal numbers in a dtype, either way.
+_MOST = {torch.float32: 120, torch.float64: 1000}
 
 
 class Tokens(NamedTuple):
@@ -63,24 +67,68 @@ def check_stage(name: str, hidden_states: Tensor | None, attention_mask: Tensor 
         raise type(error)(f"`{name}`: {error}") from error
 
 
-def finite_rows(x: Tensor) -> Tensor:
-    """Which rows of ``(..., d)`` hold neither NaN nor Inf: one reduction, instead of a bool tensor as large as ``x``.
+def largest_of_rows(x: Tensor) -> Tensor:
+    """The largest magnitude ``(...)`` in each row of ``(..., d)``, NaN or Inf if the row holds any, in one pass or two.
 
-    Half precision is summed in float32: in float16 the sum of finite numbers may overflow.
+    Unlike a sum, it cannot overflow.
     """
-    return torch.isfinite(x.sum(-1, dtype=statistics_dtype(x)))
+    if x.device.type == "cpu":  # whose norm of that order is not vectorised
+        return torch.maximum(x.amax(-1), -x.amin(-1))
+    largest: Tensor = torch.linalg.vector_norm(x, torch.inf, dim=-1)
+    return largest
 
 
-def prepare_tokens(hidden_states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype) -> Tokens:
-    """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length."""
-    x = hidden_states.to(dtype)
-    if center and normalize and x.device.type == "cpu" and mask.numel() > 0 and bool(mask.all()):
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows of ``(..., d)`` hold neither NaN nor Inf, without a bool tensor as large as ``x``."""
+    return torch.isfinite(largest_of_rows(x))
+
+
+def into_range(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Powers of two that bring numbers as large as ``largest`` to where their squares neither under- nor overflow.
+
+    They are 1 where nothing has to be done. Multiplying by them is exact.
+    """
+    exponent = largest.log2().floor()
+    odd = torch.isfinite(exponent) & (exponent.abs() > _SAFE[dtype])
+    most = _MOST[largest.dtype if largest.dtype == torch.float64 else torch.float32]
+    return torch.where(odd, exponent.clamp(-most, most).neg().exp2(), 1.0)
+
+
+def squares_are_lost(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether numbers of which none is larger than ``largest`` have squares that ``dtype`` cannot hold in full."""
+    info = torch.finfo(dtype)
+    lost: Tensor = (largest > 0) & (largest < (info.tiny / info.eps) ** 0.5)
+    return lost
+
+
+def prepare_tokens(
+    hidden_states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype, alone: bool = False
+) -> Tokens:
+    """Zero the rows that are masked or not finite, centre each sequence, scale rows to unit length.
+
+    ``alone``: each sequence has a spectrum of its own, so that rows without unit length may have any common scale.
+    Otherwise centred rows without unit length are NaN if their squares would be lost.
+    """
+    if center and normalize and hidden_states.device.type == "cpu" and mask.numel() > 0 and bool(mask.all()):
+        x = hidden_states.to(dtype)
         values = directions_from(x.mean(1, keepdim=True), x, None)
         if values is not None:
             return Tokens(values, mask, torch.zeros((), dtype=torch.int64))
-    finite = finite_rows(x)
+    # float64 may be out of the range of float32.
+    x = hidden_states if hidden_states.dtype == torch.float64 else hidden_states.to(dtype)
+    largest = largest_of_rows(x)
+    finite = torch.isfinite(largest)
     valid = mask & finite
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
+    largest = torch.where(valid, largest, 0.0)
+    if center and not (normalize or alone) and mask.numel() > 0:
+        x.masked_fill_(valid.unsqueeze(-1) & squares_are_lost(largest.amax(), dtype), torch.nan)
+    if (normalize or alone) and mask.numel() > 0:
+        factor = into_range(largest.amax(1, keepdim=True) if center or not normalize else largest, dtype)
+        # A look at a value spares a pass over memory on the CPU, where it costs nothing.
+        if not center or x.device.type != "cpu" or bool((factor != 1).any()):
+            x.mul_(factor.unsqueeze(-1))
+    x = x.to(dtype)
     if center:
         weight = valid.unsqueeze(-1).to(dtype)
         count = weight.sum(1, keepdim=True).clamp(min=1)
@@ -100,14 +148,18 @@ def directions_from(mean: Tensor, x: Tensor, valid: Tensor | None) -> Tensor | N
     """Centre rows ``(..., d)`` by ``mean`` and normalise them, in half as many passes over memory as usual.
 
     For the CPU, where reading a value costs nothing. ``valid`` ``(...)`` says which rows count, ``None``: all do. The
-    result is ``None`` if a row that counts is not finite, or the mean is so long that its rounding would show.
+    result is ``None`` if a row that counts is not finite, or the mean is so long that its rounding would show, or
+    squares might under- or overflow.
     """
     x = x - mean
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    largest = norm.amax() if valid is None else torch.where(valid.unsqueeze(-1), norm, 0.0).amax()
     if valid is not None:
         norm.masked_fill_(~valid.unsqueeze(-1), torch.inf)
+    smallest, safe = norm.amin(), 2.0 ** _SAFE[x.dtype]
     # False if either is NaN, as it is if some row holds NaN or Inf.
-    if bool(torch.linalg.vector_norm(mean, dim=-1).amax() <= _DWARFS * norm.amin()):
+    near = torch.linalg.vector_norm(mean, dim=-1).amax() <= _DWARFS * smallest
+    if bool(near & (largest <= safe) & (smallest >= 1 / safe)):
         x.div_(norm.clamp_(min=torch.finfo(x.dtype).tiny))
         return x if valid is None else x.masked_fill_(~valid.unsqueeze(-1), 0.0)
     return None

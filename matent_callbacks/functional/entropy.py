@@ -53,7 +53,8 @@ def matrix_entropy(
     check_alpha(alpha)
     states, mask = check_hidden_states(hidden_states, attention_mask)
     with full_precision(states.device):
-        tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=statistics_dtype(hidden_states))
+        dtype = statistics_dtype(hidden_states)
+        tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=True)
         entropy = entropy_of_matrix(second_moment(tokens), alpha=alpha)
     defined = tokens.valid.sum(-1) >= (2 if center else 1)
     entropy = torch.where(defined, entropy, torch.nan)

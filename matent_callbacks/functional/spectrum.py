@@ -49,7 +49,8 @@ def spectrum(
     """
     states, mask = check_hidden_states(hidden_states, attention_mask)
     with full_precision(states.device):
-        tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=statistics_dtype(hidden_states))
+        dtype = statistics_dtype(hidden_states)
+        tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=True)
         eigenvalues = unit_trace_eigenvalues(second_moment(tokens))
     return eigenvalues[0] if hidden_states.ndim == 2 else eigenvalues
 

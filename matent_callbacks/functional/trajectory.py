@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.functional._precision import statistics_dtype
-from matent_callbacks.functional._tokens import check_hidden_states, finite_rows
+from matent_callbacks.functional._tokens import check_hidden_states, finite_rows, into_range, largest_of_rows
 
 
 def curvature(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -52,6 +52,10 @@ def counting_first(valid: Tensor) -> tuple[Tensor, Tensor]:
 
 def sum_of_angles(states: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Sum ``(B,)`` of the angles along ``(B, T, d)``, of which the first ``count`` tokens count, and their number."""
+    if states.numel():
+        largest = largest_of_rows(states)
+        largest = torch.where(torch.isfinite(largest), largest, 0.0).amax(1)
+        states = states * into_range(largest, states.dtype)[:, None, None]
     steps = states.diff(dim=1)
     length = torch.linalg.vector_norm(steps, dim=-1)
     moves = (length > 0) & torch.isfinite(length)

@@ -39,7 +39,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     ``val_<metric>/<layer>``, ``test_...``        over each validation or test epoch; with several loaders one each,
                                                   with ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind it
     ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
-    ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
+    ``nonfinite_tokens/<layer>``                  in training, where tokens were left out because they held NaN or Inf
     ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
     ============================================  ===================================================================
 

@@ -30,7 +30,7 @@ COUNTED = "counted"
 ERROR = "matrix_entropy_error"
 # From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
 # (benchmarks/solver.py).
-WIDE = 1024
+_WIDE = 1024
 
 Unit = tuple[Source, str]
 """What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
@@ -57,7 +57,7 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
             summary = {
                 **summarized(eigenvalues, quantities, num_features=num_features),
                 **_shares(eigenvalues, wanted),
-                ERROR: torch.zeros_like(eigenvalues[:, 0]),  # eigenvalues are exact
+                ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
             }
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
         table = torch.where(num_tokens.unsqueeze(-1) >= _fewest(source), table, torch.nan)
@@ -68,7 +68,7 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
 
 def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Like :func:`decompose`, but with the approximate solver for wide matrices."""
-    wide = [unit for unit in matrices if matrices[unit].size >= WIDE]
+    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
     estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
     return {**decompose(matrices, names), **estimated}
 

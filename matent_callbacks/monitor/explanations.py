@@ -134,7 +134,7 @@ def why_undefined(
 def _source(name: str) -> Source:
     if name == "holevo_information":
         return "sequence_by_tokens"  # which takes more than the other of its two
-    return "pooled" if name.startswith(SPECTRUM_TOP) else CATALOGUE[name.removesuffix("_error")]
+    return "pooled" if name.startswith(SPECTRUM_TOP) else CATALOGUE[name]
 
 
 def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:

@@ -26,7 +26,7 @@ from matent_callbacks.accumulate.reduction import (
     reduce_moments,
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, WIDE, Unit, decompose, estimate
+from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, Unit, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
@@ -152,7 +152,7 @@ class PendingReadings:
                 readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif name == COUNTED:
                 readings.counted[layer, source] = int(number)
-            else:
+            elif not (name.endswith(ERROR) and math.isnan(number)):  # of what was not estimated
                 values[name] = number if math.isfinite(number) else math.nan
         for values in readings.values.values():
             if _WITHIN in values:
@@ -245,8 +245,7 @@ def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra:
         names.append(_WITHIN)
     if "spectrum" in metrics and CATALOGUE["spectrum"] == source and num_features:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
-    # A narrower matrix is never estimated.
-    return [*names, *(extra if num_features >= WIDE else ()), COUNTED, NONFINITE]
+    return [*names, *extra, COUNTED, NONFINITE]
 
 
 def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:

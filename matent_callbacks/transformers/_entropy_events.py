@@ -30,7 +30,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     ``<metric>/<layer>``                          at each monitored step
     ``eval_<metric>/<layer>``                     in evaluation (or the prefix that ``evaluate`` is given)
     ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
-    ``nonfinite_tokens/<layer>``                  where tokens were left out because they held NaN or Inf
+    ``nonfinite_tokens/<layer>``                  in training, where tokens were left out because they held NaN or Inf
     ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
     ============================================  ===================================================================
 
