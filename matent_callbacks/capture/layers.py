@@ -101,7 +101,8 @@ def resolve_layers(
     # An encoder-decoder as a whole is called with the encoder's mask; to read one part takes the mask of that part.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
     owners = [found.owner for found in (stack, main if outside else None) if found]
-    runnable = _runnable(model, root, owner or (main.owner if main else None))
+    told = stack or main
+    runnable = _runnable(model, root, told.owner if told else None)
     # PEFT around a model inside is given the mask of the user's tokens: with a prefix, the model itself is not.
     peft = [m for m in runnable if outside and unwrap(m) is not m]
     chain = [*outside, *peft, root, *hugging_face_models(root).values(), *owners]
@@ -137,7 +138,7 @@ def _runnable(model: nn.Module, root: nn.Module, owner: nn.Module | None) -> tup
     if len(inside) > 1:
         inside = [found for found in inside if found in above.get(root, ()) or root in above[found]]
     to = inside[0] if len(inside) == 1 else owner
-    path = dict.fromkeys(map(trained_object, above.get(to, (outer,)) if to else (outer,)))
+    path = dict.fromkeys(map(trained_object, (outer,) if to is None else above.get(to, (outer,))))
     return tuple(path) if len(inside) == 1 else (*path, outer)
 
 
