@@ -100,7 +100,9 @@ def resolve_layers(
     # An encoder-decoder as a whole is called with the encoder's mask; to read one part takes the mask of that part.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
     owners = [found.owner for found in (stack, main if outside else None) if found]
-    chain = [*outside, root, *hugging_face_models(root).values(), *owners]
+    # Prefix tuning makes a cache in the wrapper, wherever that is.
+    wrappers = [m for m in model.modules() if hasattr(m, "get_base_model") and hasattr(m, "peft_config")]
+    chain = [*outside, *(wrappers if outside else ()), root, *hugging_face_models(root).values(), *owners]
     above = ancestries(inner)
     # For masks, the last hidden state of a transformers model counts as the output of its last block.
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}

@@ -139,7 +139,12 @@ class EntropyMonitor:
         self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._capture = Capture(
-            model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
+            model,
+            self._layers,
+            self._record,
+            self._guarded,
+            discard=lambda layer: self._accumulators[layer].discard(),
+            whole_sequences=self._joint.has_whole_sequences,
         )
         self._failed: set[str] = set()
         self._unmasked: set[str] = set()
