@@ -32,14 +32,14 @@ class Masks:
         found = list(_masks_among(module, arguments))
         for mask in self._masks:
             if not mask.of_any_layer and not any(mask.tensor is tensor for _, tensor in found):
-                mask.modules.discard(module)
+                mask.give_to(module, no_more=True)
         self._masks = [mask for mask in self._masks if mask.modules]
         for name, tensor in found:
             known = next((mask for mask in self._masks if mask.tensor is tensor), None)
             if known is None:
                 self._masks.append(_Mask(tensor, name, module, is_given=is_given))
             else:
-                known.modules.add(module)
+                known.give_to(module)
 
     def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Return hidden states batch first, and which are valid tokens: ``(B, T)`` bool, or None if no mask fits.
@@ -91,7 +91,7 @@ class Masks:
         for mask in self._masks:
             # Hidden states with one vector per sample are not tokens.
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
-            if not (one_a_sample or mask.modules.isdisjoint(modules)) and mask.has_padding():
+            if not one_a_sample and mask.is_for(modules) and mask.has_padding():
                 return mask.tensor.shape[-1]
         return None
 
@@ -104,6 +104,7 @@ class _Mask:
     ) -> None:
         self.tensor = tensor
         self.modules = {module}
+        self._replaced: set[nn.Module] = set()
         self.of_any_layer = of_any_layer
         self._name = name
         self._is_given = is_given
@@ -120,7 +121,18 @@ class _Mask:
         return self.tensor.ndim > 2
 
     def is_for(self, modules: Collection[nn.Module]) -> bool:
-        return self.of_any_layer or not self.modules.isdisjoint(modules)
+        if self.of_any_layer:
+            return True
+        return not self.modules.isdisjoint(modules) and self._replaced.isdisjoint(modules)
+
+    def give_to(self, module: nn.Module, *, no_more: bool = False) -> None:
+        """Note that a module is given this mask; ``no_more``: or another one in its place, if it was."""
+        if not no_more:
+            self.modules.add(module)
+            self._replaced.discard(module)
+        elif module in self.modules:
+            self.modules.discard(module)
+            self._replaced.add(module)
 
     def tokens(self) -> Tensor | None:
         """Return the valid tokens ``(B, T)`` of a query-key mask, or None where they cannot be told from it."""
