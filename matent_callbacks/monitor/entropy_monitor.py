@@ -66,7 +66,8 @@ class EntropyMonitor:
             an encoder-decoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
             selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
-        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones that are no padding count.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count, and padding
+            is none of them.
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
