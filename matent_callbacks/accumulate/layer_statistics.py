@@ -60,7 +60,7 @@ class LayerAccumulator:
 
     Args:
         sources: What to accumulate.
-        max_tokens: Upper bound on the number of tokens; the first ones count.
+        max_tokens: Upper bound on the number of tokens that the masks have; the first ones count.
         dtype: Of the statistics, apart from those :data:`.IN_FLOAT64`.
         device: Where the statistics of all layers are brought together.
         embedding: Which vector stands for a sequence of tokens.
@@ -79,10 +79,9 @@ class LayerAccumulator:
         self._embedding = embedding
         self._sources = sources
         self._max_tokens = max_tokens
-        self._slots = 0
         self.dtype = dtype
         self._double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
-        self._forget()
+        self.discard()
 
     def update(
         self, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None = None
@@ -112,7 +111,7 @@ class LayerAccumulator:
         elif vectors is not None and len(vectors) != len(states):
             raise ValueError(f"`vectors` must be one for each of {len(states)} sequences, got {tuple(vectors.shape)}.")
         if self._max_tokens is not None:
-            states, mask = self._within_budget(states, given, self._max_tokens)
+            states, mask = self._within_budget(states, given, self._max_tokens, is_whole=attention_mask is None)
         if mask.numel() == 0:
             return None
         for source, tokens in self.tokens.items():
@@ -125,7 +124,7 @@ class LayerAccumulator:
                     self._embed(states, mask, given[: len(mask)], vectors, is_one_row=is_one_row)
                 return self._accumulate(states, mask)
         except BaseException:
-            self._forget()
+            self.discard()
             raise
 
     def matrices(self) -> dict[Source, Matrix | Discriminant]:
@@ -192,10 +191,13 @@ class LayerAccumulator:
                 if found is not None:
                     self._add_entropies(found, parts.width)
         except BaseException:
-            self._forget()
+            self.discard()
             raise
 
-    def _forget(self) -> None:
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self._surely = 0
+        self._counted = torch.zeros((), dtype=torch.int64, device=self.device)
         nothing = empty_moments(dtype=self.dtype, device=self.device)
         double = empty_moments(dtype=self._double, device=self.device)
         self.tokens: dict[Source, PooledTokens] = {
@@ -262,16 +264,24 @@ class LayerAccumulator:
         found = piece.tokens
         tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
 
-    def _within_budget(self, states: Tensor, mask: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Keep the first sequences, the last of them cut short, so that no more than ``budget`` tokens count.
+    def _within_budget(self, states: Tensor, mask: Tensor, budget: int, *, is_whole: bool) -> tuple[Tensor, Tensor]:
+        """Keep the first ``budget`` tokens that the mask has, those with NaN or Inf included.
 
-        How many sequences follows from shapes, not from the values of the mask: these would cost a device-to-host sync.
+        How many there were before is only known on the device, and looking would cost a device-to-host sync. Without a
+        mask (``is_whole``) shapes tell it: sequences that certainly are beyond the budget are cut off.
         """
-        sequences = -(-max(budget - self._slots, 0) // states.shape[1])
-        return states[:sequences], self._first_tokens(mask[:sequences], budget)
+        if self.device.type == "cpu":
+            self._surely = int(self._counted)
+        left = max(budget - self._surely, 0)
+        if is_whole:
+            sequences = -(-left // states.shape[1])
+            self._surely += mask.numel()
+        else:
+            sequences = len(states) if left else 0
+        return states[:sequences], self._first_tokens(mask, budget)[:sequences]
 
     def _first_tokens(self, mask: Tensor, budget: int) -> Tensor:
-        left = max(budget - self._slots, 0)
-        self._slots += mask.numel()
         position = mask.flatten().cumsum(0).view_as(mask)
-        return mask & (position <= left)
+        before = self._counted.to(mask.device)
+        self._counted = (before + mask.sum()).to(self.device)
+        return mask & (position <= budget - before)

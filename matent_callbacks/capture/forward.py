@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks.capture.callers import functions_running
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.packing import Packing
+from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing
 
 
 @dataclass
@@ -26,8 +28,37 @@ class Seen:
     """Whether any forward counted."""
     broken_off: bool = False
     """Whether a forward raised an error, which says why nothing was read."""
+    passes: Counter[str] = field(default_factory=Counter)
+    """How many passes each layer was read in."""
     unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The layers whose padding was counted because no mask fitted, with the lengths of mask and hidden states."""
+
+
+class Reading(NamedTuple):
+    """What is read of one call of a module."""
+
+    hidden_states: Tensor | None
+    mask: Tensor | None
+    vectors: Tensor | None
+
+    def kept(self) -> Reading:
+        """A copy: what follows may write to the hidden states in place."""
+        return Reading(*(None if tensor is None else tensor.clone() for tensor in self))
+
+
+@dataclass
+class Call:
+    """One call of a module of the chain."""
+
+    module: nn.Module
+    functions: int
+    """How many autograd functions run around it (see :func:`.functions_running`)."""
+    counts: bool = False
+    has_gradients: bool = False
+    is_again: bool = False
+    """Whether it is a second call in one pass over the same tokens."""
+    called: set[nn.Module] = field(default_factory=set)
+    """The modules of the chain that it has called."""
 
 
 @dataclass
@@ -39,14 +70,55 @@ class Forward:
     """``(B,)``: which samples count."""
     graph_task: int = -1
     """The backward pass that it runs in, as where a loss embeds again to get its gradients; -1: in none."""
-    counts: bool = False
     packing: Packing | None = None
-    modules: list[nn.Module] = field(default_factory=list)
-    """The modules of the chain that are running, outermost first."""
+    calls: list[Call] = field(default_factory=list)
+    """The calls of modules of the chain that are running, outermost first."""
     is_met: bool = False
     """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
     is_past_embeddings: bool = False
     """Whether the first block has been called; a block with shared weights is called again, not on embeddings."""
+    given: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """The tokens that each transformer was called with last."""
+    packed_by: tuple[Any, ...] = ()
+    """The arguments by which it was last looked whether the batch is packed."""
+    passes: Counter[str] = field(default_factory=Counter)
+    """How often the transformers around a layer have been called on new tokens, by the key of the layer."""
+    read: set[tuple[str, int]] = field(default_factory=set)
+    """In which of these passes each layer was read."""
+    held: dict[tuple[str, int], Reading] = field(default_factory=dict)
+    """Layers that may be called again in the same pass. The last call counts."""
+    without_gradients: dict[tuple[str, int], Reading] = field(default_factory=dict)
+    """Layers called without gradients. They count if nothing in this forward has any."""
+
+    @property
+    def counts(self) -> bool:
+        return bool(self.calls) and self.calls[-1].counts
+
+    def has_gradients(self) -> bool:
+        """Whether what is computed now is differentiated later, perhaps by computing it again."""
+        call = self.calls[-1]
+        return torch.is_grad_enabled() or (call.has_gradients and functions_running() > call.functions)
+
+    def is_new_pass(self, module: nn.Module, arguments: Mapping[str, Any], around: Sequence[Call]) -> bool:
+        """Note what a transformer is called with; whether this call is a pass of its own.
+
+        It is not where its ``forward`` is called on the same tokens while it is being called: what hooks do that need
+        its output beforehand.
+        """
+        tokens = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+        is_same = tokens is not None and tokens is self.given.get(module)
+        if tokens is not None:
+            self.given[module] = tokens
+        is_again = any(call.module is module or call.is_again for call in around)
+        return not (is_same and is_again)
+
+    def find_packing(self, arguments: Mapping[str, Any], *, numbered: bool) -> None:
+        """Look whether the batch is packed, unless an outer module was called with the same arguments."""
+        by = tuple(arguments.get(name) for name in PACKED_BY)
+        if len(by) == len(self.packed_by) and all(a is b for a, b in zip(by, self.packed_by, strict=True)):
+            return
+        self.packed_by = by
+        self.packing = find_packing(arguments, numbered=numbered) or self.packing
 
     def tokens(
         self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]], seen: Seen
@@ -63,8 +135,11 @@ class Forward:
             padded, mask = _padded(hidden_states)
             return padded, self._of_samples(mask)
         packing = self.packing
-        if packing is not None and hidden_states.shape[:-1] == packing.shape:
-            valid, samples = packing.valid, self.samples
+        if packing is not None and packing.fits(hidden_states.shape[:-1]):
+            packing = packing.of_rows(len(hidden_states))
+            valid, samples, outer = packing.valid, self.samples, self.masks.outer(packing.shape)
+            if outer is not None:
+                valid = packing.inside & outer.to(valid.device).flatten()[packing.tokens]
             if samples is not None and len(samples) == packing.shape[0]:
                 valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
             return packing.unpack(hidden_states), valid
@@ -79,6 +154,7 @@ class Forward:
             if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
                 hidden_states = hidden_states.reshape(*counted.shape, -1)
             return hidden_states, counted
+        self.masks.check_outer(hidden_states.shape[:-1])
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))

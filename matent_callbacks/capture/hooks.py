@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.adapters import AdapterState
+from matent_callbacks.capture.callers import functions_running, has_filled_cache, is_generating
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
-from matent_callbacks.capture.forward import Forward, Seen
+from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
 from matent_callbacks.capture.inference import preserved, sides
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.packing import find_packing
+from matent_callbacks.capture.stack import is_hugging_face
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
-
-# Names of a key-value cache: all models of transformers from 5.24 on; before, attention; Mamba and similar models.
-_CACHES = ("cache", "past_key_values", "cache_params")
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
@@ -38,7 +35,9 @@ class Capture:
 
     Each call is made inside ``guard(key)``, which handles exceptions. ``hidden_states`` is None where the module's
     value contains no tensor. ``vectors`` ``(B, d)`` is one vector per sequence, where a module returns it along with
-    its tokens. A forward that is given a key-value cache (generation) does not count. With ``training_only``, only
+    its tokens. Generation does not count: a forward inside a ``generate`` of the model, or one that is given a
+    key-value cache with tokens, unless the model makes that cache itself, as prefix tuning does. Of several calls of a
+    layer in one pass over the same tokens the last one counts. With ``training_only``, only
     forwards in training mode with gradients count; with ``same_adapters``, only those with the adapters that were
     active at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another
     reader. Compiled modules are re-executed eagerly, and read there. Without ``whole_sequences`` a packed batch is an
@@ -46,14 +45,31 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers, reader: Reader, guard: Guard, *, whole_sequences: bool = True
+        self,
+        model: nn.Module,
+        layers: Layers,
+        reader: Reader,
+        guard: Guard,
+        *,
+        discard: Callable[[str], None] | None = None,
+        whole_sequences: bool = True,
     ) -> None:
+        """``discard(key)`` makes the reader forget what it was called with for a layer."""
         self.seen = Seen()
         self._model = model
         self._layers = layers
         self._reader = reader
         self._guard = guard
+        self._discard = discard
         self._whole_sequences = whole_sequences
+        self._read_modules = frozenset(point.module for point in layers.points)
+        # The layers inside each transformer: its call on other tokens is a new pass over them.
+        self._inside_of = {
+            module: [point.key for point in layers.points if point.module in set(module.modules())]
+            for module in (*layers.chain, *layers.inside)
+            if is_hugging_face(module)
+        }
+        self._called_again: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._training_only = False
         self._adapters: AdapterState | None = None
@@ -165,45 +181,68 @@ class Capture:
     def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        begins = self._forward is None
         forward = self._forwards.setdefault(threading.get_ident(), self._new_forward())
-        forward.modules.append(watched)
+        around = forward.calls[-1] if forward.calls else None
+        call = Call(watched, functions_running())
+        call.has_gradients = torch.is_grad_enabled() if around is None else forward.has_gradients()
+        forward.calls.append(call)
         forward.is_met = True
         with self._guard("all"):
-            forward.is_past_embeddings &= watched is not self._layers.owner
-            if begins:
-                forward.graph_task = torch._C._current_graph_task_id()
-                forward.counts = (self._beside or self._is_wanted(module)) and not (
-                    _in_backward() and self._has_counted
-                )
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
-            # A cache that the outermost module was not given was made inside, as by PEFT's prefix tuning.
-            if begins and (_generates() or any(_holds_tokens(arguments.get(name)) for name in _CACHES)):
-                forward.counts = False
-            forward.masks.look(watched, arguments)
-            if forward.packing is None and forward.counts:
-                mask = arguments.get("attention_mask")
-                is_flat = isinstance(mask, Tensor) and mask.ndim == 2
-                forward.packing = find_packing(arguments, mask if is_flat else None)
+            if around is None:
+                forward.graph_task = torch._C._current_graph_task_id()
+                is_wanted = (self._beside or self._is_wanted(module)) and not (_in_backward() and self._has_counted)
+            else:
+                is_wanted = around.counts
+            # A cache that the caller of the model fills; or the model's own forward, which decodes in a loop.
+            is_decoding = has_filled_cache(arguments) and (around is None or watched in around.called)
+            call.counts = is_wanted and not is_decoding and not is_generating(self._read_modules)
+            if around is not None:
+                around.called.add(watched)
+            call.is_again = not self._begins_pass(forward, watched, arguments, forward.calls[:-1])
+            forward.masks.look(watched, arguments, is_given=True)
+            if call.counts:
+                forward.find_packing(arguments, numbered=_may_number(watched, arguments))
                 if forward.packing is not None and not self._whole_sequences:
                     raise ValueError(
                         "a batch is packed, so `context_group` does not tell whose tokens are one document."
                     )
 
+    def _begins_pass(
+        self, forward: Forward, module: nn.Module, arguments: dict[str, Any], around: Sequence[Call]
+    ) -> bool:
+        """Whether a transformer begins a pass over its tokens. Then what is held of the pass before is read."""
+        if module not in self._inside_of:
+            return True
+        if not forward.is_new_pass(module, arguments, around):
+            return False
+        forward.is_past_embeddings &= module is not self._layers.owner
+        forward.packing, forward.packed_by = None, ()
+        for key in self._inside_of[module]:
+            held = forward.held.pop((key, forward.passes[key]), None)
+            if held is not None:
+                self._record(key, held)
+            forward.passes[key] += 1
+        return True
+
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = None if torch.compiler.is_compiling() else self._forward
         if forward is None:
             return
-        forward.modules.pop()
-        if not forward.modules:
+        forward.calls.pop()
+        if not forward.calls:
             del self._forwards[threading.get_ident()]
+            graded = {key for key, _ in forward.read | forward.held.keys()}
+            alone = {own: held for own, held in forward.without_gradients.items() if own[0] not in graded}
+            for (key, _), held in (forward.held | alone).items():
+                self._record(key, held)
 
     # Wrappers around `forward`, which also see `module.forward(...)`.
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = self._forward
-        if current is not None and current.is_met and current.modules[-1] is module:
+        if current is not None and current.is_met and current.calls[-1].module is module:
             current.is_met = False
             return forward(*args, **kwargs)
         try:
@@ -238,7 +277,9 @@ class Capture:
         with self._guard("all"):
             self.seen.ran.add(watched)
             if self._forward is not None:
-                self._forward.masks.look(watched, named_arguments(module, args, kwargs))
+                arguments = named_arguments(module, args, kwargs)
+                self._begins_pass(self._forward, watched, arguments, self._forward.calls)
+                self._forward.masks.look(watched, arguments)
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
@@ -252,6 +293,8 @@ class Capture:
     ) -> None:
         if torch.compiler.is_compiling():
             return
+        forward = self._forward
+        has_gradients = torch.is_grad_enabled() if forward is None else forward.has_gradients()
         with self._guard(point.key), torch.no_grad():
             self.seen.called.add(point.key)
             if not self._is_read(module):
@@ -261,19 +304,56 @@ class Capture:
             hidden_states = first_tensor(value)
             mask = None
             if hidden_states is not None:
-                forward = self._forward or self._new_forward()
                 arguments = functools.partial(named_arguments, module, args, kwargs)
-                hidden_states, mask = forward.tokens(point, hidden_states, arguments, self.seen)
-            with _reading:
-                self._reader(point.key, hidden_states, mask, sentence_embedding(value))
+                hidden_states, mask = (forward or self._new_forward()).tokens(
+                    point, hidden_states, arguments, self.seen
+                )
+            reading = Reading(hidden_states, mask, sentence_embedding(value))
+            if forward is None:
+                self._record(point.key, reading)
+            else:
+                self._read_in_pass(forward, point.key, reading, is_alone=self._training_only and not has_gradients)
+
+    def _read_in_pass(self, forward: Forward, key: str, reading: Reading, *, is_alone: bool) -> None:
+        """Read one call of a layer, or hold it where another one may follow that counts in its place.
+
+        ``is_alone``: it has no gradients, where only training counts. Then it counts if no other call has any.
+        """
+        own = key, forward.passes[key]
+        if is_alone and not self._beside:
+            forward.without_gradients[own] = reading.kept()
+        elif key in self._called_again:
+            forward.held.pop(own, None)  # in the order of the last calls, which is that of all ranks
+            forward.held[own] = reading.kept()
+        elif own in forward.read:
+            # The first time that this is seen: the call before has been read as if it were the only one.
+            self._called_again.add(key)
+            if self._discard is not None:
+                self._discard(key)
+                if self.seen.passes[key] > 1:
+                    warnings.warn(
+                        f"Layer {key!r} ran several times in a forward, and once in those before: of these, the "
+                        "tokens read so far are left out of this one reading.",
+                        stacklevel=2,
+                    )
+                self.seen.passes[key] = 0
+            forward.held[own] = reading.kept()
+        else:
+            forward.read.add(own)
+            self._record(key, reading)
+
+    def _record(self, key: str, reading: Reading) -> None:
+        with self._guard(key), torch.no_grad(), _reading:
+            self.seen.passes[key] += 1
+            self._reader(key, *reading)
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
-        if forward is None:
-            return not (_in_backward() or self._is_of_another()) and (
-                self._beside or not self._training_only or module.training
-            )
-        return forward.counts and not _in_backward(since=forward.graph_task)
+        if forward is not None:
+            return forward.counts and not _in_backward(since=forward.graph_task)
+        if _in_backward() or self._is_of_another() or is_generating(self._read_modules):
+            return False
+        return self._beside or not self._training_only or module.training
 
     def _is_of_another(self) -> bool:
         """Whether this forward is the inference of another reader, such as a second callback's probe."""
@@ -294,22 +374,14 @@ class Capture:
         return self._forwards.get(threading.get_ident())
 
 
-def _generates() -> bool:
-    """Whether this thread is inside a module's ``generate``, which may do without a cache."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), nn.Module):
-            return True
-        frame = frame.f_back
-    return False
+def _may_number(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether the numbers of a mask may be those of documents, and can be looked at where it does not cost a wait.
 
-
-def _holds_tokens(cache: Any) -> bool:
-    """Whether an argument is a key-value cache with tokens in it, and not a flag or a cache that is still empty."""
-    if isinstance(cache, bool | None):
-        return False
-    length = getattr(cache, "get_seq_length", None)
-    return length is None or int(length()) > 0
+    Kernels for variable lengths make use of such numbers, if they are taught to. For others a mask says yes or no.
+    """
+    mask = arguments.get("attention_mask")
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return isinstance(mask, Tensor) and (mask.device.type == "cpu" or "flash" in str(implementation))
 
 
 def _in_backward(since: int = -1) -> bool:

@@ -103,9 +103,9 @@ def resolve_layers(
     owners = [found.owner for found in (stack, main if outside else None) if found]
     told = stack or main
     runnable = _runnable(model, root, told.owner if told else None)
-    # PEFT around a model inside is given the mask of the user's tokens: with a prefix, the model itself is not.
-    peft = [m for m in runnable if outside and unwrap(m) is not m]
-    chain = [*outside, *peft, root, *hugging_face_models(root).values(), *owners]
+    # Prefix tuning makes a cache in the wrapper, wherever that is, and only the wrapper is given the user's mask.
+    wrappers = [m for m in model.modules() if hasattr(m, "get_base_model") and hasattr(m, "peft_config")]
+    chain = [*outside, *(wrappers if outside else ()), root, *hugging_face_models(root).values(), *owners]
     above = ancestries(inner)
     # For masks, the last hidden state of a transformers model counts as the output of its last block.
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}

@@ -20,17 +20,26 @@ class Masks:
     def __init__(self, model: nn.Module, outer: Tensor | None) -> None:
         """``outer`` ``(B, T)`` holds for every layer, and overrides all masks that ``model`` is given."""
         self._masks: list[_Mask] = []
-        if outer is not None:
-            self._masks.append(_Mask(outer, "attention_mask", model, of_any_layer=True))
+        self._outer = None if outer is None else outer.unsqueeze(0) if outer.ndim == 1 else outer
+        if self._outer is not None:
+            self._masks.append(_Mask(self._outer, "attention_mask", model, is_given=True, of_any_layer=True))
 
-    def look(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Collect the masks among the arguments that ``module`` is called with."""
-        for name, tensor in _masks_among(module, arguments):
+    def look(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
+        """Collect the masks among the arguments that ``module`` is called with, in place of those of its last call.
+
+        ``is_given``: the module is a whole model, whose mask ``(B, T)`` is to multiply by unless it holds negatives.
+        """
+        found = list(_masks_among(module, arguments))
+        for mask in self._masks:
+            if not mask.of_any_layer and not any(mask.tensor is tensor for _, tensor in found):
+                mask.give_to(module, no_more=True)
+        self._masks = [mask for mask in self._masks if mask.modules]
+        for name, tensor in found:
             known = next((mask for mask in self._masks if mask.tensor is tensor), None)
             if known is None:
-                self._masks.append(_Mask(tensor, name, module))
+                self._masks.append(_Mask(tensor, name, module, is_given=is_given))
             else:
-                known.modules.add(module)
+                known.give_to(module)
 
     def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Return hidden states batch first, and which are valid tokens: ``(B, T)`` bool, or None if no mask fits.
@@ -39,7 +48,8 @@ class Masks:
             hidden_states: ``(B, T, d)``, ``(T, B, d)`` or ``(B T, d)``.
             modules: Only masks that were given to one of these describe this layer.
         """
-        flat = [mask for mask in self._masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
+        masks = [mask for mask in self._masks if mask.of_any_layer] or self._masks
+        flat = [mask for mask in masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
         rows = hidden_states.shape[:-1]
         for mask in flat:
             if mask.tensor.shape == rows or (len(rows) == 1 and mask.tensor.numel() == rows[0]):
@@ -49,19 +59,39 @@ class Masks:
         for mask in flat:
             if mask.tensor.shape == (rows[1], rows[0]):
                 return hidden_states.transpose(0, 1), mask.values
-        for mask in reversed(self._masks):
+        for mask in flat:
+            if mask.tensor.shape == (1, rows[1]):
+                return hidden_states, mask.values.expand(rows)
+        for mask in reversed(masks):
             if mask.is_of_pairs and mask.is_for(modules) and mask.tensor.shape[-1] == rows[1]:
                 tokens = mask.tokens() if len(mask.tensor) in (1, rows[0]) else None
                 if tokens is not None:
                     return hidden_states, tokens.expand(rows)
         return hidden_states, None
 
+    def outer(self, shape: torch.Size) -> Tensor | None:
+        """Return the mask that holds for every layer, as bool of this shape ``(B, T)``; None if there is none."""
+        if self._outer is None:
+            return None
+        if self._outer.ndim != 2 or self._outer.shape[1] != shape[1] or len(self._outer) not in (1, shape[0]):
+            self.check_outer(shape)
+        return allowed(self._outer, "attention_mask", is_given=True).expand(shape)
+
+    def check_outer(self, rows: torch.Size) -> None:
+        """Raise if the mask that holds for every layer cannot be that of hidden states with these ``rows``."""
+        if self._outer is None or rows.numel() == len(self._outer):
+            return
+        raise ValueError(
+            f"`mask` (of the callback; `attention_mask` of the monitor) must have the shape of the hidden states "
+            f"without their features, {tuple(rows)}, got {tuple(self._outer.shape)}."
+        )
+
     def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> int | None:
         """Return the length of a mask that marks padding but does not fit these hidden states, if there is one."""
         for mask in self._masks:
             # Hidden states with one vector per sample are not tokens.
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
-            if not (one_a_sample or mask.modules.isdisjoint(modules)) and mask.has_padding():
+            if not one_a_sample and mask.is_for(modules) and mask.has_padding():
                 return mask.tensor.shape[-1]
         return None
 
@@ -69,25 +99,40 @@ class Masks:
 class _Mask:
     """One mask, and the modules that were given it."""
 
-    def __init__(self, tensor: Tensor, name: str, module: nn.Module, *, of_any_layer: bool = False) -> None:
+    def __init__(
+        self, tensor: Tensor, name: str, module: nn.Module, *, is_given: bool = False, of_any_layer: bool = False
+    ) -> None:
         self.tensor = tensor
         self.modules = {module}
-        self._of_any_layer = of_any_layer
+        self._replaced: set[nn.Module] = set()
+        self.of_any_layer = of_any_layer
         self._name = name
+        self._is_given = is_given
         self._tokens: Tensor | None = None
         self._has_padding: bool | None = None
 
     @functools.cached_property
     def values(self) -> Tensor:
         """``(B, T)``, True where a token is valid; for a query-key mask, ``(B, Q, T)``, where a query sees a key."""
-        return _allowed(self.tensor, self._name)
+        return allowed(self.tensor, self._name, is_given=self._is_given)
 
     @property
     def is_of_pairs(self) -> bool:
         return self.tensor.ndim > 2
 
     def is_for(self, modules: Collection[nn.Module]) -> bool:
-        return self._of_any_layer or not self.modules.isdisjoint(modules)
+        if self.of_any_layer:
+            return True
+        return not self.modules.isdisjoint(modules) and self._replaced.isdisjoint(modules)
+
+    def give_to(self, module: nn.Module, *, no_more: bool = False) -> None:
+        """Note that a module is given this mask; ``no_more``: or another one in its place, if it was."""
+        if not no_more:
+            self.modules.add(module)
+            self._replaced.discard(module)
+        elif module in self.modules:
+            self.modules.discard(module)
+            self._replaced.add(module)
 
     def tokens(self) -> Tensor | None:
         """Return the valid tokens ``(B, T)`` of a query-key mask, or None where they cannot be told from it."""
@@ -120,16 +165,20 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
         yield padding[0], arguments[padding[0]]
 
 
-def _allowed(mask: Tensor, name: str) -> Tensor:
+def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:
     """The mask as bool, ``(B, T)``, or ``(B, Q, T)`` for query-key pairs: True where attention is allowed."""
+    is_flat = mask.ndim == 2
     if mask.ndim == 4:
         mask = mask[:, 0]  # heads do not differ in what is padding
     if name in _PADDING_OF_KEYS:
         return mask > _HIDES if mask.is_floating_point() else mask == 0
-    if not mask.is_floating_point():
-        return mask if mask.dtype == torch.bool else mask > 0
-    # A mask to multiply by holds 0 and 1; one that is added to the scores holds 0 and large negative numbers.
-    is_added = (mask < 0).any() | ~(mask > 0).any()
+    if mask.dtype == torch.bool:
+        return mask
+    # A mask to multiply by holds 0 and 1; one that is added to the scores holds 0 and large negative numbers. What all
+    # zeros are depends on who made them: a model's own mask of tokens is to multiply by, others are added.
+    is_added = (mask < 0).any()
+    if mask.is_floating_point() and not (is_flat and is_given):
+        is_added = is_added | ~(mask > 0).any()
     return torch.where(is_added, mask > _HIDES, mask > 0)
 
 

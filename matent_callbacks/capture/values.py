@@ -36,7 +36,7 @@ def sentence_embedding(value: Any) -> Tensor | None:
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, including those inside a batch that is passed on as one mapping."""
+    """Return the arguments of a call by name, including those inside the batch, if one is passed on as a mapping."""
     named = kwargs
     if args:
         try:
@@ -46,4 +46,4 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if "attention_mask" in named:
         return named
     batches = [value for value in named.values() if isinstance(value, Mapping) and "attention_mask" in value]
-    return {**batches[0], **named} if batches else named
+    return {**batches[0], **named} if len(batches) == 1 else named

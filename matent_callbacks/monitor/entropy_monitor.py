@@ -39,9 +39,10 @@ class EntropyMonitor:
     """Measures the hidden states of a model while it runs, layer by layer.
 
     Inside ``with monitor:`` every forward of the model is read as it happens: nothing is run twice except compiled
-    modules (eagerly), no activation is kept, and the autograd graph is not touched. A forward that is given a
-    key-value cache (generation) does not count, nor does recomputation by gradient checkpointing. In a distributed run
-    ``compute`` combines the tokens of all ranks; every rank has to call it.
+    modules (eagerly), no activation is kept after it, and the autograd graph is not touched. Generation does not count
+    (a forward inside a ``generate`` of the model, or given a key-value cache that holds tokens), nor does recomputation
+    by gradient checkpointing. Of a block or norm that runs several times in a forward the last call counts. In a
+    distributed run ``compute`` combines the tokens of all ranks; every rank has to call it.
 
     Padding is left out by the model's attention mask or, if its length is not that of the hidden states, by the mask
     that is given to a module around them: that of the frames in a speech encoder, or the ``src_key_padding_mask`` of
@@ -68,7 +69,8 @@ class EntropyMonitor:
             an encoder-decoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
             selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
-        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count, and padding
+            is none of them.
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
@@ -143,7 +145,12 @@ class EntropyMonitor:
         self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._capture = Capture(
-            model, self._layers, self._record, self._guarded, whole_sequences=self._joint.has_whole_sequences
+            model,
+            self._layers,
+            self._record,
+            self._guarded,
+            discard=lambda layer: self._accumulators[layer].discard(),
+            whole_sequences=self._joint.has_whole_sequences,
         )
         self._failed: set[str] = set()
         self._unmasked: set[str] = set()

@@ -69,8 +69,21 @@ def test_another_width_is_an_error_and_leaves_what_was_there():
 
 def test_max_tokens_holds_across_the_change_from_tokens_to_moments():
     limited = accumulated(5, max_tokens=40)
-    # Three forwards and the first sequence of the fourth, without what is masked, and the NaN.
-    assert limited.tokens["pooled"].matrix().moments.num_tokens == 3 * 9 + 4 - 1
+    # Four forwards and the first sequence of the fifth; the NaN is one of them, and what is masked is not.
+    assert limited.tokens["pooled"].matrix().moments.num_tokens == 4 * 9 + 4 - 1
+
+
+def test_padding_takes_nothing_from_max_tokens():
+    whole, limited = accumulated(5), accumulated(5, max_tokens=5 * 9)
+    assert readings(limited).values == readings(whole).values
+    # Without a mask nothing is padding, and what is beyond the budget is not even looked at.
+    for mask in (None, torch.ones(3, 4)):
+        accumulator = LayerAccumulator(
+            frozenset({"pooled"}), max_tokens=14, dtype=torch.float32, device=torch.device("cpu")
+        )
+        for _ in range(3):
+            accumulator.update(torch.randn(3, 4, WIDTH), mask)
+        assert accumulator.tokens["pooled"].matrix().moments.num_tokens == 14
 
 
 @pytest.mark.parametrize("embedding", ["mean", "last", "first"])

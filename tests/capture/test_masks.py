@@ -427,3 +427,34 @@ def test_what_is_no_token_has_no_padding(recwarn):
     shares = values / values.sum()
     assert readings["rankme/pooler"] == pytest.approx(float(torch.special.entr(shares).sum().exp()), rel=1e-6)
     assert not [w for w in recwarn if "Padding" in str(w.message)]
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 10), (2, 8), (10,)])
+def test_a_mask_of_the_user_that_cannot_fit_is_an_error_that_names_it(shape):
+    model = Makes(lambda lengths: None)
+    monitor = EntropyMonitor(model)
+    monitor.start(attention_mask=torch.ones(shape))
+    with pytest.raises(RuntimeError, match=r"`mask` .* \(3, 8\), got \("):
+        model(BATCH)
+    monitor.stop()
+
+
+def test_a_flat_mask_that_a_model_is_given_is_multiplied_with():
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16, dtype=torch.float64)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.linear(x)
+
+    model = Given()
+    monitor = EntropyMonitor(model, "linear")
+    tokens = torch.arange(8) < BATCH["lengths"].unsqueeze(1)
+    whole = {"none": torch.zeros(3, 8), "some": tokens.float(), "added": added(tokens), "ints": ~tokens * -10_000}
+    for name, mask in whole.items():
+        with monitor:
+            model(BATCH["x"], mask)
+        count = monitor._accumulators["linear"].tokens["pooled"].moments().num_tokens
+        assert count == (0 if name == "none" else tokens.sum())
+        monitor.reset()

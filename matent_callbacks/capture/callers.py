@@ -1,0 +1,59 @@
+"""Tells what a forward is for by the Python functions that it runs in, and by the cache that it is given."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+# Names of a key-value cache: all models of transformers from 5.24 on; before, attention; Mamba and similar models.
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def is_generating(parts: Collection[nn.Module]) -> bool:
+    """Whether this runs inside a function or method named ``generate``, whose first argument is a model of ``parts``.
+
+    All frameworks' models generate by such a method, wrapped or not, with a cache or without one, and hand the model
+    on to others only inside of it.
+    """
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_name == "generate" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nn.Module) and any(module in parts for module in first.modules()):
+                return True
+    return False
+
+
+def functions_running() -> int:
+    """How many autograd functions run now, in whose ``forward`` there are no gradients.
+
+    Reentrant checkpointing is one: what is computed in it for the first time is what is differentiated later.
+    """
+    return sum(f.f_code.co_name == "forward" and f.f_code.co_varnames[:1] == ("ctx",) for f in _frames())
+
+
+def has_filled_cache(arguments: Mapping[str, Any]) -> bool:
+    """Whether a key-value cache among the arguments of a call holds tokens, or may hold some."""
+    return any(_is_filled(arguments.get(name)) for name in _CACHES)
+
+
+def _is_filled(cache: Any) -> bool:
+    if isinstance(cache, bool | None):
+        return False
+    if isinstance(cache, tuple | list):
+        return len(cache) > 0
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except Exception:  # of another kind, such as the state of a recurrent model
+        return True
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
