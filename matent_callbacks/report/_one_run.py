@@ -11,9 +11,9 @@ from typing import NamedTuple
 from matent_callbacks.plot._style import numbers_as_numbers
 from matent_callbacks.report import _csv_log, _huggingface, _tensorboard, _wandb
 from matent_callbacks.report._run import NoRunError, Run, RunError, SeveralRunsError
+from matent_callbacks.report._words import listed
 
 _MODULES = (_huggingface, _csv_log, _wandb, _tensorboard)
-_LISTED = 6
 
 
 class _Log(NamedTuple):
@@ -59,7 +59,7 @@ def read(path: Path) -> Run:
             different.append(log)
     if different:
         names = list(dict.fromkeys(log.name for log in (first, *different)))
-        raise RunError(f"holds {len(names)} runs: name one of {_listed(names)}")
+        raise RunError(f"holds {len(names)} runs: name one of {listed(names)}")
     return replace(run, notes=[*run.notes, *notes])
 
 
@@ -103,7 +103,7 @@ def _own_logs(path: Path, inside: dict[Path, _Log]) -> Iterator[_Log]:
         if not files or (module in (_csv_log, _tensorboard) and _is_of_several(files)):
             continue
         places = [f.name if f.parent == path or f == path else str(f.parent.relative_to(path)) for f in files]
-        yield _Log(path, files, module.read, places[0] if module is _huggingface else _listed(places))
+        yield _Log(path, files, module.read, places[0] if module is _huggingface else listed(places))
 
 
 def _above(file: Path, inside: dict[Path, _Log]) -> list[_Log]:
@@ -151,14 +151,9 @@ def _agree(one: Run, other: Run) -> bool:
 def _no_run(folders: list[str]) -> RunError:
     if folders:
         return RunError(
-            f"is no run that can be read, but holds folders of runs: name one of {_listed(folders)}, or all with --all"
+            f"is no run that can be read, but holds folders of runs: name one of {listed(folders)}, or all with --all"
         )
     return NoRunError(
         "is no run that can be read: expected trainer_state.json or checkpoint-* (Hugging Face), metrics.csv "
         "(Lightning), event files (TensorBoard) or run-*.wandb (W&B) in it"
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
