@@ -9,8 +9,12 @@ def main() -> None:
     """Run ``matent`` with the arguments of the process, and leave it with the exit code of the command."""
     try:
         from matent_callbacks.cli._app import run
+
+        # Within: the modules of a command are imported when it is called.
+        code = run(sys.argv[1:])
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = str(error.name).partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        sys.exit(f"matent: the command line needs {error.name}: pip install 'matent-callbacks[cli]'")
-    sys.exit(run(sys.argv[1:]))
+        sys.exit(f"matent: the command line needs {missing}: pip install 'matent-callbacks[cli]'")
+    sys.exit(code)

@@ -51,7 +51,8 @@ def report(
     try:
         html = page(found[0]) if len(found) == 1 else comparison(found)
     except ImportError as error:
-        typer.echo(f"{error}: the pictures need matplotlib: pip install 'matent-callbacks[plot]'", err=True)
+        missing = str(error.name).partition(".")[0]
+        typer.echo(f"{error}: the page needs {missing}: pip install 'matent-callbacks[cli]'", err=True)
         raise typer.Exit(1) from error
     try:
         _write(out, html)
@@ -65,25 +66,18 @@ def report(
 
 def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
     """Read the runs in the subfolders, in natural order of their names; ``damaged`` gets why others are left out."""
-    from matent_callbacks.plot._style import numbers_as_numbers
-    from matent_callbacks.report import RunError, read_run
-    from matent_callbacks.report._run import NoRunError
+    from matent_callbacks.report import RunError
+    from matent_callbacks.report._one_run import read_all
 
     if not folder.is_dir():
         raise RunError(f"{str(folder)!r} is no folder of runs.")
-    found: dict[Path, Run] = {}
-    inside = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    for path in sorted(inside, key=lambda p: numbers_as_numbers(p.name)):
-        # W&B has a link to the latest of its runs beside them.
-        if path.resolve() in found:
-            continue
-        try:
-            found[path.resolve()] = read_run(path)
-        except NoRunError:
-            continue
-        except RunError as error:
-            damaged.append(str(error))
-    return [*found.values()]
+    found: list[Run] = []
+    for run in read_all(folder.resolve()):
+        if isinstance(run, RunError):
+            damaged.append(str(run))
+        else:
+            found.append(run)
+    return found
 
 
 def _write(out: Path, html: str) -> None:

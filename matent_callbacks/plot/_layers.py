@@ -84,7 +84,8 @@ def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective
     from matplotlib.colors import LogNorm
 
     layers, steps, grid = _table(records, metric)
-    norm = LogNorm() if metric in LOGARITHMIC else None
+    # A logarithmic scale needs a value above 0; NaN, a layer without a reading, is no value.
+    norm = LogNorm() if metric in LOGARITHMIC and any(v > 0 for row in grid for v in row) else None
     image = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=norm)
     ax.set_yticks([i + 0.5 for i in range(len(layers))], layers)
     ax.set_xlabel("step")

@@ -149,7 +149,9 @@ def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Ite
 
 
 def _layers(run: Run, metric: str, source: str | None) -> list[str]:
-    return layers_only(run.places(metric, source))
+    """The layers that have a finite reading."""
+    layers = layers_only(run.places(metric, source))
+    return [n for n in layers if run.curve(Quantity(metric, n, source)).finite().values]
 
 
 def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Picture:

@@ -38,7 +38,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
     Raises:
         ValueError: If there are fewer than two runs, or one has no records.
-        ImportError: If matplotlib is not installed.
+        ImportError: If matplotlib or jinja2 is not installed.
 
     Example:
         >>> from matent_callbacks.report import Run, comparison

@@ -8,7 +8,7 @@ from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import spectrum_shares, step_curves
 from matent_callbacks.plot._style import LOGARITHMIC
-from matent_callbacks.report._findings import best_source, collapses, moved
+from matent_callbacks.report._findings import best_source, collapses, moved, without_reading
 from matent_callbacks.report._heatmap import heatmap_svg
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._picture import Picture, empty_figure, finish, how_many, short, table_over_steps
@@ -25,6 +25,7 @@ from matent_callbacks.report._words import (
     capital,
     held_out_name,
     layers_only,
+    listed,
     metric_name,
     named,
     number,
@@ -159,6 +160,9 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     title = f"{capital(metric_name(metric))} of every layer"
     caption = "Embeddings at the bottom, the last layer on top." if "last" in layers else ""
     caption += f" {about_data(source)}".rstrip()
+    empty = without_reading(run, metric, source, layers_only(run.places(metric, source)))
+    if empty:
+        caption += f" Without a finite reading: {listed(empty)}."
     if len(shown) < len(steps):
         caption += f" Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced."
     if run.stop:
@@ -168,10 +172,10 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     description = " ".join(moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8))
     name = f"{run.ids}heatmap"
     svg = heatmap_svg(records, metric, run=run, name=name, title=title, description=description)
-    listed = evenly(steps, 20)
-    rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in listed)] for n in reversed(layers)]
-    columns = ["layer", *(f"step {step(s)}" for s in listed)]
-    yield Picture(name, title, caption.strip(), svg, columns, rows, how_many(len(listed), len(steps)), wide=True)
+    chosen = evenly(steps, 20)
+    rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in chosen)] for n in reversed(layers)]
+    columns = ["layer", *(f"step {step(s)}" for s in chosen)]
+    yield Picture(name, title, caption.strip(), svg, columns, rows, how_many(len(chosen), len(steps)), wide=True)
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
@@ -180,6 +184,8 @@ def _spectrum(run: Run) -> Iterator[Picture]:
     if not sizes:
         return
     source, layers = _layers(run, f"{SPECTRUM_TOP}{sizes[0]}")
+    if not layers:
+        return
     readings: dict[str, dict[float, dict[int, float]]] = {layer: {} for layer in layers}
     for layer in layers:
         for k in sizes:
@@ -187,8 +193,6 @@ def _spectrum(run: Run) -> Iterator[Picture]:
                 readings[layer].setdefault(s, {})[k] = share
     layer = layers[-1]
     steps = sorted(readings[layer])
-    if not steps:
-        return
     chosen = evenly(steps, 3)
     figure, ax = empty_figure()
     spectrum_shares({f"step {step(s)}": readings[layer][s] for s in chosen}, ax=ax)

@@ -15,6 +15,7 @@ from matent_callbacks.report._words import (
     capital,
     held_out_name,
     layers_only,
+    listed,
     metric_name,
     named,
     number,
@@ -157,12 +158,14 @@ def _layers(run: Run, metric: str) -> list[str]:
         if layers:
             curve = run.curve(Quantity(metric, layers[-1], held_out))
             found.append(moved(f"{_on(held_out)}{metric_name(metric)} of {_the(layers[-1])}", curve))
+            found.append(_without_readings(run, metric, held_out, layers[:-1]))
     source = next((source for source in run.sources(metric) if layers_only(run.places(metric, source))), None)
     ends = {}
     for layer in layers_only(run.places(metric, source)):
         values = run.curve(Quantity(metric, layer, source)).finite().values
         if len(values) > 1:
             ends[layer] = (values[0], values[-1])
+    found = [sentence for sentence in found if sentence]
     if len(ends) > 1:
         rose, fell = (sum(sign * (last - first) > 0 for first, last in ends.values()) for sign in (1, -1))
         all_of = [word for word, number_of in (("rose", rose), ("fell", fell)) if number_of == len(ends)]
@@ -177,6 +180,28 @@ def _layers(run: Run, metric: str) -> list[str]:
     return found
 
 
+def without_reading(run: Run, metric: str, held_out: str | None, layers: list[str]) -> list[str]:
+    """The layers of which every reading is NaN or infinite: no token of theirs counted."""
+    return [n for n in layers if not run.curve(Quantity(metric, n, held_out)).finite().values]
+
+
+def _without_readings(run: Run, metric: str, held_out: str | None, layers: list[str]) -> str:
+    """Say of which layers, of those that have no sentence of their own, readings are missing."""
+    name = f"{_on(held_out)}{metric_name(metric)}"
+    empty = without_reading(run, metric, held_out, layers)
+    partial = []
+    for layer in layers:
+        curve = run.curve(Quantity(metric, layer, held_out))
+        bad = len(curve.values) - len(curve.finite().values)
+        if bad and layer not in empty:
+            partial.append(f"{layer} ({bad:,} of {len(curve.values):,})")
+    told = [
+        f"no reading of {listed(empty)} is a finite number" if empty else "",
+        f"readings that are NaN or infinite: {listed(partial)}" if partial else "",
+    ]
+    return f"{capital(name)}: {'; '.join(filter(None, told))}." if any(told) else ""
+
+
 def _on(held_out: str | None) -> str:
     """Prefix for quantities that were measured on held-out data."""
     return "" if held_out is None else "held-out " if not held_out else f"held-out ({held_out}) "
@@ -189,7 +214,7 @@ def _the(layer: str) -> str:
 def _spectrum(run: Run) -> list[str]:
     top = f"{SPECTRUM_TOP}1"
     for held_out in run.sources(top)[:1]:
-        layer = layers_only(run.places(top, held_out))[-1]
+        layer = next(iter(layers_only(run.places(top, held_out))[::-1]), "last")
         curve = run.curve(Quantity(top, layer, held_out))
         name = f"{_on(held_out)}share of the variance in the strongest direction of {_the(layer)}"
         return [moved(name, curve)]

@@ -23,9 +23,14 @@ def find(path: Path) -> list[Path]:
     """Find the ``trainer_state.json`` files of a folder, that of the newest checkpoint first."""
     if path.is_file():
         return [path] * (path.name == _STATE)
-    checkpoints = [p for p in path.glob(f"checkpoint-*/{_STATE}") if p.parent.name[11:].isdigit()]
+    checkpoints = [p for p in path.glob(f"checkpoint-*/{_STATE}") if is_checkpoint(p.parent)]
     checkpoints.sort(key=lambda p: int(p.parent.name[11:]), reverse=True)
     return [p for p in [path / _STATE] if p.is_file()] + checkpoints
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, and so is a part of the run of the folder above."""
+    return folder.name.startswith("checkpoint-") and folder.name[11:].isdigit()
 
 
 def read(path: Path, files: list[Path]) -> Run:

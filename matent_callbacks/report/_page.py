@@ -23,7 +23,7 @@ def page(run: Run) -> str:
 
     Raises:
         ValueError: If the run has no records.
-        ImportError: If matplotlib is not installed.
+        ImportError: If matplotlib or jinja2 is not installed.
 
     Example:
         >>> from matent_callbacks.report import Run, page

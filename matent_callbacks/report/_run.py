@@ -24,6 +24,10 @@ class NoRunError(RunError):
     """A folder in which no log was found."""
 
 
+class SeveralRunsError(RunError):
+    """Logs of one kind that are not of one run."""
+
+
 class Part(NamedTuple):
     """What one process logged: a resumed run has several."""
 
@@ -176,7 +180,7 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
         first, last = (end(record["step"] for record in part.records) for end in (min, max))
         if i and first <= begin:
             names = ", ".join(part.name for part in parts)
-            raise RunError(f"holds {len(parts)} logs that do not continue one another: name one of {names}")
+            raise SeveralRunsError(f"holds {len(parts)} logs that do not continue one another: name one of {names}")
         if i:
             end_before = max(merged)
             overlap = f" Steps {at(first)} to {at(end_before)} were run twice: the later part counts." * (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
+from matent_callbacks.report._run import Part, Record, Run, RunError, SeveralRunsError, join, to_record
 from matent_callbacks.report._settings import of_wandb
 from matent_callbacks.report._words import step as at
 
@@ -18,7 +18,7 @@ _STEPS = ("train/global_step", "trainer/global_step", "_step")
 
 
 def find(path: Path) -> list[Path]:
-    """Find the run in the folder, or those in its subfolders, sorted by name and so by time."""
+    """Find the run in the folder and those in its subfolders, sorted by name and so by time."""
     if path.is_file():
         return [path] * (path.suffix == ".wandb")
     patterns = (
@@ -28,7 +28,8 @@ def find(path: Path) -> list[Path]:
         "wandb/offline-run-*/*.wandb",
         "wandb/run-*/*.wandb",
     )
-    return next((files for pattern in patterns if (files := sorted(path.glob(pattern)))), [])
+    files = [file for pattern in patterns for file in path.glob(pattern)]
+    return sorted(files, key=lambda p: (p.parent.name.removeprefix("offline-"), p))
 
 
 def read(path: Path, files: list[Path]) -> Run:
@@ -40,7 +41,7 @@ def read(path: Path, files: list[Path]) -> Run:
     identities = {file.stem for file in files}
     if len(identities) > 1:
         names = ", ".join(str(file.parent.relative_to(path)) for file in files)
-        raise RunError(f"holds {len(identities)} W&B runs: name one of {names}")
+        raise SeveralRunsError(f"holds {len(identities)} W&B runs: name one of {names}")
     parts: list[Part] = []
     name, end = files[0].stem, None
     config: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot._style import LOGARITHMIC, UNITS
 
@@ -125,3 +127,9 @@ def named(name: str) -> str:
 def layers_only(places: list[str]) -> list[str]:
     """Leave out the stages of a multimodal model, which are not layers."""
     return [place for place in places if place not in (*STAGES, *TOWERS)]
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Enumerate names, the first of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -112,7 +112,7 @@ def train_and_evaluate(folder: str, world_size: int) -> dict[str, Any]:
 
 
 def train_models_made_late(folder: str, world_size: int) -> dict[str, dict[str, Any]]:
-    """Readings of models from ``configure_model``, also under a strategy that needs it, or ``__init__``."""
+    """Readings of a model from ``__init__``, and of ones from ``configure_model``, also sharded."""
     sharded = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
     made: dict[str, Any] = {"init": (Module, "ddp"), "ddp": (MadeLate, "ddp"), "sharded": (MadeLate, sharded)}
     found = {}
