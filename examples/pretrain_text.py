@@ -75,7 +75,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=arguments.steps // 15,
             weight_decay=0.1,
-            logging_steps=10,
+            logging_steps=arguments.every,
             eval_strategy="steps",
             eval_steps=max(arguments.steps // 4, 1),
             save_strategy="no",

@@ -42,7 +42,9 @@ def test_pretrain_text(tmp_path: Path, text: Path):
     output = tmp_path / "out"
     printed = run("pretrain_text.py", text, "--size", "small", "--steps", 5, "--every", 2, "--output", output)
     lines = [line.strip() for line in printed.splitlines() if "effective_rank: layer_00 " in line]
-    assert [line.split()[1] for line in lines if " loss " in line] == ["2", "4", "5"]
+    assert [line.split()[1] for line in lines if " loss " in line] == ["2", "4"]
+    # The last reading is of the model that is saved, at a step that the Trainer does not log.
+    assert [line.split()[1] for line in lines if "loss" not in line] == ["5"]
     assert [line.split()[1] for line in lines if " eval_loss " in line] == ["1", "2", "3", "4", "5"]
     assert "matrix_entropy/" not in printed
     table = [line.split() for line in printed.splitlines() if line.startswith(("layer_", "last"))]

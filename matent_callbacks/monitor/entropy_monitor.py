@@ -149,7 +149,7 @@ class EntropyMonitor:
             self._layers,
             self._record,
             self._guarded,
-            discard=lambda layer: self._accumulators[layer].discard(),
+            discard=self._discard,
             whole_sequences=self._joint.has_whole_sequences,
         )
         self._failed: set[str] = set()
@@ -309,6 +309,9 @@ class EntropyMonitor:
             )
             for layer in self.layers
         }
+
+    def _discard(self, layer: str) -> None:
+        self._accumulators[layer].discard()
 
     def _record(
         self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None
