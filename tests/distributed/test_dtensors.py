@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.dtensors_on_ranks import of_model, outside, read, sequence_parallel, spread, whole
+from tests.distributed.dtensors_on_ranks import (
+    of_model,
+    of_one_sequence,
+    outside,
+    read,
+    sequence_parallel,
+    spread,
+    whole,
+)
 from tests.distributed.reading import small_llama
 from tests.ranks import run_on_ranks
 
@@ -19,7 +27,7 @@ def test_the_numbers_are_those_of_one_process(world_size):
     results = run_on_ranks(spread, world_size, seconds=60)
     for result in results:
         of_one = result.pop("one sequence")["values"]
-        assert of_one == pytest.approx(read(hidden[1], mask[1]), rel=1e-9)
+        assert of_one == pytest.approx(read(hidden[1], of_one_sequence()), rel=1e-9)
         assert len(result) == 5
         for way, found in result.items():
             assert found["values"] == pytest.approx(expected, rel=1e-9), way

@@ -89,7 +89,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (matent_callbacks.capture.hooks, "find_packing"),
+        (matent_callbacks.capture.forward, "find_packing"),
         (matent_callbacks.capture.hooks, "first_tensor"),
         (matent_callbacks.capture.hooks, "_in_backward"),
         (matent_callbacks.capture.hooks, "compiled_entrance"),
