@@ -42,7 +42,7 @@ DIFFERENT = {
     "|Yolos|SEW|Wav2Vec2Conformer": ("=+x", "`hidden_states` end before the final norm, `last` is after it"),
     "Mamba|FalconMamba|Rwkv": ("x=+", "`hidden_states` leave out the embeddings"),
     "CpmAnt": ("x+=", "`hidden_states` leave out the prompt in front of the text"),
-    "Hrm": ("=x+=", "its blocks run several times in a forward"),
+    "Hrm": ("=+", "its blocks run several times in a forward, of which the last counts"),
     "Canine": ("=+x", "`hidden_states` hold characters and groups of them; ours are the groups"),
     "Musicgen": ("x+", "its codebooks are one row, so the mask of the test does not fit"),
     "T5Gemma2?For": ("x+", "`hidden_states` of these are those of the decoder"),
