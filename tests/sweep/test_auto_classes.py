@@ -22,7 +22,7 @@ from tests.versions import older
 # Names of classes, from their beginning: why no stack is found.
 REFUSED = {
     "Bit|DINOv3ConvNext|EfficientNet|HGNetV2|MobileNetV|PoolFormer|RegNet|ResNet|RTDetrResNet|SuperPoint|TextNet"
-    "|Dac|Encodec|UnivNet|UVDoc|UperNet|PPLCNet|PPOCR|SLANet|GlmImageVQVAE|VibeVoiceAcousticTokenizer"
+    "|Dac|Encodec|UnivNet|UVDoc|UperNet|PPLCNet|PPOCR|SLANet|GlmImageVQVAE|VibeVoiceAcousticTokenizer|WavTokenizer"
     "|Swin2SR|Perceiver|VitMatte|Xcodec|Vits|HiggsAudio": "convolutions, or lists that the config does not count",
     "SqueezeBert": "its blocks are convolutions, and give (B, d, T)",
     "Bark|Blip2ForImageTextRetrieval|Blt|DepthPro|Sam3(Video|LiteText)?Model": "several, none the main one",
@@ -31,6 +31,7 @@ REFUSED = {
 UNCOUNTED = {
     "Albert": "one block for all layers",
     "ConvNext|MobileViT|SwiftFormer|Segformer|Pvt|Hiera|Cvt|Levit|FocalNet|GLPN": "stages, whose widths differ",
+    "Inkling2Loop": "blocks that run several times are of a class of their own",
     "LongcatFlash": "the config counts each block twice",
     "Nemotron(H|3_5Transcribe)": "the config holds a pattern in place of a number",
     "SuperGlue": "the config holds the kinds of layers",
@@ -42,7 +43,7 @@ DIFFERENT = {
     "|Yolos|SEW|Wav2Vec2Conformer": ("=+x", "`hidden_states` end before the final norm, `last` is after it"),
     "Mamba|FalconMamba|Rwkv": ("x=+", "`hidden_states` leave out the embeddings"),
     "CpmAnt": ("x+=", "`hidden_states` leave out the prompt in front of the text"),
-    "Hrm": ("=+", "its blocks run several times in a forward, of which the last counts"),
+    "Hrm|Dory": ("=+", "its blocks run several times in a forward, of which the last counts"),
     "Canine": ("=+x", "`hidden_states` hold characters and groups of them; ours are the groups"),
     "Musicgen": ("x+", "its codebooks are one row, so the mask of the test does not fit"),
     "T5Gemma2?For": ("x+", "`hidden_states` of these are those of the decoder"),
