@@ -144,8 +144,10 @@ def _paths_in_hugging_face(model: Any) -> list[tuple[nn.Module, ...]]:
 def _parts(model: Any) -> Iterator[Any]:
     """Where to look for the main stack, the best place first; the model itself is the last one."""
     named = [getattr(model, name, None) for name in _LANGUAGE_MODELS]
-    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        named.insert(0, model.get_encoder())
+    # Before 5.0, some models with a head have no `get_encoder` of their own.
+    encoded = next((found for found in (model, model.base_model) if hasattr(found, "get_encoder")), None)
+    if getattr(model.config, "is_encoder_decoder", False) and encoded is not None:
+        named.insert(0, encoded.get_encoder())
     # What is called `decoder` may be a head, which is no model of its own.
     named.append(model.get_decoder())
     for part in named:

@@ -111,10 +111,16 @@ def train_and_evaluate(folder: str, world_size: int) -> dict[str, Any]:
     }
 
 
+# In torch 2.6 it does not, on a CPU.
+FSDP2_RUNS_HERE = hasattr(torch.cpu.Stream, "record_event")
+
+
 def train_models_made_late(folder: str, world_size: int) -> dict[str, dict[str, Any]]:
     """Readings of a model from ``__init__``, and of ones from ``configure_model``, also sharded."""
-    sharded = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-    made: dict[str, Any] = {"init": (Module, "ddp"), "ddp": (MadeLate, "ddp"), "sharded": (MadeLate, sharded)}
+    made: dict[str, Any] = {"init": (Module, "ddp"), "ddp": (MadeLate, "ddp")}
+    if FSDP2_RUNS_HERE:
+        sharded = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+        made["sharded"] = MadeLate, sharded
     found = {}
     for name, (module, strategy) in made.items():
         callbacks = [MatrixEntropyCallback(2, layers="all"), Kept("matrix_entropy/layer_00")]

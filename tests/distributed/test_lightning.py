@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import text_examples
-from tests.distributed.lightning_on_ranks import EVALUATION_SIZES, on_rank
+from tests.distributed.lightning_on_ranks import EVALUATION_SIZES, FSDP2_RUNS_HERE, on_rank
 from tests.distributed.reading import over_examples, pooled, small_llama
 from tests.ranks import run_on_ranks
 
@@ -51,7 +51,8 @@ def test_a_model_from_configure_model_is_read_as_one_from_init(results):
     for result in part(results, "late"):
         assert "val_matrix_entropy/layer_00" in result["init"]
         assert result["ddp"] == result["init"]
-        assert result["sharded"] == pytest.approx(result["init"], rel=1e-4)
+        assert ("sharded" in result) == FSDP2_RUNS_HERE
+        assert result.get("sharded", result["init"]) == pytest.approx(result["init"], rel=1e-4)
 
 
 def test_a_mask_that_fails_on_one_rank_leaves_the_reading_of_the_others(results):
