@@ -11,51 +11,15 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver, check_embedding
 from matent_callbacks.accumulate.reduction import check_groups
-from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.guard import Guard, GuardedHooks
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement, check_every_n_steps, warn_if_never_due
 from matent_callbacks.callbacks.probe import prefix_of
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.monitor import EntropyMonitor
 
 
-@with_arguments_of(EntropyMonitor)
 class SharedEntropyCallback(GuardedHooks):
-    """Arguments of ``MatrixEntropyCallback`` and their checks; the adapters translate events and log.
-
-    Args:
-        every_n_steps: Optimizer steps between two readings.
-        probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
-            in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
-            separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT
-            included. A module of your own around a Hugging Face model is run by its own ``forward`` if that takes the
-            names in the batch, all of them, and needs no others; or else the model inside is run.
-        during_eval: Also read the forwards of evaluation.
-        on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
-        mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, for models that are not given one;
-            it overrides their own.
-        prog_bar: Show the values in the progress bar.
-        background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
-            values are logged under their own step, but only at the next reading, checkpoint, or end of training.
-        process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
-            dimensions of the Trainer's device mesh, or else all.
-        context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
-            ``process_group``: those of the mesh. Packed batches are refused with such ranks.
-        name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
-            callback with the same layers.
-        window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
-            Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
-
-    Raises:
-        ValueError: Here for an argument out of range, an unknown metric, or a probe that holds no batch (rows of a data
-            set, text, a loader); before training for an unknown layer, with
-            near matches, and for a second callback that would log the same names.
-    """
+    """Arguments of ``MatrixEntropyCallback`` and their checks; the adapters translate events and log."""
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from matent_callbacks.callbacks.docstrings import with_arguments_of
 from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
 from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.callbacks.layer_pictures import thinned
@@ -27,7 +26,6 @@ from matent_callbacks.lightning._trainer import (
 from matent_callbacks.monitor import EntropyMonitor
 
 
-@with_arguments_of(SharedEntropyCallback)
 class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
 
@@ -53,6 +51,57 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     ``DistributedSampler`` repeats in evaluation count once; those of other samplers, and in batches of no fixed size,
     count as often as they come. If reading fails on one rank, only its share is missing; but under FSDP a probe whose
     forward fails on one rank leaves the others waiting in theirs.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
+            (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
+            module names or globs (``"*.mlp"``), or a list of these.
+        metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
+            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.
+        probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
+            in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
+            separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT
+            included. A module of your own around a Hugging Face model is run by its own ``forward`` if that takes the
+            names in the batch, all of them, and needs no others; or else the model inside is run.
+        during_eval: Also read the forwards of evaluation.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count, and padding
+            is none of them.
+        embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
+            that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
+            ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
+        mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, for models that are not given one;
+            it overrides their own.
+        prog_bar: Show the values in the progress bar.
+        module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
+            an encoder-decoder.
+        layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
+            selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
+        dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
+        solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
+            is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
+            is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
+            ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
+        background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
+            values are logged under their own step, but only at the next reading, checkpoint, or end of training.
+        name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
+            callback with the same layers.
+        window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
+            Metrics of one vector per sequence need more sequences than one step has.
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
+            dimensions of the Trainer's device mesh, or else all.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
+            ``process_group``: those of the mesh. Packed batches are refused with such ranks.
+
+    Raises:
+        ValueError: Here for an argument out of range, an unknown metric, or a probe that holds no batch (rows of a data
+            set, text, a loader); before training for an unknown layer, with near matches, and for a second callback
+            that would log the same names.
 
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
