@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
+from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.transformers._background_readings import LateReading
 from matent_callbacks.transformers._log_records import Halves, MeasuringCallback, log_record
@@ -103,6 +107,55 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
         >>> # Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback]).train()
     """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        probe: Any = None,
+        during_eval: bool = True,
+        max_tokens: int | None = None,
+        embedding: Embedding = "mean",
+        on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        prog_bar: bool = False,
+        module: str | None = None,
+        layer_offset: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
+        background: bool = False,
+        name: str | None = None,
+        window_steps: int = 1,
+        pictures: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            layers,
+            metrics=metrics,
+            probe=probe,
+            during_eval=during_eval,
+            max_tokens=max_tokens,
+            embedding=embedding,
+            on_error=on_error,
+            reference=reference,
+            mask=mask,
+            prog_bar=prog_bar,
+            module=module,
+            layer_offset=layer_offset,
+            dtype=dtype,
+            solver=solver,
+            background=background,
+            name=name,
+            window_steps=window_steps,
+            pictures=pictures,
+            process_group=process_group,
+            context_group=context_group,
+        )
 
     def start_over(self) -> None:
         super().start_over()
