@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.measure_alignment import measure_alignment
+    from matent_callbacks.callbacks.alignment_callback import measure_alignment
     from matent_callbacks.capture.meshes import parallel_groups
     from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.metrics import (
@@ -38,7 +38,7 @@ _MODULES = {
     "CollapseDetector": "collapse",
     "EntropyMonitor": "monitor",
     "PlateauDetector": "plateau",
-    "measure_alignment": "callbacks.measure_alignment",
+    "measure_alignment": "callbacks.alignment_callback",
     "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }

@@ -61,10 +61,10 @@ class Reading(NamedTuple):
 
 
 def read_vision_language(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
 ) -> Reading:
     """Read a batch in a vision-language model; with ``exchange``, also with its images moved on."""
-    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, tell=tell)
+    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, warn_once=warn_once)
     image, text = stages["image"], stages["text"]
     entropies = {name: _entropy(stages[name]) for name in STAGES}
     counts = _counts(exchanged, text_only, device_of(model))
@@ -114,7 +114,7 @@ def over_ranks(reading: Reading, group: dist.ProcessGroup | None) -> Reading:
 
 
 def _read_stages(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
 ) -> tuple[dict[str, Stage], int, Exchange | None]:
     if own is None:
         forward = JointForward(model, batch, with_labels=exchange)
@@ -132,7 +132,7 @@ def _read_stages(
             )
         except Exception as error:
             why, _, _ = str(error).partition(". ")
-            tell("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
+            warn_once("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
     return stages, text_only, exchanged
 
 

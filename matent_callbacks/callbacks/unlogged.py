@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
@@ -29,7 +29,8 @@ class Unlogged:
 
     def __init__(self, monitor: str, without: str) -> None:
         self.settled = False
-        """Whether the name was logged, or it was told that it was not."""
+        """Whether the name was logged, or a warning said that it was not."""
+        self.begin(0)
         self._monitor = monitor
         self._without = without
         self._of_evaluation = bool(_OF_EVALUATION.match(monitor))
@@ -41,29 +42,46 @@ class Unlogged:
         """Called when the name was logged."""
         self.settled = True
 
-    def after_evaluation(self, logged: Iterable[str]) -> None:
-        """Called when all records of an evaluation have been made."""
-        if self._of_evaluation:
-            self._tell(logged, "the first evaluation")
+    def begin(self, step: int) -> None:
+        """Called when training begins, or goes on, at ``step``."""
+        self.start = step
+        self.was_evaluated = self._had_readings = self._had_record = False
 
-    def after_readings(self, logged: Iterable[str]) -> None:
-        """Called when every callback that measures has had its first reading in training."""
-        if self._of_readings and not self._of_evaluation and not self._of_observations:
-            self._tell(logged, "the first readings")
+    def check(
+        self, logged: Callable[[], Iterable[str]], step: int, callbacks: Iterable[Any], *, recorded: bool
+    ) -> None:
+        """Warn if the first record of the name has been due.
 
-    def after_record(self, logged: Iterable[str]) -> None:
-        """Called after a record of the training's own values: the name is misspelled if one of them is much like it."""
-        names = list(logged)
-        elsewhere = self._of_evaluation or self._of_readings or self._of_observations
-        # Lightning logs one value under both names, that of the epoch later.
-        if not elsewhere and not self._monitor.endswith("_epoch") and _similar(self._monitor, names):
-            self._tell(names, "the first record")
+        Args:
+            logged: Returns all names that were logged until ``step``, also by the ``callbacks``.
+            step: The last step of which everything was logged.
+            callbacks: Those of the Trainer.
+            recorded: Whether the training's own values were logged.
+        """
+        if self.settled:
+            return
+        if self.was_evaluated:
+            self.was_evaluated = False
+            if self._of_evaluation:
+                self._warn(logged(), "the first evaluation")
+        if not self._had_readings and had_first_readings(callbacks, self.start, step):
+            self._had_readings = True
+            if self._of_readings and not self._of_evaluation and not self._of_observations:
+                self._warn(logged(), "the first readings")
+        if not self._had_record and recorded:
+            self._had_record = True
+            # Such a name is misspelled if one of the logged ones is much like it. But Lightning logs one value under
+            # two names, that of the epoch later.
+            elsewhere = self._of_evaluation or self._of_readings or self._of_observations
+            names = list(logged())
+            if not elsewhere and not self._monitor.endswith("_epoch") and _similar(self._monitor, names):
+                self._warn(names, "the first record")
 
     def at_end(self, logged: Iterable[str]) -> None:
         """Called when training ends."""
-        self._tell(logged, "")
+        self._warn(logged, "")
 
-    def _tell(self, logged: Iterable[str], after: str) -> None:
+    def _warn(self, logged: Iterable[str], after: str) -> None:
         if self.settled:
             return
         self.settled = True

@@ -11,8 +11,7 @@ except ImportError:
         ) from error
 
 from matent_callbacks.lightning._alignment_hooks import AlignmentCallback
-from matent_callbacks.lightning._collapse_hooks import CollapseAlarm
 from matent_callbacks.lightning._entropy_hooks import MatrixEntropyCallback
-from matent_callbacks.lightning._plateau_hooks import PlateauStopping
+from matent_callbacks.lightning._observers import CollapseAlarm, PlateauStopping
 
 __all__ = ["AlignmentCallback", "CollapseAlarm", "MatrixEntropyCallback", "PlateauStopping"]

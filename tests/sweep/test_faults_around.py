@@ -16,23 +16,20 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
-from matent_callbacks.callbacks.collapse_alarm import SharedCollapseAlarm
+from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
-from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
+from matent_callbacks.callbacks.observers import CollapseObserver, PlateauObserver
+from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.lightning import (
     _alignment_hooks,
-    _collapse_hooks,
     _entropy_hooks,
     _monitored_steps,
-    _plateau_hooks,
 )
 from matent_callbacks.transformers import (
     _alignment_events,
     _background_readings,
-    _collapse_events,
     _entropy_events,
 )
 from tests.conftest import collate, text_examples
@@ -146,14 +143,14 @@ OF_BOTH = [
     Place(PlateauDetector, "update", stopping),
     Place(PlateauDetector, "state_dict", stopping, RESUMED),
     Place(PlateauDetector, "load_state_dict", stopping, RESUMED),
-    Place(SharedPlateauStopping, "logged_values", stopping),
-    Place(SharedPlateauStopping, "warn_if_never_logged", stopping_on_nothing),
+    Place(PlateauObserver, "logged_values", stopping),
+    Place(Unlogged, "at_end", stopping_on_nothing),
     Place(CollapseDetector, "update", alarmed),
     Place(CollapseDetector, "state_dict", alarmed, RESUMED),
     Place(CollapseDetector, "load_state_dict", alarmed, RESUMED),
-    Place(SharedCollapseAlarm, "note", alarmed),
-    Place(SharedCollapseAlarm, "tell", alarmed),
-    Place(SharedCollapseAlarm, "warn_if_never_logged", alarmed_by_nothing),
+    Place(CollapseObserver, "logged_values", alarmed),
+    Place(CollapseObserver, "report", alarmed),
+    Place(Unlogged, "at_end", alarmed_by_nothing),
 ]
 OF_TRAINER = [
     Place(Measurement, "begin_evaluation"),
@@ -165,7 +162,7 @@ OF_TRAINER = [
     Place(_background_readings.LateReading, "log", in_background, RESUMED),
     Place(_background_readings.LateReading, "begin", in_background),
     Place(_alignment_events, "summarize_by_maximum", alignment),
-    Place(_collapse_events, "alert", alarmed),
+    Place(of_transformers._observers, "alert", alarmed),
 ]
 OF_LIGHTNING = [
     Place(Measurement, "reset"),
@@ -181,9 +178,9 @@ OF_LIGHTNING = [
     Place(pl.LightningModule, "log_dict"),
     Place(pl.LightningModule, "log_dict", alignment),
     Place(_alignment_hooks, "summarize_by_maximum", alignment),
-    Place(_plateau_hooks, "publish", stopping),
-    Place(_collapse_hooks, "publish", alarmed),
-    Place(_collapse_hooks, "alert", alarmed),
+    Place(of_lightning._observers, "publish", stopping),
+    Place(of_lightning._observers, "publish", alarmed),
+    Place(of_lightning._observers, "alert", alarmed),
     Place(SingleDeviceStrategy, "reduce_boolean_decision", stopping),
     Place(SingleDeviceStrategy, "reduce_boolean_decision", alarmed),
 ]
@@ -356,7 +353,7 @@ def test_a_log_history_that_somebody_keeps_empty(make_trainer):
 
 @TOLD
 @BOTH
-@pytest.mark.parametrize("broken", ["say_stop", "logged_values"])
+@pytest.mark.parametrize("broken", ["report", "logged_values"])
 def test_training_stops_at_the_plateau_though_it_cannot_be_told(framework, broken, tmp_path, monkeypatch):
     def run(folder: str) -> int:
         callbacks = [
@@ -367,6 +364,6 @@ def test_training_stops_at_the_plateau_though_it_cannot_be_told(framework, broke
 
     stopped_at = run("right")
     assert stopped_at < STEPS
-    monkeypatch.setattr(SharedPlateauStopping, broken, fails)
+    monkeypatch.setattr(PlateauObserver, broken, fails)
     with pytest.warns(UserWarning, match="boom Training goes on"):
         assert run("broken") == stopped_at
