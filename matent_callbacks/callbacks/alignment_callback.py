@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
 from matent_callbacks.accumulate.reduction import agree, agreed_failures, check_groups, is_distributed
-from matent_callbacks.callbacks.alignment_reading import (
+from matent_callbacks.callbacks.alignment_statistics import (
     EXCHANGED,
     TOWERS,
-    Reading,
+    PairStatistics,
     Stages,
     merged,
     over_ranks,
@@ -155,36 +155,36 @@ class AlignmentMeasurement:
         """
         values: dict[str, float] = {}
         for prefix in self.prefixes:
-            reading = self._reading(model, prefix, around, find_probe)
-            own = self._computed.compute(reading, self._warn_once)
+            statistics = self._statistics(model, prefix, around, find_probe)
+            own = self._computed.compute(statistics, self._warn_once)
             if self._influences[prefix].is_missing(own, sample_of_weights(model)):
                 warnings.warn(Influence.MISSING.format(probe="`probe`"), stacklevel=2)
             values |= {f"{prefix}{key}": value for key, value in own.items()}
         return values
 
-    def _reading(
+    def _statistics(
         self,
         model: nn.Module,
         prefix: str,
         around: Callable[[], AbstractContextManager[Any]],
         find_probe: Callable[[], Any] | None,
-    ) -> Reading:
+    ) -> PairStatistics:
         """Read a probe on each rank, and merge what was read from all batches on all ranks."""
 
-        def read() -> tuple[list[Reading], list[int]]:
+        def read() -> tuple[list[PairStatistics], list[int]]:
             batches, fingerprints = self._found_probe(model, prefix, find_probe)
             context = None if self._is_dual_encoder(model) else self._context_group
             with quiet(model), around(), in_parts(model, context):
                 return self._read(model, batches), fingerprints
 
-        readings, fingerprints = _on_all_ranks_or_none(read, "read the probe", model, self._group)
+        of_batches, fingerprints = _on_all_ranks_or_none(read, "read the probe", model, self._group)
         stages = (*STAGES, *EXCHANGED) if self._computed.needs_exchange else STAGES
         names = TOWERS if self._is_dual_encoder(model) else stages
         if not is_distributed(self._group):
-            return merged(readings, names, model)
+            return merged(of_batches, names, model)
         # As a rule all ranks are given the same probe: each reads it, and it counts once.
         mine = held_first(fingerprints, device_of(model), self._group)
-        own = [reading for reading, first in zip(readings, mine, strict=True) if first]
+        own = [statistics for statistics, first in zip(of_batches, mine, strict=True) if first]
         return over_ranks(merged(own, names, model), self._group)
 
     def _found_probe(
@@ -210,7 +210,7 @@ class AlignmentMeasurement:
             raise ValueError("`probe` must be the same on all ranks of `context_group`, got unlike batches.")
         return batches, fingerprints
 
-    def _read(self, model: nn.Module, batches: list[Any]) -> list[Reading]:
+    def _read(self, model: nn.Module, batches: list[Any]) -> list[PairStatistics]:
         """Read the batches of this rank's probe."""
         if not batches and not is_distributed(self._group):
             raise ValueError("`probe` must hold at least one batch, got none.")

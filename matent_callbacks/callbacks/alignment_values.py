@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from matent_callbacks.callbacks.alignment_reading import EXCHANGED, Counts, Reading
+from matent_callbacks.callbacks.alignment_statistics import EXCHANGED, Counts, PairStatistics
 from matent_callbacks.functional.alignment import image_reduction_ratio, image_text_alignment
 from matent_callbacks.functional.chance import pairing_z_score
 from matent_callbacks.functional.pairs import (
@@ -64,13 +64,15 @@ class AlignmentValues:
         """Whether a vision-language model is to be read with exchanged images, too."""
         return not set(EXCHANGE_MEASURES).isdisjoint(self.measures(dual_encoder=False))
 
-    def compute(self, reading: Reading, warn_once: Callable[[str, str], None]) -> dict[str, float]:
+    def compute(self, statistics: PairStatistics, warn_once: Callable[[str, str], None]) -> dict[str, float]:
         """Compute all values; those that are NaN are left out. ``warn_once`` takes a subject and a message.
 
         Raises:
             ValueError: If the probe holds too few pairs for what was asked for.
         """
-        entropy = {name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in reading.entropies.items()}
+        entropy = {
+            name: torch.where(m.num_sequences > 0, m.mean, torch.nan) for name, m in statistics.entropies.items()
+        }
         effective_rank = {name: value.exp() for name, value in entropy.items()}
         e = entropy if self._basis == "entropy" else effective_rank
         dual_encoder = "image_text" not in e
@@ -84,10 +86,10 @@ class AlignmentValues:
             values |= {f"{metric}/{stage}": value for stage, value in of_stages.items() if stage not in EXCHANGED}
         pairs: dict[str, Tensor] = {}
         if EXCHANGED[0] in e:
-            pairs |= _exchange_measures(reading.counts, e, measures, warn_once)
-        pairs |= self._vector_measures(reading.image, reading.text, measures, warn_once)
+            pairs |= _exchange_measures(statistics.counts, e, measures, warn_once)
+        pairs |= self._vector_measures(statistics.image, statistics.text, measures, warn_once)
         values |= {f"alignment/{name}": value for name, value in pairs.items()}
-        skipped = {"text_only": reading.counts.text_only, "no_equal": reading.counts.no_equal}
+        skipped = {"text_only": statistics.counts.text_only, "no_equal": statistics.counts.no_equal}
         values |= {f"alignment/skipped_{name}": count for name, count in skipped.items() if count}
         return _to_numbers(values)
 

@@ -6,16 +6,16 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
 from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
 
 _OF_EVALUATION = re.compile(r"(eval|val|valid|validation|test)[_/]")
-# Parts of the names that callbacks log at each of their readings.
-_OF_READINGS = (*CATALOGUE, "diff_erank", "alignment")
-_OF_OBSERVATIONS = ("plateau/", "collapse/")
+_OF_OBSERVERS = ("plateau/", "collapse/")
+# Between the slashes of the names that callbacks log of a model.
+_MEASURED = (*CATALOGUE, "diff_erank", "alignment")
 _SIMILAR = 0.75
 
 
@@ -33,10 +33,7 @@ class Unlogged:
         self.begin(0)
         self._monitor = monitor
         self._without = without
-        self._of_evaluation = bool(_OF_EVALUATION.match(monitor))
-        self._of_observations = monitor.startswith(_OF_OBSERVATIONS)
-        parts = monitor.split("/")
-        self._of_readings = len(parts) > 1 and any(_similar(part, _OF_READINGS) for part in parts)
+        self._source = _source_of(monitor)
 
     def found(self) -> None:
         """Called when the name was logged."""
@@ -45,7 +42,7 @@ class Unlogged:
     def begin(self, step: int) -> None:
         """Called when training begins, or goes on, at ``step``."""
         self.start = step
-        self.was_evaluated = self._had_readings = self._had_record = False
+        self.was_evaluated = self._was_checked = False
 
     def check(
         self, logged: Callable[[], Iterable[str]], step: int, callbacks: Iterable[Any], *, recorded: bool
@@ -58,24 +55,23 @@ class Unlogged:
             callbacks: Those of the Trainer.
             recorded: Whether the training's own values were logged.
         """
-        if self.settled:
+        if self.settled or self._was_checked:
             return
-        if self.was_evaluated:
-            self.was_evaluated = False
-            if self._of_evaluation:
-                self._warn(logged(), "the first evaluation")
-        if not self._had_readings and had_first_readings(callbacks, self.start, step):
-            self._had_readings = True
-            if self._of_readings and not self._of_evaluation and not self._of_observations:
-                self._warn(logged(), "the first readings")
-        if not self._had_record and recorded:
-            self._had_record = True
-            # Such a name is misspelled if one of the logged ones is much like it. But Lightning logs one value under
-            # two names, that of the epoch later.
-            elsewhere = self._of_evaluation or self._of_readings or self._of_observations
-            names = list(logged())
-            if not elsewhere and not self._monitor.endswith("_epoch") and _similar(self._monitor, names):
-                self._warn(names, "the first record")
+        if self._source == "evaluation":
+            due, after = self.was_evaluated, "the first evaluation"
+        elif self._source == "measurement":
+            due, after = _all_have_measured(callbacks, self.start, step), "the first readings"
+        else:
+            due, after = recorded and self._source == "training", "the first record"
+        if not due:
+            return
+        self._was_checked = True
+        names = list(logged())
+        # A name of training is misspelled if one of the logged ones is much like it. But Lightning logs one value under
+        # two names, that of the epoch later.
+        is_misspelled = not self._monitor.endswith("_epoch") and _similar(self._monitor, names)
+        if self._source != "training" or is_misspelled:
+            self._warn(names, after)
 
     def at_end(self, logged: Iterable[str]) -> None:
         """Called when training ends."""
@@ -94,12 +90,22 @@ class Unlogged:
         )
 
 
-def had_first_readings(callbacks: Iterable[Any], start: int, step: int) -> bool:
-    """Whether callbacks measure in training, and each has logged its first reading of a run that began at ``start``."""
+def _source_of(monitor: str) -> Literal["evaluation", "observer", "measurement", "training"]:
+    """Return what logs a name, so far as it can be told from the name."""
+    if _OF_EVALUATION.match(monitor):
+        return "evaluation"
+    if monitor.startswith(_OF_OBSERVERS):
+        return "observer"
+    parts = monitor.split("/")
+    return "measurement" if len(parts) > 1 and any(_similar(part, _MEASURED) for part in parts) else "training"
+
+
+def _all_have_measured(callbacks: Iterable[Any], start: int, step: int) -> bool:
+    """Whether callbacks measure in training, and each has logged its first values of a run that began at ``start``."""
     intervals: list[int] = []
     for callback in callbacks:
         if isinstance(callback, SharedEntropyCallback):
-            # A reading in the background is logged at the next one.
+            # What is computed in the background is logged at the next due step.
             intervals.append(callback.every_n_steps * (2 if callback._measurement.background else 1))
         elif isinstance(callback, SharedAlignmentCallback):
             intervals.append(callback.every_n_steps)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.alignment_reading import Stages
+from matent_callbacks.callbacks.alignment_statistics import Stages
 from matent_callbacks.callbacks.guard import unguarded
 from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.alignment_reading import Stages
+from matent_callbacks.callbacks.alignment_statistics import Stages
 from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
