@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, rank_scale
+from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, layer_ticks, rank_scale
 from matent_callbacks.report._findings import moved
 from matent_callbacks.report._keys import Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, finish, table_over_steps
+from matent_callbacks.report._picture import Picture, empty_figure, peaks, style, table_over_steps, to_svg
 from matent_callbacks.report._run import Curve, Run
-from matent_callbacks.report._svg import style, to_svg
-from matent_callbacks.report._thin import peaks
 from matent_callbacks.report._words import (
     AXES,
     ENTROPIES,
@@ -170,7 +168,6 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
     ax.set_ylabel(shared.unit)
     if shared.ranks:
         rank_scale(ax)
-    finish(figure, ax, legend=False)
     marks = [f"{names[i]}, {text}" for i in drawn for text in marked(runs[i])]
     told = (
         "; ".join(marks)
@@ -189,6 +186,7 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
         name=shared.name,
         title=shared.title,
         description=description,
+        legend=False,
         tooltips={f"run{i}": names[i] for i in drawn},
     )
     table = table_over_steps({names[i]: shared.curves[i] for i in drawn})
@@ -249,16 +247,12 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         places = [j if alike else j / (len(profile) - 1) for j in range(len(profile))]
         _draw(ax, i, places, list(profile.values()), marker=".", ms=6)
     if alike:
-        every = -(-len(layers) // 10)
-        ax.set_xticks(
-            range(0, len(layers), every), [_brief(layer) for layer in layers[::every]], rotation=40, ha="right"
-        )
+        layer_ticks(ax.xaxis, layers, 10)
     else:
         ax.set_xlabel("depth: 0 the first layer, 1 the last")
     ax.set_ylabel(AXES.get(metric, metric))
     if metric in LOGARITHMIC:
         rank_scale(ax)
-    finish(figure, ax, legend=False)
     ends = {step(value) for value in at.values()}
     caption = [
         f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading.",
@@ -272,16 +266,11 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         + "."
         for i, profile in profiles.items()
     )
-    svg = to_svg(
-        figure, name="profile", title=title, description=description, tooltips={f"run{i}": names[i] for i in profiles}
-    )
+    tooltips = {f"run{i}": names[i] for i in profiles}
+    svg = to_svg(figure, name="profile", title=title, description=description, legend=False, tooltips=tooltips)
     columns_of = ["layer", *(f"{names[i]}, step {step(at[i])}" for i in profiles)]
     rows = [[place_name(n), *(number(p[n]) if n in p else "" for p in profiles.values())] for n in layers[::-1]]
     yield Picture("profile", title, " ".join(filter(None, caption)), svg, columns_of, rows, "", runs=list(profiles))
-
-
-def _brief(layer: str) -> str:
-    return layer.removeprefix("layer_") if len(layer) <= 12 else f"{layer[:4]}…{layer[-6:]}"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -15,10 +15,10 @@ from matent_callbacks.report._comparison import (
     pictures,
     quantities,
 )
-from matent_callbacks.report._page import render, safe
+from matent_callbacks.report._page import render
+from matent_callbacks.report._picture import css_colour
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._settings import differing
-from matent_callbacks.report._svg import css_colour
 from matent_callbacks.report._words import number, step
 
 _MOST_SETTINGS = 100
@@ -61,7 +61,7 @@ def comparison(runs: Sequence[Run]) -> str:
         title=f"{names[0]} and {names[1]}" if all_of == 2 else f"{all_of} runs side by side",
         left_out=f"Shown are the first {MOST_RUNS}; left out: {', '.join(left_out)}." if left_out else "",
         runs=[_described(i, run, name) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
-        pictures=safe(pictures(runs, names, shared)),
+        pictures=pictures(runs, names, shared),
         groups=[_group(runs, quantity) for quantity in shared],
         first=names[0],
         settings=dict(list(settings.items())[:_MOST_SETTINGS]),

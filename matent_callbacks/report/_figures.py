@@ -6,15 +6,21 @@ from collections.abc import Iterator
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot import spectrum_shares, step_curves
-from matent_callbacks.plot._style import LOGARITHMIC
+from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
+from matent_callbacks.plot._style import LOGARITHMIC, mark, short
 from matent_callbacks.report._findings import best_source, collapses, moved, without_reading
-from matent_callbacks.report._heatmap import heatmap_svg
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, finish, how_many, short, table_over_steps
+from matent_callbacks.report._picture import (
+    Picture,
+    empty_figure,
+    evenly,
+    how_many,
+    peaks,
+    style,
+    table_over_steps,
+    to_svg,
+)
 from matent_callbacks.report._run import Curve, Run
-from matent_callbacks.report._svg import style, to_svg
-from matent_callbacks.report._thin import evenly, peaks
 from matent_callbacks.report._words import (
     AXES,
     ENTROPIES,
@@ -35,6 +41,8 @@ from matent_callbacks.report._words import (
 )
 
 _CURVES, _COLUMNS = 4, 240
+# Widths of the heat map on narrow and wide pages, and the height of a layer in it, in inches.
+_NARROW, _WIDE, _ROW = 4.2, 10.5, 0.18
 
 
 def pictures(run: Run) -> dict[str, list[Picture]]:
@@ -70,17 +78,27 @@ def _metric(run: Run, metric: str) -> Iterator[Picture]:
     source, layers = _layers(run, metric)
     if not layers:
         return
-    shown = evenly(layers, _CURVES)
+    shown = _shown(run, metric, source, layers)
     data = "" if source is None else f", {held_out_name(source)}"
     curves = {place_name(layer) + data: run.curve(Quantity(metric, layer, source)) for layer in shown}
     points = {}
     if source is None:
         for name in run.held_out_sets(metric, layers[-1]):
             points[f"{place_name(layers[-1])}, {held_out_name(name)}"] = run.curve(Quantity(metric, layers[-1], name))
-    about = f"{len(shown)} of {len(layers)} layers." if len(shown) < len(layers) else ""
+    about = ""
+    if len(shown) < len(layers):
+        about = f"Of {len(layers)} layers the first, the last, and the two that moved most from first to last reading."
     title = metric_name(metric)
     ranks = metric in LOGARITHMIC
     yield from _curves(run, metric, capital(title), AXES.get(metric, metric), curves, points, about, ranks=ranks)
+
+
+def _shown(run: Run, metric: str, source: str | None, layers: list[str]) -> list[str]:
+    """Choose the layers whose curves are drawn: all of few, of many the first, the last and those that moved most."""
+    if len(layers) <= _CURVES:
+        return layers
+    between = sorted(layers[1:-1], key=lambda layer: -abs(run.curve(Quantity(metric, layer, source)).change()))
+    return [layer for layer in layers if layer in (layers[0], layers[-1], *between[: _CURVES - 2])]
 
 
 def _alignment(run: Run) -> Iterator[Picture]:
@@ -134,7 +152,6 @@ def _curves(
         alarms=run.alarm_steps,
         ranks=ranks,
     )
-    finish(figure, ax)
     most = max(everything.values(), key=lambda curve: len(curve.steps))
     if len(peaks(most).steps) < len(most.steps):
         of = f"{len(peaks(most).steps):,} of {len(most.steps):,}"
@@ -171,11 +188,17 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
         caption += f" Dotted: {', '.join(collapses(run))}."
     description = " ".join(moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8))
     name = f"{run.ids}heatmap"
-    svg = heatmap_svg(records, metric, run=run, name=name, title=title, description=description)
+    svgs = []
+    for width, suffix in ((_NARROW, ""), (_WIDE, "-wide")):
+        figure, ax = empty_figure(width, max(2.4, 0.9 + _ROW * min(len(layers), 40)))
+        layer_heatmap(records, metric, ax=ax)
+        ax.set_title("")
+        mark(ax, stop=run.stop.step if run.stop else None, alarm_steps=run.alarm_steps, on_cells=True)
+        svgs.append(to_svg(figure, name=name + suffix, title=title, description=description, legend=False))
     chosen = evenly(steps, 20)
     rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in chosen)] for n in reversed(layers)]
     columns = ["layer", *(f"step {step(s)}" for s in chosen)]
-    yield Picture(name, title, caption.strip(), svg, columns, rows, how_many(len(chosen), len(steps)), wide=True)
+    yield Picture(name, title, caption.strip(), "".join(svgs), columns, rows, how_many(len(chosen), len(steps)), True)
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
@@ -196,7 +219,6 @@ def _spectrum(run: Run) -> Iterator[Picture]:
     chosen = evenly(steps, 3)
     figure, ax = empty_figure()
     spectrum_shares({f"step {step(s)}": readings[layer][s] for s in chosen}, ax=ax)
-    finish(figure, ax)
     title = f"Spectrum of {place_name(layer) if layer != 'last' else 'the last layer'}"
     caption = "Which share of the variance the k strongest directions hold together."
     caption += f" {about_data(source)}".rstrip()

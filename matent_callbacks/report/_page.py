@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from matent_callbacks.report._figures import pictures
 from matent_callbacks.report._findings import missing, summary
-from matent_callbacks.report._picture import Picture
 from matent_callbacks.report._run import Run
 from matent_callbacks.report._words import number, step
 
@@ -33,14 +31,13 @@ def page(run: Run) -> str:
     """
     if not run.records:
         raise ValueError("`run` must have at least one record, and it has none.")
-    sections = {title: safe(found) for title, found in pictures(run).items() if found}
     return render(
         "page.html",
         run=run,
         steps=(step(run.steps[0]), step(run.steps[-1])),
         summary=summary(run),
         notes=[*run.notes, *missing(run)],
-        sections=sections,
+        sections={title: found for title, found in pictures(run).items() if found},
         logged=_logged(run),
     )
 
@@ -56,7 +53,7 @@ def _logged(run: Run) -> list[list[str]]:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of this folder; all values are escaped, except pictures that are :func:`safe`."""
+    """Fill in a template of this folder; all values are escaped, except the SVG of pictures."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -67,10 +64,3 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def safe(pictures: Sequence[Picture]) -> list[Picture]:
-    """Mark pictures whose SVG is put into the page as it is: all text in them was escaped when they were written."""
-    from markupsafe import Markup
-
-    return [picture._replace(svg=Markup(picture.svg)) for picture in pictures]

@@ -54,6 +54,11 @@ class Curve(NamedTuple):
         pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
         return Curve([s for s, _ in pairs], [v for _, v in pairs])
 
+    def change(self) -> float:
+        """The last finite value minus the first; 0 if there is none."""
+        values = self.finite().values
+        return values[-1] - values[0] if values else 0.0
+
 
 @dataclass(frozen=True)
 class Run:
