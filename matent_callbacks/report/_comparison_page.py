@@ -17,7 +17,7 @@ from matent_callbacks.report._comparison import (
 )
 from matent_callbacks.report._page import render
 from matent_callbacks.report._picture import css_colour
-from matent_callbacks.report._run import Curve, Run
+from matent_callbacks.report._run import Run
 from matent_callbacks.report._settings import differing
 from matent_callbacks.report._words import number, step
 
@@ -62,7 +62,7 @@ def comparison(runs: Sequence[Run]) -> str:
         left_out=f"Shown are the first {MOST_RUNS}; left out: {', '.join(left_out)}." if left_out else "",
         runs=[_described(i, run, name) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
         pictures=pictures(runs, names, shared),
-        groups=[_group(runs, quantity) for quantity in shared],
+        groups=[_group(quantity) for quantity in shared],
         first=names[0],
         settings=dict(list(settings.items())[:_MOST_SETTINGS]),
         settings_note=_about_settings(runs, names, settings),
@@ -81,28 +81,18 @@ def _described(place: int, run: Run, label: str) -> dict[str, Any]:
     }
 
 
-def _group(runs: Sequence[Run], shared: Shared) -> dict[str, Any]:
+def _group(shared: Shared) -> dict[str, Any]:
     """The rows of one quantity: each run's last, lowest and highest value, and when it was as good as the first."""
-    reached = first_at_best(shared.curves) if shared.lower_is_better else None
+    best, reached = (shared.lower_is_better and first_at_best(shared.curves)) or (None, [])
     rows = []
-    for place, curve in enumerate(shared.curves):
-        if curve.values:
-            rows.append((place, [*_extremes(curve), _when(reached, place)]))
-    return {"title": shared.title, "best": f"at or below {number(reached[0])}" if reached else "", "rows": rows}
-
-
-def _extremes(curve: Curve) -> list[str]:
-    cells = [number(curve.values[-1])]
-    for value in (min(curve.values), max(curve.values)):
-        cells += [number(value), step(curve.steps[curve.values.index(value)])]
-    return cells
-
-
-def _when(reached: tuple[float, list[float | None]] | None, place: int) -> str:
-    if reached is None:
-        return ""
-    at = reached[1][place]
-    return "never" if at is None else step(at)
+    for place, (steps, values) in enumerate(shared.curves):
+        if values:
+            cells = [number(values[-1])]
+            for value in (min(values), max(values)):
+                cells += [number(value), step(steps[values.index(value)])]
+            at = reached[place] if reached else None
+            rows.append((place, [*cells, "" if best is None else "never" if at is None else step(at)]))
+    return {"title": shared.title, "best": "" if best is None else f"at or below {number(best)}", "rows": rows}
 
 
 def _about_settings(runs: Sequence[Run], names: Sequence[str], settings: dict[str, list[str | None]]) -> str:

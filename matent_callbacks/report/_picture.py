@@ -6,7 +6,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -60,10 +60,10 @@ class Picture(NamedTuple):
     """Its text is escaped. Of a wide picture there are two, for narrow and for wide pages."""
     columns: Sequence[str]
     rows: list[list[str]]
-    table_caption: str = ""
-    wide: bool = False
+    table_caption: str
+    wide: bool
     """Whether it is as wide as the page."""
-    runs: Sequence[int] = ()
+    runs: Sequence[int]
     """Which of several runs are drawn in it, by their place on the page."""
 
 
@@ -89,26 +89,40 @@ def empty_figure(width: float = _SIZE[0], height: float = _SIZE[1]) -> tuple[Fig
     return figure, figure.add_subplot()
 
 
-def to_svg(
-    figure: Figure,
-    *,
+def picture(
+    figures: Sequence[Figure],
     name: str,
     title: str,
-    description: str,
+    description: Iterable[str],
+    table: tuple[Sequence[str], list[list[str]], str],
+    caption: Iterable[str] = (),
+    *,
     legend: bool = True,
-    tooltips: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """Render the figure as an ``svg`` element with real text and the colours of the page.
+    runs: Mapping[int, str] = MappingProxyType({}),
+) -> Picture:
+    """Make a picture of a figure, or of two for narrow and wide pages.
 
     Args:
-        figure: Created inside :func:`style`.
+        figures: Created inside :func:`style`.
         name: Prefix of every id, so that several pictures can be in one page.
-        title: Title, for screen readers.
-        description: Description, for screen readers.
+        title: Above the picture.
+        description: Sentences for screen readers.
+        table: Columns, rows and caption of the numbers.
+        caption: Sentences below the picture; empty ones are left out.
         legend: Whether there is a legend below the picture.
-        tooltips: The tooltips of parts of the figure, by the part's ``gid``.
+        runs: Those of several runs that are drawn, by their place on the page: the tooltips of ``run<place>``.
     """
-    _finish(figure, figure.axes[0], legend)
+    told = " ".join(description)
+    tooltips = {f"run{place}": label for place, label in runs.items()}
+    svgs = []
+    for figure, suffix in zip(figures, ("", "-wide"), strict=False):
+        _finish(figure, figure.axes[0], legend)
+        svgs.append(_svg(figure, name + suffix, title, told, tooltips))
+    return Picture(name, title, " ".join(filter(None, caption)), "".join(svgs), *table, len(svgs) > 1, list(runs))
+
+
+def _svg(figure: Figure, name: str, title: str, description: str, tooltips: Mapping[str, str]) -> str:
+    """Render a figure as an ``svg`` element with real text and the colours of the page."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, dpi=200, metadata=nothing)
