@@ -86,18 +86,20 @@ def mark(
 ) -> list[Line2D]:
     """Draw vertical lines where a plateau was reached and where alarms were raised, with their names for the legend.
 
-    On the cells of a heat map, which have every colour, each line has a white one below it.
+    On the cells of a heat map, which have every colour, each line has a white one below it. Cells are the same on a
+    dark page, so lines on them do not get its colours.
     """
+    black, orange = ("#010101", "#C24E00") if on_cells else (BLACK, ORANGE)
     steps = sorted(set(alarm_steps))
     for step in [*steps, *([] if stop is None else [stop])] if on_cells else ():
         ax.axvline(step, color="white", linewidth=3.5)
     lines = []
     for i, step in enumerate(steps):
         label = f"_{i}" if i else f"collapse, {'from ' * (len(steps) > 1)}step {step:g}"
-        lines.append(ax.axvline(step, color=ORANGE, linestyle=(0, (1, 1)), linewidth=1.8, label=label))
+        lines.append(ax.axvline(step, color=orange, linestyle=(0, (1, 1)), linewidth=1.8, label=label))
     if stop is not None:
         label = f"plateau, step {stop:g}"
-        lines.append(ax.axvline(stop, color=BLACK, linestyle="--", linewidth=1.5 if on_cells else 1, label=label))
+        lines.append(ax.axvline(stop, color=black, linestyle="--", linewidth=1.5 if on_cells else 1, label=label))
     return lines
 
 

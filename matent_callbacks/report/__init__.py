@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from matent_callbacks.report._comparison_page import comparison
 from matent_callbacks.report._one_run import read
-from matent_callbacks.report._page import page
+from matent_callbacks.report._pages import comparison, page
 from matent_callbacks.report._run import Run, RunError, Stop
 
 __all__ = ["Run", "RunError", "Stop", "comparison", "page", "read_run"]
