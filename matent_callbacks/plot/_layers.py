@@ -10,6 +10,7 @@ from matent_callbacks.plot._style import (
     LOGARITHMIC,
     ORANGE,
     UNITS,
+    evenly,
     in_order,
     layer_ticks,
     plain_numbers,
@@ -20,14 +21,14 @@ from matent_callbacks.plot._style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PROFILES = 12  # more lines than that could not be told apart
+_PROFILES, _NAMED = 12, 5  # more lines could not be told apart, more names would hide them
 
 
 def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
     """Draw the metric through the layers, one line for each step that was read, the latest standing out.
 
-    Of many readings twelve are drawn, evenly spread, the first and the latest among them. Ranks that span more than a
-    decade are on a logarithmic axis.
+    Of many readings twelve are drawn and five are named, evenly spread, the first and the latest among them. Ranks that
+    span more than a decade are on a logarithmic axis.
 
     Args:
         records: What a Trainer logged.
@@ -49,7 +50,7 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
 
     layers, steps, grid = _table(records, metric)
     last = len(steps) - 1
-    shown = sorted({round(i * last / (_PROFILES - 1)) for i in range(_PROFILES)})
+    shown = evenly(range(len(steps)), _PROFILES)
     greys = colormaps["Greys"]
     for index in shown:
         latest = index == last
@@ -66,8 +67,8 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
         rank_scale(ax)
     layer_ticks(ax.xaxis, layers, 16)
     ax.set_ylabel(UNITS.get(metric, metric))
-    ax.set_title(f"{_name(metric)} by depth")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    _title(ax, metric, "by depth")
+    ax.legend(handles=evenly(ax.get_lines(), _NAMED), frameon=False, fontsize="small")
 
 
 def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
@@ -98,7 +99,7 @@ def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective
     cells = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=norm, rasterized=True)
     layer_ticks(ax.yaxis, layers, _rows(ax), shift=0.5)
     ax.set_xlabel("step")
-    ax.set_title(f"{_name(metric)} of every layer")
+    _title(ax, metric, "of every layer")
     ax.grid(False)
     bar = ax.figure.colorbar(cells, ax=ax, label=UNITS.get(metric, metric), fraction=0.05, pad=0.03, aspect=30)
     if norm is not None:
@@ -123,8 +124,10 @@ def _rows(ax: Axes) -> int:
     return max(2, int(ax.bbox.height / ax.figure.dpi / line))
 
 
-def _name(metric: str) -> str:
-    return metric[:1].upper() + metric[1:].replace("_", " ")
+def _title(ax: Axes, metric: str, what: str) -> None:
+    """Set the title, unless the axis has one."""
+    if not ax.get_title():
+        ax.set_title(f"{metric[:1].upper()}{metric[1:].replace('_', ' ')} {what}")
 
 
 def _edges(steps: list[float]) -> list[float]:

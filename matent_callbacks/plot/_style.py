@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,11 +38,19 @@ BLACK = "#000000"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 _DECADE = 10
 _ALARM = "collapse/"
+_Item = TypeVar("_Item")
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
     """Sort layer names in natural order, with ``last`` at the end."""
     return sorted(layers, key=lambda name: (name == "last", numbers_as_numbers(name)))
+
+
+def evenly(items: Sequence[_Item], limit: int) -> list[_Item]:
+    """Keep the first item, the last one, and evenly spaced ones between them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def numbers_as_numbers(name: str) -> list[tuple[int, str]]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
-from matent_callbacks.plot._style import LOGARITHMIC, mark, short
+from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
 from matent_callbacks.report._findings import collapses, moved, without_reading
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, evenly, how_many, peaks, picture, style
+from matent_callbacks.report._picture import Picture, empty_figure, how_many, peaks, picture, style
 from matent_callbacks.report._picture import table_over_steps as table
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (

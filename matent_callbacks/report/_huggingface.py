@@ -34,11 +34,7 @@ def read(path: Path, files: list[Path]) -> Run:
     notes = []
     # Of the checkpoints only the newest that can be read: each holds all of the records before it.
     for file in files:
-        if (
-            states
-            and file.parent.name.startswith("checkpoint-")
-            and states[-1][0].parent.name.startswith("checkpoint-")
-        ):
+        if states and is_checkpoint(file.parent) and is_checkpoint(states[-1][0].parent):
             break
         try:
             states.append((file, _load(file)))

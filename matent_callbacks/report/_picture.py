@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
-from matent_callbacks.plot._style import BLACK, BLUE, FIVE, ORANGE
+from matent_callbacks.plot._style import BLACK, BLUE, FIVE, ORANGE, evenly
 from matent_callbacks.report._run import Curve
 from matent_callbacks.report._words import number, step
 
@@ -47,7 +47,6 @@ _STYLE: Any = {
 }
 _REFERENCE = re.compile(r"^#|(?<=url\(#)")
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
-_Item = TypeVar("_Item")
 
 
 class Picture(NamedTuple):
@@ -196,10 +195,3 @@ def peaks(curve: Curve, limit: int = 800) -> Curve:
             kept |= {min(finite, key=curve.values.__getitem__), max(finite, key=curve.values.__getitem__)}
     chosen = sorted(kept)
     return Curve([curve.steps[i] for i in chosen], [curve.values[i] for i in chosen])
-
-
-def evenly(items: Sequence[_Item], limit: int) -> list[_Item]:
-    """Keep the first item, the last one, and evenly spaced ones between them."""
-    if len(items) <= limit:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

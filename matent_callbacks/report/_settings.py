@@ -73,7 +73,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, int | float):
         return f"{value:.10g}"
     if isinstance(value, str):
-        return value
+        return str.__str__(value)  # of a member of an enumeration its value
     if isinstance(value, list | tuple) and all(isinstance(item, int | float | str | None) for item in value):
         return json.dumps(value)
     return None

@@ -74,8 +74,8 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
             if saved is not None:
                 self.load_state_dict(saved)
         with self.guard("the settings of the run in the checkpoint"):
-            # For `matent report`: what the Trainer itself saves of them is a pickle.
-            state.stateful_callbacks = {**(state.stateful_callbacks or {}), SETTINGS: flat(args.to_dict())}
+            # For `matent report`: what the Trainer itself saves of them is a pickle. `to_dict` may change `args`.
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), SETTINGS: flat(vars(args))}
         with self.guard("what is done when training begins"):
             self.begin(state)
 

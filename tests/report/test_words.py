@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matent_callbacks.plot._style import evenly
 from matent_callbacks.report import Run, Stop, read_run
 from matent_callbacks.report._figures import pictures
 from matent_callbacks.report._findings import missing, moved, summary
-from matent_callbacks.report._picture import evenly, peaks
+from matent_callbacks.report._picture import peaks
 from matent_callbacks.report._run import Curve
 from tests.report.conftest import Logged
 
