@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, UNITS, rank_scale, series
+from matent_callbacks.plot._style import BLUE, FIVE, ORANGE, UNITS, mark, rank_scale, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,10 +57,12 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
         panel(axis, records)
         axis.xaxis.set_tick_params(labelbottom=True)
         axis.set_xlabel("step")
-        if stop is not None:
-            axis.axvline(stop, color="black", linestyle="--", linewidth=1)
-            place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "center"}  # below the axis' title
-            axis.annotate(f"plateau, {stop}", (stop, 0.45), rotation=90, size="small", **place)
+        # Below the plot, where it hides no curve.
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize="small")
+        marks = mark(axis, stop=stop)
+    if marks:
+        figure.legend(handles=marks, loc="outside lower right", frameon=False)
     if title:
         figure.suptitle(title)
     return figure
@@ -72,7 +74,6 @@ def _readings(axis: Axes, records: _Records) -> None:
     rank_scale(axis)
     axis.set_ylabel(UNITS["effective_rank"])
     axis.set_title("Where the image goes")
-    axis.legend(frameon=False, fontsize="small")
 
 
 def _alignment(axis: Axes, records: _Records) -> None:
@@ -80,7 +81,6 @@ def _alignment(axis: Axes, records: _Records) -> None:
     exchanged = _sum(records, "alignment/image_text", "alignment/image_text_shift")
     if exchanged[0]:
         axis.plot(*exchanged, color=ORANGE, linestyle="--", label="images exchanged")
-        axis.legend(frameon=False, fontsize="small")
     axis.set_ylabel("mean / max of image, text, both")
     axis.set_title("Image-text alignment of the paper")
 
@@ -95,7 +95,6 @@ def _losses(axis: Axes, records: _Records) -> None:
         axis.plot(*series(records, "eval_loss"), color=ORANGE, marker="o", label="held out")
     axis.set_ylabel("captioning loss (nats per token)")
     axis.set_title("Loss")
-    axis.legend(frameon=False, fontsize="small")
 
 
 def _grounding(axis: Axes, records: _Records) -> None:
@@ -111,7 +110,6 @@ def _against_chance(axis: Axes, records: _Records) -> None:
     axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
     axis.set_ylabel("z (standard deviations)")
     axis.set_title("Pairing of image and text above chance")
-    axis.legend(fontsize="small", framealpha=1)  # the first entry would be lost on the band
 
 
 def _debiased(axis: Axes, records: _Records) -> None:

@@ -64,11 +64,7 @@ def step_curves(
     ax.set_ylabel(unit)
 
 
-def spectrum_shares(
-    readings: Mapping[str, Mapping[int, float]],
-    *,
-    ax: Axes,
-) -> None:
+def spectrum_shares(readings: Mapping[str, Mapping[int, float]], *, ax: Axes) -> None:
     """Draw the share of the variance in the k strongest directions, over k.
 
     Args:
@@ -90,16 +86,8 @@ def spectrum_shares(
         latest = i == len(readings) - 1
         colour, style = (BLUE, "-") if latest else (FIVE[1 + i % 4], _DASHES[1 + i % 4])
         ks = sorted(shares)
-        ax.plot(
-            ks,
-            [shares[k] for k in ks],
-            color=colour,
-            linestyle=style,
-            marker="o",
-            ms=3,
-            label=name,
-            linewidth=1 + latest,
-        )
+        values = [shares[k] for k in ks]
+        ax.plot(ks, values, color=colour, linestyle=style, marker="o", ms=3, label=name, linewidth=1 + latest)
     ax.set_xscale("log", base=2)
     ks = sorted({k for shares in readings.values() for k in shares})
     ax.set_xticks(ks, [str(k) for k in ks])

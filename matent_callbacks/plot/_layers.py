@@ -6,19 +6,29 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks.plot._style import LOGARITHMIC, ORANGE, UNITS, in_order, rank_scale, series
+from matent_callbacks.plot._style import (
+    LOGARITHMIC,
+    ORANGE,
+    UNITS,
+    evenly,
+    in_order,
+    layer_ticks,
+    plain_numbers,
+    rank_scale,
+    series,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PROFILES = 12  # more lines than that could not be told apart
+_PROFILES, _NAMED = 12, 5  # more lines could not be told apart, more names would hide them
 
 
 def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
     """Draw the metric through the layers, one line for each step that was read, the latest standing out.
 
-    Of many readings twelve are drawn, evenly spread, the first and the latest among them. Ranks that span more than a
-    decade are on a logarithmic axis.
+    Of many readings twelve are drawn and five are named, evenly spread, the first and the latest among them. Ranks that
+    span more than a decade are on a logarithmic axis.
 
     Args:
         records: What a Trainer logged.
@@ -40,7 +50,7 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
 
     layers, steps, grid = _table(records, metric)
     last = len(steps) - 1
-    shown = sorted({round(i * last / (_PROFILES - 1)) for i in range(_PROFILES)})
+    shown = evenly(range(len(steps)), _PROFILES)
     greys = colormaps["Greys"]
     for index in shown:
         latest = index == last
@@ -55,11 +65,10 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
         )
     if metric in LOGARITHMIC:
         rank_scale(ax)
-    every = -(-len(layers) // 16)
-    ax.set_xticks(range(0, len(layers), every), layers[::every], rotation=45, ha="right")
+    layer_ticks(ax.xaxis, layers, 16)
     ax.set_ylabel(UNITS.get(metric, metric))
-    handles = ax.get_lines()
-    ax.legend(handles=[handles[0], handles[-1]] if last else handles, frameon=False, fontsize="small")
+    _title(ax, metric, "by depth")
+    ax.legend(handles=evenly(ax.get_lines(), _NAMED), frameon=False, fontsize="small")
 
 
 def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
@@ -86,10 +95,15 @@ def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective
     layers, steps, grid = _table(records, metric)
     # A logarithmic scale needs a value above 0; NaN, a layer without a reading, is no value.
     norm = LogNorm() if metric in LOGARITHMIC and any(v > 0 for row in grid for v in row) else None
-    image = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=norm)
-    ax.set_yticks([i + 0.5 for i in range(len(layers))], layers)
+    # Rasterized, since each cell would be an element of an SVG.
+    cells = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=norm, rasterized=True)
+    layer_ticks(ax.yaxis, layers, _rows(ax), shift=0.5)
     ax.set_xlabel("step")
-    ax.figure.colorbar(image, ax=ax, label=UNITS.get(metric, metric))
+    _title(ax, metric, "of every layer")
+    ax.grid(False)
+    bar = ax.figure.colorbar(cells, ax=ax, label=UNITS.get(metric, metric), fraction=0.05, pad=0.03, aspect=30)
+    if norm is not None:
+        plain_numbers(bar.ax.yaxis)
 
 
 def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str], list[float], list[list[float]]]:
@@ -102,6 +116,18 @@ def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str]
     columns = {layer: dict(zip(*series(records, prefix + layer), strict=True)) for layer in layers}
     steps = sorted({step for column in columns.values() for step in column})
     return layers, steps, [[columns[layer].get(step, float("nan")) for step in steps] for layer in layers]
+
+
+def _rows(ax: Axes) -> int:
+    """How many labels fit above one another beside an axis."""
+    line = 1.1 * ax.yaxis.get_ticklabels()[0].get_fontproperties().get_size_in_points() / 72
+    return max(2, int(ax.bbox.height / ax.figure.dpi / line))
+
+
+def _title(ax: Axes, metric: str, what: str) -> None:
+    """Set the title, unless the axis has one."""
+    if not ax.get_title():
+        ax.set_title(f"{metric[:1].upper()}{metric[1:].replace('_', ' ')} {what}")
 
 
 def _edges(steps: list[float]) -> list[float]:

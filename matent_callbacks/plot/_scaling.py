@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matent_callbacks.plot._style import BLUE, ORANGE, UNITS
+from matent_callbacks.plot._style import BLUE, ORANGE, UNITS, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,8 +57,12 @@ def scaling_law(
     ends = np.array(intervals if intervals is not None else [(value, value) for value in y], dtype=float)
     errors = np.abs(ends.T - np.asarray(y, dtype=float))
     ax.errorbar(x, y, yerr=errors, color=BLUE, fmt="o", capsize=3, label="measured, 95 % over texts")
+    middle = math.sqrt(min(x) * max(x))
     for place, name in zip(zip(x, y, strict=True), names, strict=False):
-        ax.annotate(name, place, xytext=(6, 6), textcoords="offset points", fontsize="small", parse_math=False)
+        # On the side that has room, where a falling curve is not.
+        offset, ha, va = ((-6, -6), "right", "top") if place[0] > middle else ((6, 6), "left", "bottom")
+        text = ax.annotate(short(name, 40), place, offset, textcoords="offset points", ha=ha, va=va, fontsize="small")
+        text.set_parse_math(False)
     if fit is not None:
         sizes = np.geomspace(min(x) / 1.5, max(x) * 1.5, 100).tolist()
         low, high = zip(*fit.band(sizes), strict=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import Axis, XAxis, YAxis
+    from matplotlib.lines import Line2D
 
 UNITS = {
     "matrix_entropy": "matrix entropy (nats)",
@@ -33,14 +34,23 @@ LOGARITHMIC = (
 )
 # Okabe & Ito's colours, which can be told apart with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+BLACK = "#000000"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 _DECADE = 10
 _ALARM = "collapse/"
+_Item = TypeVar("_Item")
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
     """Sort layer names in natural order, with ``last`` at the end."""
     return sorted(layers, key=lambda name: (name == "last", numbers_as_numbers(name)))
+
+
+def evenly(items: Sequence[_Item], limit: int) -> list[_Item]:
+    """Keep the first item, the last one, and evenly spaced ones between them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def numbers_as_numbers(name: str) -> list[tuple[int, str]]:
@@ -79,14 +89,43 @@ def alarms(records: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
-def mark(ax: Axes, *, stop: float | None = None, alarm_steps: Iterable[float] = ()) -> None:
-    """Draw vertical lines where a plateau was reached and where alarms were raised, with their names for the legend."""
+def mark(
+    ax: Axes, *, stop: float | None = None, alarm_steps: Iterable[float] = (), on_cells: bool = False
+) -> list[Line2D]:
+    """Draw vertical lines where a plateau was reached and where alarms were raised, with their names for the legend.
+
+    On the cells of a heat map, which have every colour, each line has a white one below it. Cells are the same on a
+    dark page, so lines on them do not get its colours.
+    """
+    black, orange = ("#010101", "#C24E00") if on_cells else (BLACK, ORANGE)
     steps = sorted(set(alarm_steps))
+    for step in [*steps, *([] if stop is None else [stop])] if on_cells else ():
+        ax.axvline(step, color="white", linewidth=3.5)
+    lines = []
     for i, step in enumerate(steps):
         label = f"_{i}" if i else f"collapse, {'from ' * (len(steps) > 1)}step {step:g}"
-        ax.axvline(step, color=ORANGE, linestyle=(0, (1, 1)), linewidth=1.8, label=label)
+        lines.append(ax.axvline(step, color=orange, linestyle=(0, (1, 1)), linewidth=1.8, label=label))
     if stop is not None:
-        ax.axvline(stop, color="black", linestyle="--", linewidth=1, label=f"plateau, step {stop:g}")
+        label = f"plateau, step {stop:g}"
+        lines.append(ax.axvline(stop, color=black, linestyle="--", linewidth=1.5 if on_cells else 1, label=label))
+    return lines
+
+
+def layer_ticks(axis: XAxis | YAxis, layers: Sequence[str], most: int, shift: float = 0.0) -> None:
+    """Name at most ``most`` layers on an axis, evenly spaced, always with the last one."""
+    last = len(layers) - 1
+    every = -(-len(layers) // most)
+    every = next((n for n in range(every, 2 * every) if last % n == 0), every)
+    shown = [*range(0, last - every + 1, every), last]
+    axis.set_ticks([i + shift for i in shown], [short(layers[i], 20) for i in shown], parse_math=False)
+    if axis.axis_name == "x":
+        for label in axis.get_ticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
+
+
+def short(label: str, limit: int = 30) -> str:
+    """Shorten long module names in the middle, where they say least."""
+    return label if len(label) <= limit else f"{label[: limit // 2 - 1]}…{label[-limit // 2 :]}"
 
 
 def rank_scale(ax: Axes) -> None:

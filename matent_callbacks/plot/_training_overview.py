@@ -49,8 +49,8 @@ def training_overview(records: Iterable[Mapping[str, Any]], *, title: str = "") 
     entropy.set_ylabel(UNITS["matrix_entropy"], color=ORANGE)
     right.set_title("Loss and the entropy of the last layer")
     raised = [step for steps in alarms(records).values() for step in steps]
-    for axis in (left, right):
-        mark(axis, alarm_steps=raised)
+    mark(left, alarm_steps=raised, on_cells=True)
+    mark(right, alarm_steps=raised)
     lines = [line for axis in (right, entropy) for line in axis.get_lines() if len(line.get_xdata())]
     lines = [line for line in lines if not str(line.get_label()).startswith("_")]
     figure.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, rank_scale
+from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, layer_ticks, rank_scale
 from matent_callbacks.report._findings import moved
 from matent_callbacks.report._keys import Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, finish, table_over_steps
+from matent_callbacks.report._picture import Picture, empty_figure, peaks, picture, style, table_over_steps
 from matent_callbacks.report._run import Curve, Run
-from matent_callbacks.report._svg import style, to_svg
-from matent_callbacks.report._thin import peaks
 from matent_callbacks.report._words import (
     AXES,
     ENTROPIES,
@@ -22,7 +20,6 @@ from matent_callbacks.report._words import (
     about_data,
     capital,
     held_out_name,
-    layers_only,
     metric_name,
     number,
     pair_unit,
@@ -90,7 +87,7 @@ def _quantities(runs: Sequence[Run]) -> list[Shared]:
         found.append(_losses(runs, name, f"loss-{i}", f"Loss, {held_out_name(name)}"))
     found += [shared for metrics in (ENTROPIES, RANKS) for shared in _last_layer(runs, metrics)]
     for place, title in PAIRS.items():
-        source = _most(runs, functools.partial(_sources_of, place))
+        source = _most(runs, operator.methodcaller("sources", "alignment", place))
         curves = [run.curve(Quantity("alignment", place, source)) for run in runs]
         found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about_data(source)))
     finite = [shared._replace(curves=[curve.finite() for curve in shared.curves]) for shared in found]
@@ -122,11 +119,11 @@ def _losses(runs: Sequence[Run], held_out: str | None, name: str, title: str) ->
 
 def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]:
     """The quantity of the last layer that most runs have, on the data on which most have it."""
-    metric = _most(runs, lambda run: [m for m in metrics for source in run.sources(m) if _layers(run, m, source)])
+    metric = _most(runs, lambda run: [m for m in metrics if run.shown(m)[1]])
     if metric is None:
         return
-    source = _most(runs, lambda run: [source for source in run.sources(metric) if _layers(run, metric, source)])
-    last = [(_layers(run, metric, source) or [""])[-1] for run in runs]
+    source = _most(runs, lambda run: [source for source in run.sources(metric) if run.layers(metric, source)])
+    last = [(run.layers(metric, source) or [""])[-1] for run in runs]
     curves = [run.curve(Quantity(metric, layer, source)) for run, layer in zip(runs, last, strict=True)]
     about = about_data(source)
     different = sorted({layer for layer in last if layer})
@@ -134,10 +131,6 @@ def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]
         about += f" The last layer that was read: {', '.join(different)}."
     title = f"{capital(metric_name(metric))}, last layer"
     yield Shared(metric, title, AXES.get(metric, metric), curves, metric in LOGARITHMIC, about=about.strip())
-
-
-def _sources_of(place: str, run: Run) -> list[str | None]:
-    return [q.held_out for q in run.keys if q[:2] == ("alignment", place)]
 
 
 def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Item | None:
@@ -148,51 +141,36 @@ def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Ite
     return max(counts, key=counts.__getitem__, default=None)
 
 
-def _layers(run: Run, metric: str, source: str | None) -> list[str]:
-    """The layers that have a finite reading."""
-    layers = layers_only(run.places(metric, source))
-    return [n for n in layers if run.curve(Quantity(metric, n, source)).finite().values]
-
-
 def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Picture:
     figure, ax = empty_figure()
-    drawn = [i for i, curve in enumerate(shared.curves) if curve.steps]
+    drawn = {i: names[i] for i, curve in enumerate(shared.curves) if curve.steps}
     limit = max(100, _POINTS // len(drawn))
     for i in drawn:
         curve = peaks(shared.curves[i], limit)
         colour = _draw(ax, i, *curve, marker="." if len(curve.steps) < 12 else "")
         for at in runs[i].alarm_steps:
             ax.axvline(at, color=colour, linestyle=(0, (1, 1)), linewidth=1.6)
-        stop = runs[i].stop
-        if stop:
+        if stop := runs[i].stop:
             ax.axvline(stop.step, color=colour, linestyle=(0, (5, 3)), linewidth=1)
     ax.set_xlabel("step")
     ax.set_ylabel(shared.unit)
     if shared.ranks:
         rank_scale(ax)
-    finish(figure, ax, legend=False)
-    marks = [f"{names[i]}, {text}" for i in drawn for text in marked(runs[i])]
-    told = (
-        "; ".join(marks)
-        if len(marks) <= _MARKS
-        else "alarms of a collapse (dotted) and plateaus (dashed), listed above"
-    )
+    marks = [f"{name}, {text}" for i, name in drawn.items() for text in marked(runs[i])]
+    if len(marks) > _MARKS:
+        marks = ["alarms of a collapse (dotted) and plateaus (dashed), listed above"]
+    thinned = any(len(curve.steps) > limit for curve in shared.curves)
     caption = [
         shared.about,
         _absent(names, drawn),
-        "Of the longest only peaks and ends are drawn." if _is_thinned(shared, limit) else "",
-        f"Marked: {told}." if marks else "",
+        "Of the longest only peaks and ends are drawn." if thinned else "",
+        f"Marked: {'; '.join(marks)}." if marks else "",
     ]
-    description = " ".join(moved(names[i], shared.curves[i]) for i in drawn)
-    svg = to_svg(
-        figure,
-        name=shared.name,
-        title=shared.title,
-        description=description,
-        tooltips={f"run{i}": names[i] for i in drawn},
+    curves = {name: shared.curves[i] for i, name in drawn.items()}
+    told = [moved(name, curve) for name, curve in curves.items()]
+    return picture(
+        [figure], shared.name, shared.title, told, table_over_steps(curves), caption, legend=False, runs=drawn
     )
-    table = table_over_steps({names[i]: shared.curves[i] for i in drawn})
-    return Picture(shared.name, shared.title, " ".join(filter(None, caption)), svg, *table, runs=drawn)
 
 
 def _draw(ax: Axes, place: int, x: Sequence[float], y: Sequence[float], **style: Any) -> str:
@@ -209,10 +187,6 @@ def _absent(names: Sequence[str], drawn: Container[int]) -> str:
     return f"Not in the log of {_listed(absent)}." if absent else ""
 
 
-def _is_thinned(shared: Shared, limit: int) -> bool:
-    return any(len(curve.steps) > limit for curve in shared.curves)
-
-
 def marked(run: Run) -> list[str]:
     """What is marked in a run: alarms dotted, the plateau dashed."""
     found = []
@@ -224,18 +198,16 @@ def marked(run: Run) -> list[str]:
 
 def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
     """The rank through the layers at each run's last reading of all of them."""
-    wanted = [m for metrics in (RANKS, ENTROPIES) for m in metrics]
-    metric = _most(runs, lambda run: [m for m in wanted for s in run.sources(m) if len(_layers(run, m, s)) > 1])
+    wanted = (*RANKS, *ENTROPIES)
+    metric = _most(runs, lambda run: [m for m in wanted for s in run.sources(m) if len(run.layers(m, s)) > 1])
     if metric is None:
         return
-    source = _most(runs, lambda run: [s for s in run.sources(metric) if len(_layers(run, metric, s)) > 1])
+    source = _most(runs, lambda run: [s for s in run.sources(metric) if len(run.layers(metric, s)) > 1])
     profiles: dict[int, dict[str, float]] = {}
     at: dict[int, float] = {}
     for i, run in enumerate(runs):
-        columns = {
-            n: dict(zip(*run.curve(Quantity(metric, n, source)).finite(), strict=True))
-            for n in _layers(run, metric, source)
-        }
+        curves = run.curves(metric, run.layers(metric, source), source)
+        columns = {layer: dict(zip(*curve.finite(), strict=True)) for layer, curve in curves.items()}
         steps = Counter(s for column in columns.values() for s in column)
         if steps and max(steps.values()) > 1:
             at[i] = max(s for s, count in steps.items() if count == max(steps.values()))
@@ -249,39 +221,30 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         places = [j if alike else j / (len(profile) - 1) for j in range(len(profile))]
         _draw(ax, i, places, list(profile.values()), marker=".", ms=6)
     if alike:
-        every = -(-len(layers) // 10)
-        ax.set_xticks(
-            range(0, len(layers), every), [_brief(layer) for layer in layers[::every]], rotation=40, ha="right"
-        )
+        layer_ticks(ax.xaxis, layers, 10)
     else:
         ax.set_xlabel("depth: 0 the first layer, 1 the last")
     ax.set_ylabel(AXES.get(metric, metric))
     if metric in LOGARITHMIC:
         rank_scale(ax)
-    finish(figure, ax, legend=False)
     ends = {step(value) for value in at.values()}
-    caption = [
-        f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading.",
-        about_data(source),
-        _absent(names, profiles),
-    ]
-    title = f"{capital(metric_name(metric))} by depth, at the end"
-    description = " ".join(
-        f"{names[i]}, step {step(at[i])}: "
-        + ", ".join(f"{place_name(n)} {number(v)}" for n, v in profile.items())
-        + "."
+    when = f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading."
+    headings = {i: f"{names[i]}, step {step(at[i])}" for i in profiles}
+    told = [
+        f"{headings[i]}: {', '.join(f'{place_name(n)} {number(v)}' for n, v in profile.items())}."
         for i, profile in profiles.items()
-    )
-    svg = to_svg(
-        figure, name="profile", title=title, description=description, tooltips={f"run{i}": names[i] for i in profiles}
-    )
-    columns_of = ["layer", *(f"{names[i]}, step {step(at[i])}" for i in profiles)]
+    ]
     rows = [[place_name(n), *(number(p[n]) if n in p else "" for p in profiles.values())] for n in layers[::-1]]
-    yield Picture("profile", title, " ".join(filter(None, caption)), svg, columns_of, rows, "", runs=list(profiles))
-
-
-def _brief(layer: str) -> str:
-    return layer.removeprefix("layer_") if len(layer) <= 12 else f"{layer[:4]}…{layer[-6:]}"
+    yield picture(
+        [figure],
+        "profile",
+        f"{capital(metric_name(metric))} by depth, at the end",
+        told,
+        (["layer", *headings.values()], rows, ""),
+        [when, about_data(source), _absent(names, profiles)],
+        legend=False,
+        runs={i: names[i] for i in profiles},
+    )
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot import spectrum_shares, step_curves
-from matent_callbacks.plot._style import LOGARITHMIC
-from matent_callbacks.report._findings import best_source, collapses, moved, without_reading
-from matent_callbacks.report._heatmap import heatmap_svg
+from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
+from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
+from matent_callbacks.report._findings import collapses, moved, without_reading
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, finish, how_many, short, table_over_steps
+from matent_callbacks.report._picture import Picture, empty_figure, how_many, peaks, picture, style
+from matent_callbacks.report._picture import table_over_steps as table
 from matent_callbacks.report._run import Curve, Run
-from matent_callbacks.report._svg import style, to_svg
-from matent_callbacks.report._thin import evenly, peaks
 from matent_callbacks.report._words import (
     AXES,
     ENTROPIES,
@@ -24,7 +22,6 @@ from matent_callbacks.report._words import (
     about_data,
     capital,
     held_out_name,
-    layers_only,
     listed,
     metric_name,
     named,
@@ -35,6 +32,8 @@ from matent_callbacks.report._words import (
 )
 
 _CURVES, _COLUMNS = 4, 240
+# Widths of the heat map on narrow and wide pages, and the height of a layer in it, in inches.
+_NARROW, _WIDE, _ROW = 4.2, 10.5, 0.18
 
 
 def pictures(run: Run) -> dict[str, list[Picture]]:
@@ -47,8 +46,8 @@ def pictures(run: Run) -> dict[str, list[Picture]]:
 
 
 def _sections(run: Run) -> dict[str, list[Picture]]:
-    used_entropy = next((m for m in ENTROPIES if _layers(run, m)[1]), None)
-    used_rank = next((m for m in RANKS if _layers(run, m)[1]), None)
+    used_entropy = next((m for m in ENTROPIES if run.shown(m)[1]), None)
+    used_rank = next((m for m in RANKS if run.shown(m)[1]), None)
     return {
         "Loss beside entropy and effective rank": [
             *_loss(run),
@@ -61,44 +60,44 @@ def _sections(run: Run) -> dict[str, list[Picture]]:
 
 
 def _loss(run: Run) -> Iterator[Picture]:
-    curves = {"training": run.curve(Quantity("loss"))}
-    points = {held_out_name(name): run.curve(Quantity("loss", "", name)) for name in run.held_out_sets("loss")}
-    yield from _curves(run, "loss", "Loss", AXES["loss"], curves, points)
+    yield from _curves(run, "loss", "Loss", AXES["loss"], {"training": run.curve(Quantity("loss"))}, _held_out(run))
+
+
+def _held_out(run: Run, metric: str = "loss", place: str = "", prefix: str = "") -> dict[str, Curve]:
+    sets = run.held_out_sets(metric, place)
+    return {prefix + held_out_name(name): run.curve(Quantity(metric, place, name)) for name in sets}
 
 
 def _metric(run: Run, metric: str) -> Iterator[Picture]:
-    source, layers = _layers(run, metric)
+    source, layers = run.shown(metric)
     if not layers:
         return
-    shown = evenly(layers, _CURVES)
+    curves, about = run.curves(metric, layers, source), ""
+    if len(layers) > _CURVES:
+        most = sorted(layers[1:-1], key=lambda layer: -abs(curves[layer].change()))[: _CURVES - 2]
+        curves = {layer: curve for layer, curve in curves.items() if layer in (layers[0], *most, layers[-1])}
+        about = f"Of {len(layers)} layers the first, the last, and the two that moved most from first to last reading."
     data = "" if source is None else f", {held_out_name(source)}"
-    curves = {place_name(layer) + data: run.curve(Quantity(metric, layer, source)) for layer in shown}
-    points = {}
-    if source is None:
-        for name in run.held_out_sets(metric, layers[-1]):
-            points[f"{place_name(layers[-1])}, {held_out_name(name)}"] = run.curve(Quantity(metric, layers[-1], name))
-    about = f"{len(shown)} of {len(layers)} layers." if len(shown) < len(layers) else ""
-    title = metric_name(metric)
-    ranks = metric in LOGARITHMIC
-    yield from _curves(run, metric, capital(title), AXES.get(metric, metric), curves, points, about, ranks=ranks)
+    lines = {place_name(layer) + data: curve for layer, curve in curves.items()}
+    points = _held_out(run, metric, layers[-1], f"{place_name(layers[-1])}, ") if source is None else {}
+    title = capital(metric_name(metric))
+    yield from _curves(run, metric, title, AXES.get(metric, metric), lines, points, about, ranks=metric in LOGARITHMIC)
 
 
 def _alignment(run: Run) -> Iterator[Picture]:
     for place, title in PAIRS.items():
         curves = {"training": run.curve(Quantity("alignment", place))}
-        points = {
-            held_out_name(name): run.curve(Quantity("alignment", place, name))
-            for name in run.held_out_sets("alignment", place)
-        }
+        points = _held_out(run, "alignment", place)
         yield from _curves(run, f"alignment-{place}", capital(title), pair_unit(place), curves, points)
 
 
 def _stages(run: Run) -> Iterator[Picture]:
     for metric in ("effective_rank", "matrix_entropy"):
         for name, places in (("stages", STAGES), ("towers", TOWERS)):
-            curves = {place_name(p): run.curve(Quantity(metric, p, best_source(run, metric, p))) for p in places}
+            sources = {place: next(iter(run.sources(metric, place)), None) for place in places}
+            curves = {place_name(p): run.curve(Quantity(metric, p, source)) for p, source in sources.items()}
             title = ("Where the image goes: " if name == "stages" else "Both towers: ") + metric_name(metric)
-            about = "On the held-out data." if any(best_source(run, metric, p) is not None for p in places) else ""
+            about = "On the held-out data." if any(source is not None for source in sources.values()) else ""
             ranks = metric in LOGARITHMIC
             yield from _curves(run, f"{name}-{metric}", title, AXES[metric], curves, {}, about, ranks=ranks)
 
@@ -121,35 +120,22 @@ def _curves(
     everything = {**lines, **points}
     if not everything:
         return
-    name = f"{run.ids}{name}"
     figure, ax = empty_figure()
     drawn = {short(label): peaks(curve) for label, curve in everything.items()}
     stop = run.stop.step if run.stop else None
-    step_curves(
-        drawn,
-        ax=ax,
-        unit=unit,
-        points=[short(label) for label in points],
-        stop=stop,
-        alarms=run.alarm_steps,
-        ranks=ranks,
-    )
-    finish(figure, ax)
-    most = max(everything.values(), key=lambda curve: len(curve.steps))
-    if len(peaks(most).steps) < len(most.steps):
-        of = f"{len(peaks(most).steps):,} of {len(most.steps):,}"
-        about += f" Drawn are {of} readings: of each stretch the first, the lowest, the highest and the last."
-    caption = about.strip()
-    description = " ".join(moved(label, curve) for label, curve in everything.items())
-    svg = to_svg(figure, name=name, title=title, description=description)
-    yield Picture(name, title, caption, svg, *table_over_steps(everything))
+    step_curves(drawn, ax=ax, unit=unit, points=map(short, points), stop=stop, alarms=run.alarm_steps, ranks=ranks)
+    count, kept = max((len(curve.steps), len(peaks(curve).steps)) for curve in everything.values())
+    thinned = f"{kept:,} of {count:,} readings: of each stretch the first, the lowest, the highest and the last."
+    caption = [about, f"Drawn are {thinned}" if kept < count else ""]
+    told = [moved(label, curve) for label, curve in everything.items()]
+    yield picture([figure], f"{run.ids}{name}", title, told, table(everything), caption)
 
 
 def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
     if metric is None:
         return
-    source, layers = _layers(run, metric)
-    curves = {layer: run.curve(Quantity(metric, layer, source)).finite() for layer in layers}
+    source, layers = run.shown(metric)
+    curves = {layer: curve.finite() for layer, curve in run.curves(metric, layers, source).items()}
     # The scale is logarithmic.
     cells = {layer: {s: v for s, v in zip(*c, strict=True) if v > 0} for layer, c in curves.items()}
     steps = sorted({s for column in cells.values() for s in column})
@@ -157,69 +143,54 @@ def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
         return
     shown = evenly(steps, _COLUMNS)
     records = [{"step": s, **{f"{metric}/{n}": c[s] for n, c in cells.items() if s in c}} for s in shown]
-    title = f"{capital(metric_name(metric))} of every layer"
-    caption = "Embeddings at the bottom, the last layer on top." if "last" in layers else ""
-    caption += f" {about_data(source)}".rstrip()
-    empty = without_reading(run, metric, source, layers_only(run.places(metric, source)))
-    if empty:
-        caption += f" Without a finite reading: {listed(empty)}."
-    if len(shown) < len(steps):
-        caption += f" Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced."
-    if run.stop:
-        caption += f" Dashed: the plateau, at step {step(run.stop.step)}."
-    if run.alarms:
-        caption += f" Dotted: {', '.join(collapses(run))}."
-    description = " ".join(moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8))
-    name = f"{run.ids}heatmap"
-    svg = heatmap_svg(records, metric, run=run, name=name, title=title, description=description)
+    figures = []
+    for width in (_NARROW, _WIDE):
+        figure, ax = empty_figure(width, max(2.4, 0.9 + _ROW * min(len(layers), 40)))
+        layer_heatmap(records, metric, ax=ax)
+        ax.set_title("")
+        mark(ax, stop=run.stop.step if run.stop else None, alarm_steps=run.alarm_steps, on_cells=True)
+        figures.append(figure)
+    empty = without_reading(run, metric, source)
+    caption = [
+        "Embeddings at the bottom, the last layer on top." if "last" in layers else "",
+        about_data(source),
+        f"Without a finite reading: {listed(empty)}." if empty else "",
+        f"Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced." if len(shown) < len(steps) else "",
+        f"Dashed: the plateau, at step {step(run.stop.step)}." if run.stop else "",
+        f"Dotted: {', '.join(collapses(run))}." if run.alarms else "",
+    ]
+    told = [moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8)]
     chosen = evenly(steps, 20)
     rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in chosen)] for n in reversed(layers)]
-    columns = ["layer", *(f"step {step(s)}" for s in chosen)]
-    yield Picture(name, title, caption.strip(), svg, columns, rows, how_many(len(chosen), len(steps)), wide=True)
+    numbers = ["layer", *(f"step {step(s)}" for s in chosen)], rows, how_many(len(chosen), len(steps))
+    title = f"{capital(metric_name(metric))} of every layer"
+    yield picture(figures, f"{run.ids}heatmap", title, told, numbers, caption, legend=False)
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
     logged = {q.metric for q in run.keys if q.metric.startswith(SPECTRUM_TOP)}
     sizes = sorted(int(metric.removeprefix(SPECTRUM_TOP)) for metric in logged)
-    if not sizes:
-        return
-    source, layers = _layers(run, f"{SPECTRUM_TOP}{sizes[0]}")
+    source, layers = run.shown(f"{SPECTRUM_TOP}{sizes[0]}") if sizes else (None, [])
     if not layers:
         return
     readings: dict[str, dict[float, dict[int, float]]] = {layer: {} for layer in layers}
-    for layer in layers:
-        for k in sizes:
-            for s, share in zip(*run.curve(Quantity(f"{SPECTRUM_TOP}{k}", layer, source)).finite(), strict=True):
+    for k in sizes:
+        for layer, curve in run.curves(f"{SPECTRUM_TOP}{k}", layers, source).items():
+            for s, share in zip(*curve.finite(), strict=True):
                 readings[layer].setdefault(s, {})[k] = share
-    layer = layers[-1]
-    steps = sorted(readings[layer])
-    chosen = evenly(steps, 3)
+    last = readings[layers[-1]]
+    chosen = evenly(sorted(last), 3)
     figure, ax = empty_figure()
-    spectrum_shares({f"step {step(s)}": readings[layer][s] for s in chosen}, ax=ax)
-    finish(figure, ax)
-    title = f"Spectrum of {place_name(layer) if layer != 'last' else 'the last layer'}"
-    caption = "Which share of the variance the k strongest directions hold together."
-    caption += f" {about_data(source)}".rstrip()
-    description = " ".join(
-        f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(readings[layer][s].items())) + "."
-        for s in chosen
-    )
-    name = f"{run.ids}spectrum"
-    svg = to_svg(figure, name=name, title=title, description=description)
+    spectrum_shares({f"step {step(s)}": last[s] for s in chosen}, ax=ax)
+    title = f"Spectrum of {place_name(layers[-1]) if layers[-1] != 'last' else 'the last layer'}"
+    caption = ["Which share of the variance the k strongest directions hold together.", about_data(source)]
+    told = [
+        f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(last[s].items())) + "." for s in chosen
+    ]
     rows = [
         [place_name(n), step(s), *(f"{readings[n][s][k]:.1%}" if k in readings[n][s] else "" for k in sizes)]
         for n in layers
         for s in evenly(sorted(readings[n]), 3)
     ]
-    yield Picture(name, title, caption, svg, ["layer", "step", *(f"k = {k}" for k in sizes)], rows, "")
-
-
-def _layers(run: Run, metric: str) -> tuple[str | None, list[str]]:
-    """Choose the data set that a metric is shown for (training before held-out data) and list its layers there."""
-    for source in run.sources(metric):
-        layers = [
-            n for n in layers_only(run.places(metric, source)) if run.curve(Quantity(metric, n, source)).finite().values
-        ]
-        if layers:
-            return source, layers
-    return None, []
+    numbers = ["layer", "step", *(f"k = {k}" for k in sizes)], rows, ""
+    yield picture([figure], f"{run.ids}spectrum", title, told, numbers, caption)

@@ -116,13 +116,6 @@ def missing(run: Run) -> list[str]:
     return found
 
 
-def best_source(run: Run, metric: str, place: str) -> str | None:
-    """Choose the data set to describe: training, or else the first held-out set that has the quantity."""
-    if Quantity(metric, place) in run.keys:
-        return None
-    return next(iter(run.held_out_sets(metric, place)), None)
-
-
 def collapses(run: Run) -> list[str]:
     """Say which alarms of a collapse were raised where: four entries at most, as a model may collapse in all layers."""
     told = []
@@ -136,7 +129,7 @@ def _pairs(run: Run) -> list[str]:
     return [
         moved(_on(held_out) + name, run.curve(Quantity("alignment", place, held_out)))
         for place, name in PAIRS.items()
-        for held_out in (None, *run.held_out_sets("alignment", place))
+        for held_out in run.sources("alignment", place)
     ]
 
 
@@ -144,7 +137,7 @@ def _stages(run: Run) -> list[str]:
     found = []
     for metric in ("effective_rank", "matrix_entropy"):
         for place in (*STAGES, *TOWERS):
-            held_out = best_source(run, metric, place)
+            held_out = next(iter(run.sources(metric, place)), None)
             name = f"{_on(held_out)}{metric_name(metric)} of {place_name(place)}"
             found.append(moved(name, run.curve(Quantity(metric, place, held_out))))
     return found
@@ -153,25 +146,21 @@ def _stages(run: Run) -> list[str]:
 def _layers(run: Run, metric: str) -> list[str]:
     """Describe the last layer on all data sets, and count how many layers rose and fell."""
     found = []
-    for held_out in run.sources(metric):
-        layers = layers_only(run.places(metric, held_out))
-        if layers:
-            curve = run.curve(Quantity(metric, layers[-1], held_out))
-            found.append(moved(f"{_on(held_out)}{metric_name(metric)} of {_the(layers[-1])}", curve))
-            found.append(_without_readings(run, metric, held_out, layers[:-1]))
-    source = next((source for source in run.sources(metric) if layers_only(run.places(metric, source))), None)
-    ends = {}
-    for layer in layers_only(run.places(metric, source)):
-        values = run.curve(Quantity(metric, layer, source)).finite().values
-        if len(values) > 1:
-            ends[layer] = (values[0], values[-1])
+    data = {source: layers for source in run.sources(metric) if (layers := layers_only(run.places(metric, source)))}
+    for held_out, layers in data.items():
+        curve = run.curve(Quantity(metric, layers[-1], held_out))
+        found.append(moved(f"{_on(held_out)}{metric_name(metric)} of {_the(layers[-1])}", curve))
+        found.append(_without_readings(run, metric, held_out, layers[:-1]))
+    source, layers = next(iter(data.items()), (None, []))
+    curves = {layer: curve.finite() for layer, curve in run.curves(metric, layers, source).items()}
+    curves = {layer: curve for layer, curve in curves.items() if len(curve.values) > 1}
     found = [sentence for sentence in found if sentence]
-    if len(ends) > 1:
-        rose, fell = (sum(sign * (last - first) > 0 for first, last in ends.values()) for sign in (1, -1))
-        all_of = [word for word, number_of in (("rose", rose), ("fell", fell)) if number_of == len(ends)]
-        which = f"{all_of[0]} in all {len(ends)}" if all_of else f"rose in {rose} and fell in {fell} of {len(ends)}"
-        most = max(ends, key=lambda layer: abs(ends[layer][1] - ends[layer][0]))
-        first, last = ends[most]
+    if len(curves) > 1:
+        rose, fell = (sum(sign * curve.change() > 0 for curve in curves.values()) for sign in (1, -1))
+        all_of = [word for word, number_of in (("rose", rose), ("fell", fell)) if number_of == len(curves)]
+        which = f"{all_of[0]} in all {len(curves)}" if all_of else f"rose in {rose} and fell in {fell} of {len(curves)}"
+        most = max(curves, key=lambda layer: abs(curves[layer].change()))
+        first, last = curves[most].values[0], curves[most].values[-1]
         found.insert(
             1,  # after the sentence on the same data
             f"From first to last reading it {which} layers, most in {_the(most)}: from {number(first)} to "
@@ -180,26 +169,26 @@ def _layers(run: Run, metric: str) -> list[str]:
     return found
 
 
-def without_reading(run: Run, metric: str, held_out: str | None, layers: list[str]) -> list[str]:
+def without_reading(run: Run, metric: str, held_out: str | None) -> list[str]:
     """The layers of which every reading is NaN or infinite: no token of theirs counted."""
-    return [n for n in layers if not run.curve(Quantity(metric, n, held_out)).finite().values]
+    finite = run.layers(metric, held_out)
+    return [layer for layer in layers_only(run.places(metric, held_out)) if layer not in finite]
 
 
 def _without_readings(run: Run, metric: str, held_out: str | None, layers: list[str]) -> str:
     """Say of which layers, of those that have no sentence of their own, readings are missing."""
-    name = f"{_on(held_out)}{metric_name(metric)}"
-    empty = without_reading(run, metric, held_out, layers)
-    partial = []
-    for layer in layers:
-        curve = run.curve(Quantity(metric, layer, held_out))
+    empty, partial = [], []
+    for layer, curve in run.curves(metric, layers, held_out).items():
         bad = len(curve.values) - len(curve.finite().values)
-        if bad and layer not in empty:
+        if bad == len(curve.values):
+            empty.append(layer)
+        elif bad:
             partial.append(f"{layer} ({bad:,} of {len(curve.values):,})")
     told = [
         f"no reading of {listed(empty)} is a finite number" if empty else "",
         f"readings that are NaN or infinite: {listed(partial)}" if partial else "",
     ]
-    return f"{capital(name)}: {'; '.join(filter(None, told))}." if any(told) else ""
+    return f"{capital(_on(held_out) + metric_name(metric))}: {'; '.join(filter(None, told))}." if any(told) else ""
 
 
 def _on(held_out: str | None) -> str:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.report._run import Part, Run, RunError, Stop, join, to_record
-from matent_callbacks.report._settings import first_known
+from matent_callbacks.report._settings import SETTINGS, first_known, flat
 from matent_callbacks.report._words import step as at
 
 _STATE = "trainer_state.json"
-# In logs of earlier versions the settings are in the key.
-_PLATEAU = re.compile(
-    r"PlateauStopping\((?P<monitor>.+), min_delta=(?P<delta>.+), patience=(?P<patience>\d+), mode=(?P<mode>\w+)\)"
-)
 
 
 def find(path: Path) -> list[Path]:
@@ -39,11 +34,7 @@ def read(path: Path, files: list[Path]) -> Run:
     notes = []
     # Of the checkpoints only the newest that can be read: each holds all of the records before it.
     for file in files:
-        if (
-            states
-            and file.parent.name.startswith("checkpoint-")
-            and states[-1][0].parent.name.startswith("checkpoint-")
-        ):
+        if states and is_checkpoint(file.parent) and is_checkpoint(states[-1][0].parent):
             break
         try:
             states.append((file, _load(file)))
@@ -61,8 +52,9 @@ def read(path: Path, files: list[Path]) -> Run:
     name = path.name if path.is_dir() else path.parent.name
     where = file.relative_to(path) if path.is_dir() else file.name
     told = [end, *_started_again(history), *told, *notes]
-    settings = first_known([file.parent, *(other.parent for other in files)])
-    return Run(name, f"Hugging Face Trainer, {where}", joined, told, stop, settings)
+    model = first_known([file.parent, *(other.parent for other in files)])
+    kept = _dict(_dict(state.get("stateful_callbacks")).get(SETTINGS))
+    return Run(name, f"Hugging Face Trainer, {where}", joined, told, stop, {**model, **flat(kept)})
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -98,15 +90,15 @@ def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | N
         return None, f"The record ends at step {at(step)}; how many steps were planned is not in it."
     if step >= planned:
         return None, f"The run made all of its {at(planned)} steps."
-    callbacks = state.get("stateful_callbacks") or {}
-    told = (callbacks.get("TrainerControl") or {}).get("args", {}).get("should_training_stop") is True
+    callbacks = _dict(state.get("stateful_callbacks"))
+    told = _dict(_dict(callbacks.get("TrainerControl")).get("args")).get("should_training_stop") is True
     returned = any("train_runtime" in entry and entry.get("step") == step for entry in history)
     if not (told or returned):
         return None, (
             f"The record ends at step {at(step)} of {at(planned)}: the run was cut off or stopped after that, or is "
             "still running. What came after the last checkpoint is not in it."
         )
-    for name, saved in (callbacks.get("matent_callbacks") or {}).items():
+    for name, saved in _dict(callbacks.get("matent_callbacks")).items():
         stop = _plateau(name, saved)
         if stop is not None and stop.step == step:
             return stop, f"The run was stopped at step {at(step)} of {at(planned)} by PlateauStopping."
@@ -114,23 +106,17 @@ def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | N
 
 
 def _plateau(name: str, saved: Any) -> Stop | None:
-    match = _PLATEAU.fullmatch(name)
-    if match is None and not name.startswith("PlateauStopping("):
+    if not name.startswith("PlateauStopping("):
         return None
     try:
-        if match is None:
-            monitor, settings = saved["monitor"], saved["settings"]
-        else:
-            monitor = match["monitor"]
-            settings = {
-                "min_delta": float(match["delta"]),
-                "patience": int(match["patience"]),
-                "mode": match["mode"],
-                "smoothing": saved["smoothing"],
-            }
-        detector = PlateauDetector(**settings)
+        detector = PlateauDetector(**saved["settings"])
         detector.load_state_dict(saved)
-        step = saved["window"][-1][0]
+        stop = Stop(saved["window"][-1][0], saved["monitor"], detector.reason or "")
     except (ValueError, IndexError, KeyError, TypeError):
         return None
-    return Stop(step, monitor, detector.reason) if detector.reason else None
+    return stop if stop.reason else None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """A value of the state that should be a mapping; an empty one if it is anything else."""
+    return value if isinstance(value, dict) else {}

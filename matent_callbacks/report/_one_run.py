@@ -26,12 +26,41 @@ class _Log(NamedTuple):
     """What the user may name to have this one read, as seen from the folder that is searched."""
 
 
-def read(path: Path) -> Run:
-    """Read the run of a folder or a file; the messages of errors go on from the path.
+def read_run(path: str | Path) -> Run:
+    """Read a run, whichever way it was logged.
+
+    Args:
+        path: A Hugging Face output folder (``trainer_state.json`` in it or in a ``checkpoint-*``), the folder of
+            Lightning's ``CSVLogger`` (``metrics.csv``), of a W&B run (``offline-run-*``) or of a TensorBoard log (event
+            files), of which the first is read if there are several of one run; or one of these files.
+
+    Returns:
+        The run. Values have the names of the Hugging Face Trainer's record: ``loss``, ``effective_rank/last``,
+        ``eval_effective_rank/last``.
 
     Raises:
-        RunError: If there is no run, or there are several.
+        RunError: If there is no such folder, nothing in it is a run, or it holds several.
+
+    Example:
+        >>> from matent_callbacks.report import read_run
+        >>> read_run("no/such/folder")
+        Traceback (most recent call last):
+        matent_callbacks.report._run.RunError: 'no/such/folder' does not exist.
     """
+    # Resolved, since the run is named after its folder and `.` is no name.
+    folder = Path(path).resolve()
+    if not folder.exists():
+        raise RunError(f"{str(path)!r} does not exist.")
+    try:
+        return replace(_read(folder), path=folder)
+    except RunError as error:
+        raise type(error)(f"{str(path)!r} {error}.") from error
+    except OSError as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+
+
+def _read(path: Path) -> Run:
+    """Read the run of a folder or a file; the messages of errors go on from the path."""
     inside = {folder: log for folder in _subfolders(path) if (log := _first_log(folder))}
     own = list(_own_logs(path, inside))
     if not own:
@@ -71,7 +100,7 @@ def read_all(path: Path) -> Iterator[Run | RunError]:
     states = _huggingface.find(path)
     for folder in ([path] if states else []) + _subfolders(path):
         try:
-            found = _huggingface.read(path, states) if folder == path else read(folder)
+            found = _huggingface.read(path, states) if folder == path else _read(folder)
         except NoRunError:
             continue
         except RunError as error:

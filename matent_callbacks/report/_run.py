@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from matent_callbacks.plot._style import alarms, in_order, numbers_as_numbers
 from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse, parse_all
+from matent_callbacks.report._words import layers_only
 from matent_callbacks.report._words import step as at
 
 Record = dict[str, float]
@@ -53,6 +54,11 @@ class Curve(NamedTuple):
         """Without NaN and infinities."""
         pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
         return Curve([s for s, _ in pairs], [v for _, v in pairs])
+
+    def change(self) -> float:
+        """The last finite value minus the first; 0 if there is none."""
+        values = self.finite().values
+        return values[-1] - values[0] if values else 0.0
 
 
 @dataclass(frozen=True)
@@ -139,14 +145,28 @@ class Run:
         """The layers or stages that a metric was logged for."""
         return in_order({q.place for q in self.keys if q.metric == metric and q.held_out == held_out})
 
-    def sources(self, metric: str) -> list[str | None]:
-        """The data that a metric was logged for, training first."""
-        found = {q.held_out for q in self.keys if q.metric == metric}
+    def layers(self, metric: str, held_out: str | None = None) -> list[str]:
+        """The layers that have a finite reading of a metric."""
+        layers = layers_only(self.places(metric, held_out))
+        return [layer for layer in layers if self.curve(Quantity(metric, layer, held_out)).finite().values]
+
+    def shown(self, metric: str) -> tuple[str | None, list[str]]:
+        """The data that a metric of layers is shown for, training before held-out data, and its layers there."""
+        found = ((source, layers) for source in self.sources(metric) if (layers := self.layers(metric, source)))
+        return next(found, (None, []))
+
+    def curves(self, metric: str, places: Iterable[str], held_out: str | None = None) -> dict[str, Curve]:
+        """The readings of a metric in several places."""
+        return {place: self.curve(Quantity(metric, place, held_out)) for place in places}
+
+    def sources(self, metric: str, place: str | None = None) -> list[str | None]:
+        """The data that a metric was logged for, there or anywhere, training first."""
+        found = {q.held_out for q in self.keys if q.metric == metric and place in (None, q.place)}
         return sorted(found, key=lambda name: (name is not None, name or ""))
 
     def held_out_sets(self, metric: str, place: str = "") -> list[str]:
         """The held-out data that a metric was logged for."""
-        return sorted({q.held_out for q in self.keys if q[:2] == (metric, place) and q.held_out is not None})
+        return [source for source in self.sources(metric, place) if source is not None]
 
 
 def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matent_callbacks.report import _pickled
 from matent_callbacks.report._run import Run
 
+# Key under which a callback keeps the Trainer's settings, in the Trainer's own record of callback states.
+SETTINGS = "matent_callbacks.settings"
 _LONGEST, _DEEPEST = 80, 4
 # Paths and names differ between any two runs, and secrets must not be shown.
 _LEFT_OUT = re.compile(
@@ -20,12 +21,8 @@ _LEFT_OUT = re.compile(
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """Read the settings in a folder: those that a Hugging Face Trainer or a logger of Lightning saves there."""
-    return {
-        **flat(_mapping(folder / "config.json")),
-        **flat(_pickled.attributes(folder / "training_args.bin")),
-        **flat(_mapping(folder / "hparams.yaml")),
-    }
+    """Read the settings in a folder: those of a model that was saved there, or of a logger of Lightning."""
+    return {**flat(_mapping(folder / "config.json")), **flat(_mapping(folder / "hparams.yaml"))}
 
 
 def first_known(folders: Iterable[Path]) -> dict[str, str]:
@@ -76,7 +73,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, int | float):
         return f"{value:.10g}"
     if isinstance(value, str):
-        return value
+        return str.__str__(value)  # of a member of an enumeration its value
     if isinstance(value, list | tuple) and all(isinstance(item, int | float | str | None) for item in value):
         return json.dumps(value)
     return None

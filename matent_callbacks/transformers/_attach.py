@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
+from matent_callbacks.report._settings import SETTINGS, flat
 
 # Key of the states of all callbacks of this package, in the Trainer's own record of callback states.
 _STATES = "matent_callbacks"
@@ -72,6 +73,9 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
             saved = (state.stateful_callbacks or {}).get(_STATES, {}).get(self.state_key)
             if saved is not None:
                 self.load_state_dict(saved)
+        with self.guard("the settings of the run in the checkpoint"):
+            # For `matent report`: what the Trainer itself saves of them is a pickle. `to_dict` may change `args`.
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), SETTINGS: flat(vars(args))}
         with self.guard("what is done when training begins"):
             self.begin(state)
 

@@ -19,12 +19,13 @@ RECORDS = [
 
 
 def curves(axis):
-    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith(("_", "plateau"))]
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
 
 
 def test_exchanged_images_beside_the_pairs():
-    losses, grounding, chance, alignment, debiased, readings = alignment_overview(RECORDS, stop=4).axes
+    figure = alignment_overview(RECORDS, stop=4)
+    losses, grounding, chance, alignment, debiased, readings = figure.axes
     assert curves(losses)["held out"] == ([2, 4], [3.5, 2.0])
     assert curves(losses)["held out, images exchanged"] == ([2], [4.0])  # where both were logged
     assert curves(alignment) == {"pairs": ([2, 6], [0.75, 0.5]), "images exchanged": ([2], [1.0])}
@@ -33,7 +34,11 @@ def test_exchanged_images_beside_the_pairs():
     assert any(list(line.get_ydata()) == [0.125] for line in debiased.get_lines())
     for axis in (losses, grounding, chance, alignment, debiased, readings):
         assert any(list(line.get_xdata()) == [4, 4] for line in axis.get_lines())
-        assert [text.get_text() for text in axis.texts] == ["plateau, 4"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plateau, step 4"]
+    # A legend is below its plot, and hides nothing.
+    figure.canvas.draw()
+    for axis in (losses, chance, alignment):
+        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
 
 
 def test_the_readings_alone():

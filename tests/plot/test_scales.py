@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
-from matent_callbacks.plot import _layers, alignment_overview, layer_profile, step_curves, training_overview
+from matent_callbacks.plot import (
+    _layers,
+    alignment_overview,
+    layer_heatmap,
+    layer_profile,
+    step_curves,
+    training_overview,
+)
 
 mpl.use("agg")
 
@@ -94,3 +103,47 @@ def test_alarms_in_the_overview():
     ]
     for ax in (figure.axes[0], figure.axes[2] if len(figure.axes) > 4 else figure.axes[1]):
         assert any(list(line.get_xdata()) == [5, 5] for line in ax.get_lines())
+
+
+def depth(layers):
+    """A log of that many layers and the last, whose values go through two decades."""
+    names = [*(f"layer_{i:02d}" for i in range(layers)), "last"]
+    return [{"step": s, **{f"effective_rank/{n}": 4.0 + s * i for i, n in enumerate(names)}} for s in (1, 5, 9)]
+
+
+@pytest.mark.parametrize("layers", [2, 12, 30, 61])
+def test_names_of_layers_do_not_run_into_each_other(layers):
+    for axis_of, draw in (("yaxis", layer_heatmap), ("xaxis", layer_profile)):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        ax = figure.add_subplot()
+        draw(depth(layers), ax=ax)
+        figure.canvas.draw()
+        named = getattr(ax, axis_of).get_ticklabels()
+        assert [named[0].get_text(), named[-1].get_text()] == ["layer_00", "last"]
+        assert len(named) > min(layers, 6)
+        if axis_of == "yaxis":
+            boxes = [label.get_window_extent() for label in named]
+            assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+        assert ax.get_title()
+
+
+def test_of_many_steps_the_legend_names_five_and_a_title_is_kept():
+    ax = axis()
+    ax.set_title("mine")
+    layer_profile([{"step": s, "effective_rank/last": 2.0, "effective_rank/a": 1.0} for s in range(1, 101)], ax=ax)
+    assert len(ax.get_lines()) == 12
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"step {s}" for s in (1, 28, 55, 73, 100)]
+    assert ax.get_title() == "mine"
+
+
+def test_all_steps_are_named_and_no_colour_is_a_power_of_ten():
+    figure = Figure(layout="constrained")
+    above, below = figure.subplots(2)
+    layer_profile(depth(30), ax=above)
+    layer_heatmap(depth(30), ax=below)
+    figure.canvas.draw()
+    legend = [text.get_text() for text in above.get_legend().get_texts()]
+    assert legend == ["step 1", "step 5", "step 9"]
+    bar = [text.get_text() for text in figure.axes[-1].get_yticklabels(which="both")]
+    assert {"5", "10", "100"} <= set(bar)
+    assert not any("$" in text for text in bar)

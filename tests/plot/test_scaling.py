@@ -29,6 +29,15 @@ def test_points_curve_and_band():
     ax.figure.canvas.draw()  # raises if a name is read as a formula
 
 
+def test_names_stay_in_the_frame():
+    names = ["a-model-with-a-name-of-ordinary-length"] * 3 + ["n" * 200]
+    (ax,) = scaling_law(X, Y, names=names).axes
+    ax.figure.canvas.draw()
+    frame = ax.get_window_extent()
+    for text in ax.texts:
+        assert frame.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= frame.x1
+
+
 def test_points_alone():
     (ax,) = scaling_law(X, Y, size="steps").axes
     assert ax.get_xlabel() == "steps"

@@ -12,8 +12,8 @@ POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
 )
-# The boxes of all that is drawn in a picture: lines, cells, text.
-BOXES = """() => [...document.querySelectorAll('figure svg')].map(svg => {
+# The boxes of all that is drawn in a picture: lines, cells, text. Of the heat map one of two is shown.
+BOXES = """() => [...document.querySelectorAll('figure svg')].filter(svg => svg.checkVisibility()).map(svg => {
   const box = svg.getBoundingClientRect();
   const text = [...svg.querySelectorAll('text')].map(t => t.getBoundingClientRect());
   const drawn = [...svg.querySelectorAll('path, image')].filter(p => p.getBoundingClientRect().width > 20);

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 import shutil
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 
 from matent_callbacks.report import Run, Stop, comparison, read_run
-from matent_callbacks.report import _pickled as pickled
 from matent_callbacks.report._comparison import first_at_best, labels, look, pictures, quantities
 from matent_callbacks.report._settings import differing, flat
 from tests.report.conftest import Logged
@@ -140,6 +137,11 @@ def test_settings_of_a_real_run_from_each_log(stopped: Logged) -> None:
         assert {name: settings.get(name) for name in expected} == expected, folder
         assert settings["text_config.hidden_size"] == "24"
         assert not {"output_dir", "run_name", "hub_token"} & settings.keys()
+    state = json.loads((stopped.folder / "checkpoint-6" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["matent_callbacks.settings"]
+    assert "output_dir" not in kept
+    assert not any("token" in str(value).lower() for value in kept.values())
+    assert len(json.dumps(kept)) < 6000
     assert differing([read_run(stopped.wandb), read_run(stopped.wandb)]) == {}
 
 
@@ -164,35 +166,6 @@ def test_settings_that_differ_are_shown_and_no_others(stopped: Logged, tmp_path:
 def test_settings_keep_no_secret() -> None:
     settings = {"hub_token": "hf_1", "wandb": {"api_key": "k", "entity": "e"}, "bos_token_id": 1, "lr": 1e-5, "x": [1]}
     assert flat(settings) == {"wandb.entity": "e", "bos_token_id": "1", "lr": "1e-05", "x": "[1]"}
-
-
-class _Opens:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.path), "w")
-
-
-def test_a_pickle_of_a_run_runs_nothing(tmp_path: Path) -> None:
-    trap = tmp_path / "trap"
-
-    def read(data: bytes) -> dict[str, Any]:
-        file = tmp_path / "training_args.bin"
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("training_args/data.pkl", data)
-        return pickled.attributes(file)
-
-    for protocol in (2, 4):
-        assert read(pickle.dumps({"a": 1, "b": _Opens(trap), "c": [2.5, None, True]}, protocol)) == {
-            **{"a": 1, "b": {}, "c": [2.5, None, True]}
-        }
-    assert not trap.exists()
-    # Damaged, of another kind, or made to need more memory than there is.
-    huge = b"\x80\x02}r\xff\xff\xff\xff."
-    for data in (b"", b"\x80", pickle.dumps([1]), pickle.dumps({"a": 1})[:-4], b"(" * 1000, huge):
-        assert read(data) == {}
-    assert pickled.attributes(tmp_path / "none.bin") == {}
 
 
 def test_numbers_written_differently_are_the_same_setting() -> None:

@@ -95,13 +95,17 @@ def test_heat_map_is_as_wide_as_the_page_and_marks_stand_where_they_belong(
     opened: Callable[..., Any], width: int
 ) -> None:
     (run,) = many_runs(1)
-    tab = opened(page(run), width=width)
+    tab = opened(page(run), width=width, scheme="dark")
     found = tab.evaluate(
-        """() => { const svg = document.querySelector('.stretched'), box = e => e.getBoundingClientRect();
-             const cells = box(svg.querySelectorAll('image')[1]);
+        """() => { const box = e => e.getBoundingClientRect();
+             const svg = [...document.querySelectorAll('.wide svg')].find(svg => svg.checkVisibility());
+             const cells = box(svg.querySelector('[id*=-QuadMesh_1]') || svg.querySelector('image'));
+             const marks = [...svg.querySelectorAll('[id*=-line2d_] > path')].filter(
+               path => box(path).height > cells.height / 2);
              return {left: cells.left, right: cells.right, main: box(document.querySelector('h1')).width,
                      figure: box(svg.parentElement).width,
-                     lines: [...svg.querySelectorAll('line')].map(l => box(l).left + box(l).width / 2),
+                     lines: marks.map(mark => box(mark).left + box(mark).width / 2),
+                     colours: marks.map(mark => getComputedStyle(mark).stroke),
                      text: [...svg.querySelectorAll('text')]
                        .map(t => [t.textContent, box(t).left + box(t).width / 2])}; }"""
     )
@@ -111,9 +115,11 @@ def test_heat_map_is_as_wide_as_the_page_and_marks_stand_where_they_belong(
         # One cell a step, from 1 to 59.
         return float(found["left"] + (found["right"] - found["left"]) * (at - 0.5) / 59)
 
-    # Each mark is a light line and one of its colour.
-    assert found["lines"] == pytest.approx([place(31), place(31), place(50), place(50)], abs=1)
-    ticks = {text: at for text, at in found["text"] if text.isdigit() and int(text) in (15, 45)}
+    # Each mark is a light line and a dark one of its colour, on a dark page too.
+    assert found["lines"] == pytest.approx([place(31), place(50), place(31), place(50)], abs=1)
+    white = "rgb(255, 255, 255)"
+    assert found["colours"] == [white, white, "rgb(194, 78, 0)", "rgb(1, 1, 1)"]
+    ticks = {text: at for text, at in found["text"] if text in ("15", "45")}
     assert ticks == pytest.approx({"15": place(15), "45": place(45)}, abs=1)
     caption = tab.locator("figure.wide figcaption").inner_text()
     assert "Dashed: the plateau, at step 50. Dotted: effective_rank/last at step 31." in caption

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matent_callbacks.plot._style import evenly
 from matent_callbacks.report import Run, Stop, read_run
 from matent_callbacks.report._figures import pictures
 from matent_callbacks.report._findings import missing, moved, summary
+from matent_callbacks.report._picture import peaks
 from matent_callbacks.report._run import Curve
-from matent_callbacks.report._thin import evenly, peaks
 from tests.report.conftest import Logged
 
 
@@ -170,3 +171,18 @@ def test_a_picture_without_a_finite_value_is_left_out() -> None:
     assert [p.name for group in sections.values() for p in group] == ["matrix_entropy", "heatmap"]
     records = [{"step": s, "effective_rank/last": -math.inf, "effective_rank/a": math.nan} for s in (1, 2)]
     assert [p for group in pictures(Run("a", "b", records)).values() for p in group] == []
+
+
+def test_of_many_layers_those_that_moved_most_are_drawn_and_it_is_said() -> None:
+    names = [*(f"layer_{i:02d}" for i in range(30)), "last"]
+    moving = {"layer_07": 40.0, "layer_21": -60.0}
+    records = [
+        {"step": s, **{f"effective_rank/{n}": 70.0 + i + s * moving.get(n, 1.0) for i, n in enumerate(names)}}
+        for s in (0, 1)
+    ]
+    found = pictures(Run("r", "by hand", records))["Loss beside entropy and effective rank"]
+    (picture,) = (p for p in found if p.name == "effective_rank")
+    assert picture.columns == ["step", "layer_00", "layer_07", "layer_21", "last layer"]
+    assert picture.caption == (
+        "Of 31 layers the first, the last, and the two that moved most from first to last reading."
+    )

@@ -169,3 +169,19 @@ def test_other_settings_of_a_collapse_alarm_judge_the_values_of_before_too(resum
         resume(*callbacks, score=lambda step: series[step - 1], until=10)
     assert alarms["whole"]
     assert alarms["whole"] == alarms["resumed"]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_has_its_own_settings_in_its_state(resume, tmp_path, restore):
+    trainer = resume(
+        [probed()], [probed()], hub_token="hf_secret", restore_callback_states_from_checkpoint=restore, seed=5
+    )
+    assert trainer.args.hub_token == "hf_secret"
+    for kept, steps in (
+        (json.loads((tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text()), "4"),
+        (vars(trainer.state), "6"),
+    ):
+        settings = kept["stateful_callbacks"]["matent_callbacks.settings"]
+        assert (settings["max_steps"], settings["seed"], settings["lr_scheduler_type"]) == (steps, "5", "linear")
+        assert "hf_secret" not in json.dumps(settings)
+        assert len(json.dumps(settings)) < 6000
