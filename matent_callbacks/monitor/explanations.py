@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source
-from matent_callbacks.accumulate.documents import VIEWS
+from matent_callbacks.accumulate.catalogue import Source, source_of
 from matent_callbacks.accumulate.reduction import global_rank
+from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
 if TYPE_CHECKING:
     from matent_callbacks.monitor.readings import Readings
+    from matent_callbacks.monitor.remembered import Remembered
 
 # The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
@@ -29,18 +30,6 @@ Cause = Literal["unwatched", "silent", "uncounted", "masked", "all NaN", "too fe
 
 Undefined = tuple[str, str]
 """A layer, and the name of a number."""
-
-# How many of what a metric takes, by its source.
-_TAKES: dict[Source, tuple[int, str]] = {
-    "pooled": (1, "token"),
-    "raw": (1, "token"),
-    "embedding": (2, "sequence"),
-    "raw_embedding": (1, "sequence"),
-    "between_documents": (2, f"sequence of {VIEWS} tokens or more"),
-    "sequence": (1, "sequence of 2 tokens or more"),
-    "sequence_by_tokens": (1, "sequence of 2 tokens or more"),
-    "curvature": (1, "sequence of 3 tokens or more"),
-}
 
 
 def how_ranks_differ(descriptions: Sequence[str], group: dist.ProcessGroup | None) -> str:
@@ -68,7 +57,32 @@ def _listed(items: Any) -> str:
     return ", ".join(items[:_TOLD]) + more
 
 
-def undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
+def messages(
+    readings: Readings,
+    seen: Seen,
+    remembered: Remembered,
+    layers: Layers,
+    model: nn.Module,
+    *,
+    failed_elsewhere: Collection[str],
+) -> Iterator[str]:
+    """Explain what a reading lacks and which layers count padding, as far as it was not explained before."""
+    if readings.unlike:
+        yield from remembered.untold("unlike", [readings.unlike])
+        return
+    if failed_elsewhere:
+        names = ", ".join(sorted(failed_elsewhere))
+        yield f"Left out, since ranks failed to read them or differ in their width: {names}."
+    for cause, undefined in _undefined_by_cause(readings, seen).items():
+        new = remembered.untold(cause, undefined)
+        # What broke off was told with its own error.
+        if new and not seen.broken_off:
+            yield _why_undefined(cause, new, readings, seen, layers, model)
+    new_layers = remembered.untold("padding", seen.unmasked)
+    yield from _counted_padding({layer: seen.unmasked[layer] for layer in new_layers})
+
+
+def _undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
     """Return the numbers that are NaN, by the reason."""
     found: dict[Cause, list[Undefined]] = defaultdict(list)
     for layer, values in readings.values.items():
@@ -88,10 +102,10 @@ def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
         return "masked" if seen.counted else "uncounted"
     if count == 0 and readings.nonfinite[layer] >= given:
         return "all NaN"
-    return "too few" if count < _TAKES[source][0] else "not finite"
+    return "too few" if count < STATISTICS[source].takes[0] else "not finite"
 
 
-def why_undefined(
+def _why_undefined(
     cause: Cause, undefined: Sequence[Undefined], readings: Readings, seen: Seen, layers: Layers, model: nn.Module
 ) -> str:
     """Explain why numbers are not defined, all for the same reason."""
@@ -116,7 +130,7 @@ def why_undefined(
     if cause == "too few":
         needs: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            least, what = _TAKES[_source(name)]
+            least, what = STATISTICS[_source(name)].takes
             noun, _, kind = what.partition(" ")
             fewest = min(readings.counted[layer, _source(name)] for layer, own in undefined if own == name)
             needed = f"{least} {noun}{'s' if least > 1 else ''} {kind}".strip()
@@ -134,7 +148,7 @@ def why_undefined(
 def _source(name: str) -> Source:
     if name == "holevo_information":
         return "sequence_by_tokens"  # which takes more than the other of its two
-    return "pooled" if name.startswith(SPECTRUM_TOP) else CATALOGUE[name]
+    return source_of(name)
 
 
 def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
@@ -170,7 +184,7 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
-def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+def _counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Explain which layers were read with their padding, and what to do: one message for each pair of lengths."""
     for lengths in dict.fromkeys(unmasked.values()):
         keys = [key for key, own in unmasked.items() if own == lengths]

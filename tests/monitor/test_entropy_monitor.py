@@ -47,9 +47,9 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
         "raw_embedding": spectral_summary(spectrum(vectors, center=False, normalize=False)),
     }
     expected = {
-        name: of[source][name.removeprefix("embedding_")]
-        for name, source in CATALOGUE.items()
-        if source in of and name not in ("spectrum", "holevo_information")
+        name: of[row.source][name.removeprefix("embedding_")]
+        for name, row in CATALOGUE.items()
+        if row.source in of and name not in ("spectrum", "holevo_information")
     }
     expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [
@@ -222,7 +222,7 @@ def test_generation_and_recomputation_are_not_counted(make_llama, batch):
         model.train()
         with monitor:
             model(**batch).loss.backward()
-        tokens = monitor._accumulators["layer_01"].tokens["pooled"].moments().num_tokens
+        tokens = monitor._recording.accumulators["layer_01"].tokens["pooled"].moments().num_tokens
         assert tokens == batch["attention_mask"].sum()
         assert monitor.compute() == pytest.approx(expected, rel=1e-5)
 
@@ -301,7 +301,7 @@ def test_max_tokens_spans_forwards(make_llama):
         for b in batches:
             model(**b)
     assert batches[0]["attention_mask"].sum() == 48
-    assert monitor._accumulators["last"].tokens["pooled"].moments().num_tokens == 60
+    assert monitor._recording.accumulators["last"].tokens["pooled"].moments().num_tokens == 60
 
 
 def test_bad_arguments_are_named(make_llama):
