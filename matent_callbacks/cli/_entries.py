@@ -13,9 +13,10 @@ from rich.text import Text as Cell
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.cli._bootstrap import LEVEL, interval
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._state import Floats, State
 from matent_callbacks.monitor.readings import PendingReadings
+
+LEVEL = 0.95
 
 TROUBLE = {
     "empty": "documents are empty",
@@ -40,11 +41,11 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
     further = _further(trained, metrics)
     quantities: dict[str, dict[str, Any]] = {}
     for layer in trained.widths:
-        means = trained.means.get(layer)
-        if means is None:  # its output is one vector per sequence
+        sums = trained.means.get(layer)
+        if sums is None:  # its output is one vector per sequence
             quantities[layer] = further.get(layer, {})
             continue
-        entropy, count = means.replicates(), means.count
+        entropy, count = _means(sums), int(sums[1, 0])
         found = {
             "sequence_matrix_entropy": entropy,
             "normalized_sequence_matrix_entropy": entropy / math.log(trained.widths[layer])
@@ -53,7 +54,7 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
             "sequence_effective_rank": np.exp(entropy),
         }
         if untrained is not None:
-            before = untrained.means[layer].replicates()
+            before = _means(untrained.means[layer])
             found["untrained_sequence_matrix_entropy"] = before
             found["untrained_sequence_effective_rank"] = np.exp(before)
             # Replicate by replicate: both models saw the same draws.
@@ -61,6 +62,28 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
         own = {name: interval(replicates, count=count) for name, replicates in found.items()}
         quantities[layer] = {**own, **further.get(layer, {})}
     return quantities
+
+
+def _means(sums: Floats) -> Floats:
+    """Return the mean, and that of each replicate; NaN for a replicate that drew no sequence."""
+    total, weight = sums
+    means: Floats = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+    return means
+
+
+def interval(replicates: Floats, *, count: int) -> dict[str, float | None]:
+    """Turn ``(1 + REPLICATES,)`` into the value and the ends of its percentile interval.
+
+    ``count`` is the number of sequences: a single one is the same in every replicate, and has no interval.
+    """
+    value, spread = replicates[0], replicates[1:][np.isfinite(replicates[1:])]
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if count < 2:
+        return {"value": float(value), "low": None, "high": None}
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(spread, [tail, 1 - tail])
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def _further(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:

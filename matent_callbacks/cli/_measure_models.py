@@ -18,14 +18,15 @@ from matent_callbacks.accumulate.layer_statistics import OF_VECTORS
 from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._documents import Text, TextError
 from matent_callbacks.cli._entries import layer_quantities, notes, table
-from matent_callbacks.cli._interruption import Interruption
 from matent_callbacks.cli._models import LayersError, Loaded, ModelError, first_sentence, load, training_progress
 from matent_callbacks.cli._progress import with_bar
 from matent_callbacks.cli._ranks import OtherRankError, Ranks
-from matent_callbacks.cli._request import Request, check_paths, checked_device, checked_settings
+from matent_callbacks.cli._request import check_paths, checked_device, checked_settings
 from matent_callbacks.cli._results import Results, ResultsError
+from matent_callbacks.cli._saving import Interruption
 from matent_callbacks.cli._state import State
 from matent_callbacks.cli._stream import stream
+from matent_callbacks.cli.measure import Request
 from matent_callbacks.untrained import untrained_like
 
 _SAVE_EVERY = 10.0  # seconds; less often where saving itself takes long
@@ -154,7 +155,7 @@ class _Run:
                     "num_tokens": trained.tokens,
                     "skipped": trained.skipped,
                     **training_progress(name),
-                    "layers": layer_quantities(trained, states.get("untrained"), self._results.settings.metrics),
+                    "layers": layer_quantities(trained, states.get("untrained"), self._results.settings["metrics"]),
                 }
             )
             self._save()
@@ -181,10 +182,10 @@ class _Run:
         if state.complete:
             return
         try:
-            layers = resolve_layers(model, settings.layers)
+            layers = resolve_layers(model, settings["layers"])
         except ValueError as error:
             raise LayersError(f"{name}: {error}") from error
-        sources = sources_of(settings.metrics) - {"sequence"}
+        sources = sources_of(settings["metrics"]) - {"sequence"}
         steps = stream(
             model,
             loaded.tokenizer,
@@ -192,7 +193,7 @@ class _Run:
             state,
             layers=layers,
             sources=sources if which == "trained" else frozenset(),
-            embedding=settings.embedding,
+            embedding=request.embedding,
             takes_vectors=bool(sources & OF_VECTORS),
             max_length=bound,
             batch_tokens=request.batch_tokens,
@@ -231,14 +232,12 @@ class _Run:
             except Exception as raised:
                 error = raised
             due = self._ranks.is_first and time.monotonic() >= self._next_save
-            failed, stopped, saving = self._ranks.agree(error is not None, interrupted or interruption.pending, due)
-            self._ranks.raise_together(error, failed)
-            save = stopped is not None or saving is not None
-            if save or done is None:
+            stopped, saving = self._ranks.agree(error, interrupted or interruption.pending, due)
+            if stopped or saving or done is None:
                 self._collect(state)
-            if save and self._ranks.is_first:
+            if (stopped or saving) and self._ranks.is_first:
                 self._save(name, states)
-            if stopped is not None:
+            if stopped:
                 raise KeyboardInterrupt
             if done is None:
                 return

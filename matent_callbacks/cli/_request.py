@@ -1,66 +1,45 @@
-"""The arguments of ``matent measure``, checked."""
+"""Checks the arguments of ``matent measure``, before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from matent_callbacks.accumulate.catalogue import check_embedding, check_metrics
+from matent_callbacks.accumulate.catalogue import check_metrics
 from matent_callbacks.cli._documents import STDIN, Text
+from matent_callbacks.cli._entries import LEVEL
 from matent_callbacks.cli._models import first_sentence
 from matent_callbacks.cli._ranks import Ranks
-from matent_callbacks.cli._results import Settings
+from matent_callbacks.cli._state import REPLICATES
+from matent_callbacks.cli.measure import Request
+
+_NUMBERS_DEPEND_ON = ("max_length", "max_sequences", "batch_tokens", "untrained", "seed", "dtype")
 
 
-class Request(NamedTuple):
-    """The arguments of the command line."""
-
-    models: list[str]
-    text: str
-    field: str | None
-    layers: list[str]
-    metrics: list[str]
-    embedding: str
-    max_length: int
-    max_sequences: int | None
-    batch_tokens: int
-    untrained: bool
-    seed: int
-    dtype: str
-    device: str | None
-    device_map: str | None
-    out: Path | None
-    trust_remote_code: bool
-    allow_pickle: bool
-
-
-def checked_settings(request: Request, text: Text) -> Settings:
-    """Return the settings that the numbers depend on.
+def checked_settings(request: Request, text: Text) -> dict[str, Any]:
+    """Return what the numbers depend on, as it is written into the results.
 
     Raises:
         ValueError: If no layer is named or a metric is not known.
     """
-    metrics = _pieces(request.metrics)
-    layers = [int(piece) if piece.lstrip("-").isdecimal() else piece for piece in _pieces(request.layers)]
+    metrics = _pieces(request.metrics or [])
+    layers = [int(piece) if piece.lstrip("-").isdecimal() else piece for piece in _pieces(request.layers or ["last"])]
     if not layers:
         raise ValueError("--layers must name at least one layer.")
-    return Settings(
-        text=request.text,
-        text_bytes=text.size,
-        field=request.field,
-        layers=layers,
-        metrics=list(check_metrics(metrics)) if metrics else [],
-        embedding=check_embedding(request.embedding),
-        max_length=request.max_length,
-        max_sequences=request.max_sequences,
-        batch_tokens=request.batch_tokens,
-        untrained=request.untrained,
-        seed=request.seed,
-        dtype=request.dtype,
-    )
+    return {
+        "text": request.text,
+        "text_bytes": text.size,
+        "field": request.field,
+        "layers": layers,
+        "metrics": list(check_metrics(metrics)) if metrics else [],
+        "embedding": request.embedding,
+        **{name: getattr(request, name) for name in _NUMBERS_DEPEND_ON},
+        "replicates": REPLICATES,
+        "confidence": LEVEL,
+    }
 
 
 def check_paths(request: Request, ranks: Ranks) -> None:

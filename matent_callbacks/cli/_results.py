@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
+from matent_callbacks.cli._saving import write_atomically
 from matent_callbacks.cli._state import State
 
 FORMAT, VERSION = "matent-measure", 1
@@ -28,30 +25,10 @@ class ResultsError(ValueError):
     """The results file cannot be continued; the message is one sentence."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the numbers depend on."""
-
-    text: str
-    text_bytes: int | None
-    field: str | None
-    layers: list[str | int]
-    metrics: list[str]
-    embedding: Embedding
-    max_length: int
-    max_sequences: int | None
-    batch_tokens: int
-    untrained: bool
-    seed: int
-    dtype: str
-    replicates: int = REPLICATES
-    confidence: float = LEVEL
-
-
 class Results:
     """Finished models, and those in progress."""
 
-    def __init__(self, settings: Settings, out: Path | None) -> None:
+    def __init__(self, settings: dict[str, Any], out: Path | None) -> None:
         self.settings = settings
         self.models: list[dict[str, Any]] = []
         self._out = out.resolve() if out else None
@@ -73,7 +50,7 @@ class Results:
         self.models.append(entry)
 
     def save(self, model: str | None = None, states: dict[str, State] | None = None) -> None:
-        """Write the file atomically: whenever the process ends, it is the old one or the new one.
+        """Write the file, with the progress of a model that is being measured.
 
         Raises:
             OSError: If it cannot be written; the old file is still there then.
@@ -85,22 +62,12 @@ class Results:
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "settings": asdict(self.settings),
+            "settings": self.settings,
             "models": self.models,
         }
         if self._progress:
             content["_in_progress"] = self._progress
-        handle, name = tempfile.mkstemp(prefix=f".{self._out.name}.", dir=self._out.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, self._out)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomically(self._out, lambda file: json.dump(content, file, indent=1, allow_nan=False))
 
     def _read(self, out: Path) -> None:
         try:
@@ -112,28 +79,20 @@ class Results:
             raise ResultsError(f"--out is {out}, which is there and was not written by `matent measure`.")
         if content.get("version") != VERSION:
             raise ResultsError(f"--out has version {content.get('version')} of the format, this is version {VERSION}.")
-        before, now = content.get("settings", {}), asdict(self.settings)
+        before = content.get("settings", {})
         other = [
-            f"--{f.name.replace('_', '-')} was {before.get(f.name)!r} and is {now[f.name]!r}"
-            for f in fields(self.settings)
-            if before.get(f.name) != now[f.name]
+            f"--{name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
+            for name, value in self.settings.items()
+            if before.get(name) != value
         ]
         if other:
             raise ResultsError(f"--out holds results of other settings ({'; '.join(other)}): give another --out.")
         self.models, self._progress = content["models"], content.get("_in_progress", {})
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _encode(state: State) -> dict[str, Any]:
     plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "moments", "others")}
-    means = {
-        layer: {name: _array(values) for name, values in own.state().items()} for layer, own in state.means.items()
-    }
+    means = {layer: _array(sums) for layer, sums in state.means.items()}
     moments, others = (
         {layer: {source: _tensors(own) for source, own in sources.items()} for layer, sources in of_layers.items()}
         for of_layers in (state.moments, state.others)
@@ -142,10 +101,7 @@ def _encode(state: State) -> dict[str, Any]:
 
 
 def _decode(content: dict[str, Any]) -> State:
-    means = {
-        layer: Means.from_state({name: _values(values) for name, values in own.items()})
-        for layer, own in content["means"].items()
-    }
+    means = {layer: _values(sums) for layer, sums in content["means"].items()}
     moments = {
         layer: {source: Moments(**_from_arrays(own)) for source, own in sources.items()}
         for layer, sources in content["moments"].items()

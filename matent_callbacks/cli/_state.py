@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from matent_callbacks.accumulate.catalogue import Source
 from matent_callbacks.accumulate.moments import Moments, merge_moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean, merge_sequence_means
-from matent_callbacks.cli._bootstrap import Means
+
+REPLICATES = 1000
+
+Floats = NDArray[np.float64]
+
+
+def draws(seed: int, documents: Sequence[int]) -> Floats:
+    """Draw how often each document counts: ``(documents, 1 + REPLICATES)``, the first column all ones.
+
+    This is the Poisson bootstrap (Chamandy et al., "Estimating uncertainty for massive data streams", 2012). The draws
+    of a document depend on the seed and its place in the text alone, so a resumed run equals an uninterrupted one, and
+    the replicates of models measured on the same text are paired.
+    """
+    counts = np.ones((len(documents), 1 + REPLICATES))
+    for row, document in zip(counts, documents, strict=True):
+        row[1:] = np.random.Generator(np.random.Philox(key=[seed, document])).poisson(1.0, REPLICATES)
+    return counts
+
+
+def weighted_sums(values: Floats, counts: Floats) -> Floats:
+    """Sum the values of sequences, and their weights, in each replicate: ``(2, 1 + REPLICATES)``.
+
+    Args:
+        values: ``(S,)``, NaN where there is none.
+        counts: ``(S, 1 + REPLICATES)``, what :func:`draws` returned.
+    """
+    there = np.isfinite(values)
+    return np.stack([values[there] @ counts[there], counts[there].sum(0)])
 
 
 @dataclass
@@ -32,7 +62,8 @@ class State:
     places: dict[str, str] = field(default_factory=dict)
     """Where each kind of trouble was first found."""
     widths: dict[str, int] = field(default_factory=dict)
-    means: dict[str, Means] = field(default_factory=dict)
+    means: dict[str, Floats] = field(default_factory=dict)
+    """The entropies of sequences by layer, as :func:`weighted_sums`; these are added up."""
     moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
     others: dict[str, dict[Source, SequenceMean]] = field(default_factory=dict)
     """Means over sequences that are reported without an interval."""
@@ -59,12 +90,16 @@ class State:
         for kind, count in other.skipped.items():
             self.skip(kind, other.places[kind], count)
         self.widths.update(other.widths)
-        for layer, means in other.means.items():
-            self.means.setdefault(layer, Means()).merge(means)
+        for layer, sums in other.means.items():
+            self.add_means(layer, sums)
         for layer, moments in other.moments.items():
             self.add_moments(layer, moments)
         for layer, others in other.others.items():
             self.add_others(layer, others)
+
+    def add_means(self, layer: str, sums: Floats) -> None:
+        """Add the entropies of other sequences."""
+        self.means[layer] = self.means.get(layer, 0) + sums
 
     def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
         """Add those of other tokens."""

@@ -18,10 +18,9 @@ from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
-from matent_callbacks.cli._bootstrap import Floats, Means, draws
 from matent_callbacks.cli._documents import Document, Text, TextError
 from matent_callbacks.cli._models import ModelError, runnable
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._state import Floats, State, draws, weighted_sums
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import finite_rows
 
@@ -251,7 +250,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     # The layers of one model are compared with each other, so all are measured on the same sequences.
     finite = np.all([np.ones(len(batch)), *(np.isfinite(values) for values in found.entropies.values())], axis=0)
     for layer, values in found.entropies.items():
-        state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
+        state.add_means(layer, weighted_sums(np.where(finite, values, np.nan), counts))
     for layer, moments in found.moments.items():
         state.add_moments(layer, moments)
     for layer, others in found.others.items():
