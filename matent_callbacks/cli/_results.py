@@ -16,7 +16,7 @@ from torch import Tensor
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.cli._saving import write_atomically
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._state import Pooled, State
 
 FORMAT, VERSION = "matent-measure", 1
 
@@ -31,6 +31,8 @@ class Results:
     def __init__(self, settings: dict[str, Any], out: Path | None) -> None:
         self.settings = settings
         self.models: list[dict[str, Any]] = []
+        self.baseline: dict[str, Any] | None = None
+        """What is kept of the baseline to compare other models with it."""
         self._out = out.resolve() if out else None
         self._progress: dict[str, dict[str, Any]] = {}
         if self._out is not None and self._out.exists():
@@ -65,6 +67,8 @@ class Results:
             "settings": self.settings,
             "models": self.models,
         }
+        if self.baseline is not None:
+            content["_baseline"] = self.baseline
         if self._progress:
             content["_in_progress"] = self._progress
         write_atomically(self._out, lambda file: json.dump(content, file, indent=1, allow_nan=False))
@@ -88,45 +92,57 @@ class Results:
         if other:
             raise ResultsError(f"--out holds results of other settings ({'; '.join(other)}): give another --out.")
         self.models, self._progress = content["models"], content.get("_in_progress", {})
+        self.baseline = content.get("_baseline")
+        if any("pooled" not in state for states in self._progress.values() for state in states.values()):
+            raise ResultsError("--out holds an unfinished measurement of an earlier release: give another --out.")
 
 
 def _encode(state: State) -> dict[str, Any]:
-    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "moments", "others")}
-    means = {layer: _array(sums) for layer, sums in state.means.items()}
-    moments, others = (
-        {layer: {source: _tensors(own) for source, own in sources.items()} for layer, sources in of_layers.items()}
-        for of_layers in (state.moments, state.others)
-    )
-    return {**plain, "means": means, "moments": moments, "others": others}
+    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "pooled")}
+    pooled = {
+        group: {
+            field: {layer: {source: _tensors(own) for source, own in of.items()} for layer, of in layers.items()}
+            for field, layers in kept._asdict().items()
+        }
+        for group, kept in state.pooled.items()
+    }
+    return {**plain, "means": {layer: encoded(sums) for layer, sums in state.means.items()}, "pooled": pooled}
 
 
 def _decode(content: dict[str, Any]) -> State:
-    means = {layer: _values(sums) for layer, sums in content["means"].items()}
-    moments = {
-        layer: {source: Moments(**_from_arrays(own)) for source, own in sources.items()}
-        for layer, sources in content["moments"].items()
+    means = {layer: decoded(sums) for layer, sums in content["means"].items()}
+    pooled = {
+        int(group): Pooled(*(_layers(kept[field], kind) for field, kind in _KINDS.items()))
+        for group, kept in content["pooled"].items()
     }
-    others = {
-        layer: {source: SequenceMean(**_from_arrays(own)) for source, own in sources.items()}
-        for layer, sources in content["others"].items()
+    return State(**{**content, "means": means, "pooled": pooled})
+
+
+_KINDS: dict[str, Any] = {"moments": Moments, "means": SequenceMean}
+
+
+def _layers(content: dict[str, Any], kind: Any) -> dict[str, Any]:
+    return {
+        layer: {source: kind(**_from_arrays(own)) for source, own in sources.items()}
+        for layer, sources in content.items()
     }
-    return State(**{**content, "means": means, "moments": moments, "others": others})
 
 
 def _tensors(own: Moments | SequenceMean) -> dict[str, Any]:
-    return {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
+    return {name: encoded(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
 
 
 def _from_arrays(own: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(_values(values)) for name, values in own.items()}
+    return {name: torch.from_numpy(decoded(values)) for name, values in own.items()}
 
 
-def _array(values: NDArray[Any]) -> dict[str, Any]:
-    # As bytes, so that a resumed run does not differ by rounding.
+def encoded(values: NDArray[Any]) -> dict[str, Any]:
+    """Turn an array into JSON, as bytes, so that a resumed run does not differ by rounding."""
     data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
     return {"dtype": values.dtype.str, "shape": list(values.shape), "data": data}
 
 
-def _values(content: dict[str, Any]) -> NDArray[Any]:
+def decoded(content: dict[str, Any]) -> NDArray[Any]:
+    """Return what :func:`encoded` was given."""
     data = np.frombuffer(base64.b64decode(content["data"]), dtype=np.dtype(content["dtype"]))
     return data.reshape(content["shape"]).copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,39 @@ def weighted_sums(values: Floats, counts: Floats) -> Floats:
     return np.stack([values[there] @ counts[there], counts[there].sum(0)])
 
 
+def group_of(seed: int, document: int, groups: int) -> int:
+    """Draw the group whose moments a document belongs to; the same for all models measured on the same text."""
+    return int(np.random.Generator(np.random.Philox(key=[seed, document])).integers(groups))
+
+
+class Pooled(NamedTuple):
+    """Statistics of layers from which only one number of all documents is computed, not one of each."""
+
+    moments: dict[str, dict[Source, Moments]]
+    means: dict[str, dict[Source, SequenceMean]]
+
+    def add(self, other: Pooled) -> None:
+        """Add those of other documents."""
+        for layer, moments in other.moments.items():
+            seen = self.moments.get(layer)
+            if seen:
+                moments = {
+                    source: merge_moments(seen[source], own.to(seen[source].scatter.device))
+                    for source, own in moments.items()
+                }
+            self.moments[layer] = moments
+        for layer, means in other.means.items():
+            before = self.means.get(layer)
+            if before:
+                means = {source: merge_sequence_means(before[source], own) for source, own in means.items()}
+            self.means[layer] = means
+
+    def on(self, device: torch.device) -> Pooled:
+        """The same with the moments on a device."""
+        moments = {layer: {s: own.to(device) for s, own in sources.items()} for layer, sources in self.moments.items()}
+        return Pooled(moments, self.means)
+
+
 @dataclass
 class State:
     """The statistics and the position of a pass over the text: all that is needed to resume it."""
@@ -57,6 +91,8 @@ class State:
     checksum: int = 0
     sequences: int = 0
     tokens: int = 0
+    checksum_of_tokens: int = 0
+    """The sum of the CRC-32 of each measured document's number and tokens: equal for models that saw the same."""
     complete: bool = False
     skipped: dict[str, int] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -64,9 +100,8 @@ class State:
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Floats] = field(default_factory=dict)
     """The entropies of sequences by layer, as :func:`weighted_sums`; these are added up."""
-    moments: dict[str, dict[Source, Moments]] = field(default_factory=dict)
-    others: dict[str, dict[Source, SequenceMean]] = field(default_factory=dict)
-    """Means over sequences that are reported without an interval."""
+    pooled: dict[int, Pooled] = field(default_factory=dict)
+    """By the group of the documents; a single one, 0, unless models are compared with a baseline."""
 
     def skip(self, kind: str, place: str, count: int = 1) -> None:
         """Count documents that are left out, the first of them at ``place``."""
@@ -87,41 +122,23 @@ class State:
         self.done = sorted({*self.done, *other.done})
         self.sequences += other.sequences
         self.tokens += other.tokens
+        self.checksum_of_tokens += other.checksum_of_tokens
         for kind, count in other.skipped.items():
             self.skip(kind, other.places[kind], count)
         self.widths.update(other.widths)
         for layer, sums in other.means.items():
             self.add_means(layer, sums)
-        for layer, moments in other.moments.items():
-            self.add_moments(layer, moments)
-        for layer, others in other.others.items():
-            self.add_others(layer, others)
+        for group, pooled in other.pooled.items():
+            self.add_pooled(group, pooled)
 
     def add_means(self, layer: str, sums: Floats) -> None:
         """Add the entropies of other sequences."""
         self.means[layer] = self.means.get(layer, 0) + sums
 
-    def add_moments(self, layer: str, moments: dict[Source, Moments]) -> None:
-        """Add those of other tokens."""
-        seen = self.moments.get(layer)
-        if seen:
-            moments = {
-                source: merge_moments(seen[source], own.to(seen[source].scatter.device))
-                for source, own in moments.items()
-            }
-        self.moments[layer] = moments
-
-    def add_others(self, layer: str, others: dict[Source, SequenceMean]) -> None:
-        """Add those of other sequences."""
-        seen = self.others.get(layer)
-        if seen:
-            others = {source: merge_sequence_means(seen[source], own) for source, own in others.items()}
-        self.others[layer] = others
+    def add_pooled(self, group: int, pooled: Pooled) -> None:
+        """Add the statistics of other documents of a group."""
+        self.pooled.setdefault(group, Pooled({}, {})).add(pooled)
 
     def on(self, device: torch.device) -> State:
         """The same with the moments on a device."""
-        moments = {
-            layer: {source: own.to(device) for source, own in sources.items()}
-            for layer, sources in self.moments.items()
-        }
-        return replace(self, moments=moments)
+        return replace(self, pooled={group: own.on(device) for group, own in self.pooled.items()})

@@ -15,7 +15,10 @@ class Request:
     """The arguments of the command; its options and their help are made of these fields."""
 
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folder of a model, or its name on the Hugging Face hub.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Folder of a model or of a PEFT adapter, or a name on the Hugging Face hub."
+        ),
     ]
     text: Annotated[
         str, typer.Option(metavar="PATH", help="A file with one document a line, a folder of such files, or - (stdin).")
@@ -44,6 +47,10 @@ class Request:
         Literal["mean", "last", "first"],
         typer.Option(help="Which vector stands for a document in embedding_...: of its tokens."),
     ] = "mean"
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare each model with this one, on the same documents."),
+    ] = None
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a document that count, from its beginning.")] = 2048
     max_sequences: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many documents.", show_default="all")
@@ -72,6 +79,12 @@ class Request:
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write results here as JSON, and go on from what is there.")
     ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw all models by depth, and the differences: .png, .svg, .pdf. With --layers all."
+        ),
+    ] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
     ] = False
@@ -94,6 +107,10 @@ def measure(**arguments: Any) -> int:
     Every layer of a model of the hub over a stream of JSON Lines, 1,000 documents:
 
         zcat corpus.jsonl.gz | matent measure gpt2 --text - --field text --layers all --max-sequences 1000
+
+    What fine-tuning did to each layer of its base, with the picture:
+
+        matent measure runs/lora --baseline gpt2 --text held_out.txt --layers all --plot layers.png
 
     On four GPUs, each with a share of the documents:
 

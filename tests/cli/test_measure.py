@@ -197,14 +197,14 @@ def test_interval_is_that_of_a_mean(models: dict[str, Path], text: Path, tmp_pat
 
 
 def test_diff_erank_of_a_model_with_itself_has_no_spread() -> None:
-    from matent_callbacks.cli._entries import layer_quantities
+    from matent_callbacks.cli._entries import interval, layer_samples
     from matent_callbacks.cli._state import State, draws, weighted_sums
 
     values, counts = torch.rand(30).double().numpy(), draws(0, range(30))
     states = []
     for part in (slice(0, 30), slice(None, None, -1)):
         states.append(State(widths={"last": 8}, means={"last": weighted_sums(values[part], counts[part])}))
-    found = layer_quantities(*states, [])["last"]["diff_erank"]
+    found = interval(layer_samples(*states, [])["last"]["diff_erank"])
     assert found == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-9)
 
 
