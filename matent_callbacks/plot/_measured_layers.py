@@ -92,6 +92,8 @@ def _draw_differences(
         shift = (index - (len(models) - 1) / 2) * 0.7 / len(models)
         for place, layer in enumerate(layers):
             found = model["layers"].get(layer, {}).get(metric, {}).get("baseline_difference")
+            if found is None:
+                continue
             value, low, high = (_number(found, end) for end in ("value", "low", "high"))
             is_sure = low > 0 or high < 0
             ax.plot([place + shift] * 2, [low, high], color=colour, linewidth=1.3)
