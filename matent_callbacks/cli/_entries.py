@@ -85,7 +85,8 @@ def interval(samples: Floats) -> dict[str, float | None]:
     """Turn a value and its resamples into the value and the ends of its interval, if there is one.
 
     Of the bootstrap these are percentiles. Of the jackknife they follow from the variance over groups of documents that
-    are left out in turn (Tukey 1958; Efron & Tibshirani 1993, chapter 11) and Student's distribution.
+    are left out in turn (Tukey 1958; Efron & Tibshirani 1993, chapter 11) and Student's distribution: a bootstrap of a
+    pooled rank would lie too low, since a document that is drawn twice adds no dimensions.
     """
     value, spread = float(samples[0]), samples[1:][np.isfinite(samples[1:])]
     tail = (1 - LEVEL) / 2

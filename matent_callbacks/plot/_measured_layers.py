@@ -69,6 +69,7 @@ def measured_layers(
             ax.plot(range(len(layers)), values, color=colours[name], label=label, **style)
         if metric in LOGARITHMIC:
             rank_scale(ax)
+        ax.set_title(metric)
         ax.set_ylabel(UNITS.get(metric, metric.replace("_", " ")))
         _label(ax, layers)
     legend = axes[0][0].legend(frameon=False, fontsize="small")
