@@ -13,9 +13,13 @@ from rich.text import Text as Cell
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.cli._bootstrap import LEVEL, interval
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._state import REPLICATES, Floats, State
 from matent_callbacks.monitor.readings import PendingReadings
+
+LEVEL = 0.95
+GROUPS = 10
+"""Of documents, whose moments are kept apart for the intervals of pooled quantities: memory grows with their number,
+and so do the decompositions. With ten, Student's quantile is 2.26 instead of 1.96."""
 
 TROUBLE = {
     "empty": "documents are empty",
@@ -35,16 +39,21 @@ _HEADS = {
 }
 
 
-def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Compute the paper's data-set quantities of each layer, and the other metrics that were asked for."""
-    further = _further(trained, metrics)
-    quantities: dict[str, dict[str, Any]] = {}
+def layer_samples(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Floats]]:
+    """Compute the paper's data-set quantities of each layer, and the other metrics that were asked for.
+
+    Returns:
+        By layer and name: the value, and that of each resample of the documents: ``(1 + REPLICATES,)`` of the bootstrap
+        for means over sequences, ``(1 + GROUPS,)`` of the jackknife for all else, or ``(1,)`` without resamples.
+    """
+    pooled = _pooled_samples(trained, metrics)
+    samples: dict[str, dict[str, Floats]] = {}
     for layer in trained.widths:
-        means = trained.means.get(layer)
-        if means is None:  # its output is one vector per sequence
-            quantities[layer] = further.get(layer, {})
+        sums = trained.means.get(layer)
+        if sums is None:  # its output is one vector per sequence
+            samples[layer] = pooled.get(layer, {})
             continue
-        entropy, count = means.replicates(), means.count
+        entropy = _means(sums)
         found = {
             "sequence_matrix_entropy": entropy,
             "normalized_sequence_matrix_entropy": entropy / math.log(trained.widths[layer])
@@ -53,36 +62,77 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
             "sequence_effective_rank": np.exp(entropy),
         }
         if untrained is not None:
-            before = untrained.means[layer].replicates()
+            before = _means(untrained.means[layer])
             found["untrained_sequence_matrix_entropy"] = before
             found["untrained_sequence_effective_rank"] = np.exp(before)
             # Replicate by replicate: both models saw the same draws.
             found["diff_erank"] = np.exp(before) - np.exp(entropy)
-        own = {name: interval(replicates, count=count) for name, replicates in found.items()}
-        quantities[layer] = {**own, **further.get(layer, {})}
-    return quantities
+        # A single sequence is the same in every replicate.
+        last = None if sums[1, 0] > 1 else 1
+        samples[layer] = {**{name: values[:last] for name, values in found.items()}, **pooled.get(layer, {})}
+    return samples
 
 
-def _further(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _means(sums: Floats) -> Floats:
+    """Return the mean, and that of each replicate; NaN for a replicate that drew no sequence."""
+    total, weight = sums
+    means: Floats = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+    return means
+
+
+def interval(samples: Floats) -> dict[str, float | None]:
+    """Turn a value and its resamples into the value and the ends of its interval, if there is one.
+
+    Of the bootstrap these are percentiles. Of the jackknife they follow from the variance over groups of documents that
+    are left out in turn (Tukey 1958; Efron & Tibshirani 1993, chapter 11) and Student's distribution: a bootstrap of a
+    pooled rank would lie too low, since a document that is drawn twice adds no dimensions.
+    """
+    value, spread = float(samples[0]), samples[1:][np.isfinite(samples[1:])]
+    tail = (1 - LEVEL) / 2
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if len(spread) < 2:
+        return {"value": value, "low": None, "high": None}
+    if len(samples) == 1 + REPLICATES:
+        low, high = np.quantile(spread, [tail, 1 - tail])
+        return {"value": value, "low": float(low), "high": float(high)}
+    from scipy.special import stdtrit
+
+    count = len(spread)
+    half = float(stdtrit(count - 1, 1 - tail)) * math.sqrt((count - 1) * float(spread.var()))
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def _pooled_samples(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Floats]]:
+    """Compute what is pooled over all documents, and over all but those of each group if there are several."""
     names = [name for name in metrics if CATALOGUE[name].source != "sequence"]
     if not names or not state.widths:
         return {}
+    values = [_pooled_values(state, names, without=None)]
+    if len(state.pooled) > 1:
+        values += [_pooled_values(state, names, without=g) if g in state.pooled else {} for g in range(GROUPS)]
+    return {
+        layer: {name: np.array([one.get(layer, {}).get(name, math.nan) for one in values]) for name in of_layer}
+        for layer, of_layer in values[0].items()
+    }
+
+
+def _pooled_values(state: State, names: Sequence[str], *, without: int | None) -> dict[str, dict[str, float]]:
     accumulators = {}
+    parts = [pooled for group, pooled in state.pooled.items() if group != without]
     for layer in state.widths:
-        moments, others = state.moments.get(layer, {}), state.others.get(layer, {})
-        sources = frozenset((*moments, *others))
+        sources = frozenset(s for part in parts for s in (*part.moments.get(layer, {}), *part.means.get(layer, {})))
         accumulators[layer] = LayerAccumulator(
             sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
         )
-        accumulators[layer].merge({**moments, **others})
+        for part in parts:
+            accumulators[layer].merge({**part.moments.get(layer, {}), **part.means.get(layer, {})})
     # All ranks' moments are here already.
     readings = PendingReadings(accumulators, names, local=True).result()
     # One name may stand for several numbers.
     given = [name for name in names if name != "spectrum"]
     return {
-        layer: {
-            name: {"value": values.get(name), "low": None, "high": None} for name in dict.fromkeys([*given, *values])
-        }
+        layer: {name: values.get(name, math.nan) for name in dict.fromkeys([*given, *values])}
         for layer, values in readings.values.items()
     }
 
@@ -97,11 +147,11 @@ def notes(state: State) -> list[str]:
 
 def table(models: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each model and layer."""
-    names = list(dict.fromkeys(name for entry in models for layer in entry["layers"].values() for name in layer))
+    names = _names(models)
     made = Table(caption=f"below each value: its {LEVEL:.0%} bootstrap interval over sequences", caption_justify="left")
     for head in ("model", "layer"):
         made.add_column(head, overflow="fold")
-    for head in ("parameters", "sequences", *(_HEADS.get(name, name.replace("_", " ")) for name in names)):
+    for head in ("parameters", "sequences", *names.values()):
         made.add_column(head, justify="right")
     for entry in models:
         about = [entry["model"], f"{entry['parameters']:,}", f"{entry['num_sequences']:,}"]
@@ -114,9 +164,44 @@ def table(models: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
-def _cell(quantity: Mapping[str, float | None] | None) -> str:
+def differences(models: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each layer of each model that was compared with the baseline."""
+    compared = [entry for entry in models if "baseline" in entry]
+    names = _names(compared)
+    made = Table(
+        title=Cell(f"minus {compared[0]['baseline']}, the baseline, on the same documents"),
+        title_justify="left",
+        caption=f"below each difference: its {LEVEL:.0%} interval, of the paired bootstrap over sequences; of the "
+        f"jackknife over {GROUPS} groups of documents for what is pooled; * where 0 is not in it",
+        caption_justify="left",
+    )
+    for head in ("model", "layer"):
+        made.add_column(head, overflow="fold")
+    for head in names.values():
+        made.add_column(head, justify="right")
+    for entry in compared:
+        name = entry["model"]
+        for layer, quantities in entry["layers"].items():
+            found = {key: of["baseline_difference"] for key, of in quantities.items() if "baseline_difference" in of}
+            if found:
+                made.add_row(*map(Cell, [name, layer, *(_cell(found.get(key), is_difference=True) for key in names)]))
+                name = ""
+        made.add_section()
+    return made
+
+
+def _names(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the quantities of all models and layers with their headings."""
+    found = dict.fromkeys(name for entry in models for layer in entry["layers"].values() for name in layer)
+    return {name: _HEADS.get(name, name.replace("_", " ")) for name in found}
+
+
+def _cell(quantity: Mapping[str, float | None] | None, *, is_difference: bool = False) -> str:
     if quantity is None or quantity["value"] is None:
         return "-"
-    if quantity["low"] is None:
-        return f"{quantity['value']:.4g}"
-    return f"{quantity['value']:.4g}\n{quantity['low']:.4g} to {quantity['high']:.4g}"
+    shown = "{:+.3g}" if is_difference else "{:.4g}"
+    value, low, high = quantity["value"], quantity["low"], quantity["high"]
+    if low is None or high is None:
+        return shown.format(value)
+    mark = "*" if is_difference and (low > 0 or high < 0) else ""
+    return f"{shown.format(value)}{mark}\n{shown.format(low)} to {shown.format(high)}"

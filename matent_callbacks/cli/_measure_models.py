@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from torch import nn
 from matent_callbacks.accumulate.catalogue import sources_of
 from matent_callbacks.accumulate.layer_statistics import OF_VECTORS
 from matent_callbacks.capture.layers import resolve_layers
+from matent_callbacks.cli._adapters import ModelError
+from matent_callbacks.cli._baseline import compare, kept
 from matent_callbacks.cli._documents import Text, TextError
-from matent_callbacks.cli._entries import layer_quantities, notes, table
-from matent_callbacks.cli._interruption import Interruption
-from matent_callbacks.cli._models import LayersError, Loaded, ModelError, first_sentence, load, training_progress
+from matent_callbacks.cli._entries import GROUPS, differences, interval, layer_samples, notes, table
+from matent_callbacks.cli._models import LayersError, Loaded, first_sentence, load, training_progress
 from matent_callbacks.cli._progress import with_bar
 from matent_callbacks.cli._ranks import OtherRankError, Ranks
-from matent_callbacks.cli._request import Request, check_paths, checked_device, checked_settings
+from matent_callbacks.cli._request import check_paths, checked_device, checked_settings, models_of
 from matent_callbacks.cli._results import Results, ResultsError
+from matent_callbacks.cli._saving import Interruption
 from matent_callbacks.cli._state import State
 from matent_callbacks.cli._stream import stream
+from matent_callbacks.cli.measure import Request
 from matent_callbacks.untrained import untrained_like
 
 _SAVE_EVERY = 10.0  # seconds; less often where saving itself takes long
@@ -53,27 +57,56 @@ def _run(request: Request, ranks: Ranks) -> int:
         return 2
     except (TextError, ResultsError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    passes = len(dict.fromkeys(request.models)) * (2 if request.untrained else 1)
+    models = models_of(request)
+    passes = len(models) * (2 if request.untrained else 1)
     if passes > 1:
         text.keep()
     run = _Run(request, text, results, device, ranks)
     code = 0
     with Interruption() as interruption:
         try:
-            for model in dict.fromkeys(request.models):
+            for model in models:
                 if ranks.from_first(results.finished(model)):
                     run.say(f"{model} is in {request.out} already.")
-                else:
-                    code = max(code, run.measure(model, interruption))
+                    continue
+                failed = run.measure(model, interruption)
+                code = max(code, failed)
+                if failed and model == request.baseline:
+                    run.say("without its baseline nothing is compared, so no model is measured.")
+                    break
         except KeyboardInterrupt:
             again = f": the same command goes on from {request.out}" if request.out and not run.unsaved else ""
             run.say(f"interrupted{again}.")
             code = 130
-    shown = [entry for entry in results.models if entry["model"] in request.models]
+    shown = [entry for entry in results.models if entry["model"] in models]
     if shown:
-        # Without a terminal there is no width to keep to.
-        Console(width=None if sys.stdout.isatty() else 240).print(table(shown))
+        _print(shown)
+        if request.plot is not None:
+            code = max(code, _draw(shown, results.settings["metrics"], request.plot))
     return code or int(run.unsaved)
+
+
+def _print(models: list[dict[str, Any]]) -> None:
+    # Without a terminal there is no width to keep to.
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(table(models))
+    if any("baseline" in entry for entry in models):
+        console.print(differences(models))
+
+
+def _draw(models: list[dict[str, Any]], metrics: list[str], path: Path) -> int:
+    """Draw the effective rank of sequences and the metrics that each layer has one number of; returns the exit code."""
+    from matent_callbacks.plot import measured_layers
+
+    there = {name for entry in models for quantities in entry["layers"].values() for name in quantities}
+    names = [name for name in dict.fromkeys(("sequence_effective_rank", *metrics)) if name in there]
+    try:
+        measured_layers(models, names).savefig(path, dpi=130)
+    except OSError as error:
+        _say(f"--plot {path} cannot be written ({error.strerror}).")
+        return 1
+    _say(f"picture: {path}")
+    return 0
 
 
 class _Run:
@@ -121,11 +154,12 @@ class _Run:
                 dtype=request.dtype,
                 device=self._device,
                 device_map=request.device_map,
+                baseline=request.baseline,
                 trust_remote_code=request.trust_remote_code,
                 allow_pickle=request.allow_pickle,
             )
-        if loaded.note:
-            self.say(loaded.note)
+        for note in loaded.notes:
+            self.say(note)
         bound = min(request.max_length, loaded.max_length or request.max_length)
         if bound < request.max_length:
             self.say(f"{name} takes {bound:,} tokens at most: longer documents are cut there.")
@@ -145,19 +179,34 @@ class _Run:
                 fresh = untrained_like(loaded.model, seed=request.seed)
             self._pass(name, "untrained", fresh, loaded, bound, states, interruption)
         if ranks.is_first:
-            self._results.finish(
-                {
-                    "model": name,
-                    "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-                    "hidden_size": _hidden_size(loaded.model),
-                    "num_sequences": trained.sequences,
-                    "num_tokens": trained.tokens,
-                    "skipped": trained.skipped,
-                    **training_progress(name),
-                    "layers": layer_quantities(trained, states.get("untrained"), self._results.settings.metrics),
-                }
-            )
-            self._save()
+            self._finish(name, loaded, trained, states.get("untrained"))
+
+    def _finish(self, name: str, loaded: Loaded, trained: State, untrained: State | None) -> None:
+        """Compute the quantities of a model, compare them with those of the baseline, and save them."""
+        results = self._results
+        samples = layer_samples(trained, untrained, results.settings["metrics"])
+        entry = {
+            "model": name,
+            "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+            "hidden_size": _hidden_size(loaded.model),
+            "num_sequences": trained.sequences,
+            "num_tokens": trained.tokens,
+            "skipped": trained.skipped,
+            **training_progress(name),
+            "layers": {
+                layer: {name: interval(values) for name, values in quantities.items()}
+                for layer, quantities in samples.items()
+            },
+        }
+        checksum = trained.checksum_of_tokens
+        if name == self._request.baseline:
+            results.baseline = kept(entry, samples, checksum)
+        elif results.baseline is not None:
+            of_baseline = next(one for one in results.models if one["model"] == self._request.baseline)
+            for note in compare(entry, samples, checksum, baseline=of_baseline, before=results.baseline):
+                self.say(note)
+        results.finish(entry)
+        self._save()
 
     def _state(self, states: dict[str, State], which: str) -> State:
         """Return the progress of a pass; only the first rank keeps the statistics so far."""
@@ -181,10 +230,10 @@ class _Run:
         if state.complete:
             return
         try:
-            layers = resolve_layers(model, settings.layers)
+            layers = resolve_layers(model, settings["layers"])
         except ValueError as error:
             raise LayersError(f"{name}: {error}") from error
-        sources = sources_of(settings.metrics) - {"sequence"}
+        sources = sources_of(settings["metrics"]) - {"sequence"}
         steps = stream(
             model,
             loaded.tokenizer,
@@ -192,12 +241,14 @@ class _Run:
             state,
             layers=layers,
             sources=sources if which == "trained" else frozenset(),
-            embedding=settings.embedding,
+            embedding=request.embedding,
             takes_vectors=bool(sources & OF_VECTORS),
             max_length=bound,
             batch_tokens=request.batch_tokens,
             max_sequences=request.max_sequences,
             seed=request.seed,
+            # Their intervals are needed for differences alone.
+            groups=GROUPS if request.baseline is not None and which == "trained" else 1,
             hold=interruption.hold,
             rank=self._ranks.rank,
             world_size=self._ranks.size,
@@ -231,14 +282,12 @@ class _Run:
             except Exception as raised:
                 error = raised
             due = self._ranks.is_first and time.monotonic() >= self._next_save
-            failed, stopped, saving = self._ranks.agree(error is not None, interrupted or interruption.pending, due)
-            self._ranks.raise_together(error, failed)
-            save = stopped is not None or saving is not None
-            if save or done is None:
+            stopped, saving = self._ranks.agree(error, interrupted or interruption.pending, due)
+            if stopped or saving or done is None:
                 self._collect(state)
-            if save and self._ranks.is_first:
+            if (stopped or saving) and self._ranks.is_first:
                 self._save(name, states)
-            if stopped is not None:
+            if stopped:
                 raise KeyboardInterrupt
             if done is None:
                 return

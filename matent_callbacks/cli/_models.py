@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from matent_callbacks.cli._adapters import ModelError, class_with_head, find_adapter, num_labels, with_adapter
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-
-
-class ModelError(ValueError):
-    """A model that cannot be measured; the message is one sentence."""
 
 
 class LayersError(ModelError):
@@ -33,29 +31,43 @@ class Loaded(NamedTuple):
     tokenizer: Any
     max_length: int | None
     """The most tokens that it takes, if known."""
-    note: str | None
-    """What the user should know about it, one sentence."""
+    notes: list[str]
+    """What the user should know about it, in sentences."""
 
 
 def load(
-    name: str, *, dtype: str, device: str, device_map: str | None = None, trust_remote_code: bool, allow_pickle: bool
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    device_map: str | None = None,
+    baseline: str | None = None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> Loaded:
     """Load a model in evaluation mode, on ``device``, or spread over several by accelerate's ``device_map``.
+
+    The folder of a PEFT adapter is loaded as its base with the adapter on it. ``baseline`` is taken for the base where
+    the one that the adapter names is not on this machine.
 
     Raises:
         ModelError: If it cannot be loaded, or only with what is not allowed.
     """
     import transformers
 
-    _check_weights(name, allow_pickle=allow_pickle)
+    adapter = find_adapter(name, baseline=baseline)
+    base = adapter.base if adapter else name
+    for folder in dict.fromkeys((base, name)):
+        _check_weights(folder, allow_pickle=allow_pickle)
     common = {"trust_remote_code": trust_remote_code}
     with _silent():
         try:
-            config = transformers.AutoConfig.from_pretrained(name, **common)
-            _check_kernels(name, config, trust_remote_code=trust_remote_code)
-            tokenizer = _tokenizer(name, common)
-            model, info = transformers.AutoModel.from_pretrained(
-                name,
+            config = transformers.AutoConfig.from_pretrained(base, **common, **(num_labels(name) if adapter else {}))
+            _check_kernels(base, config, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(name if adapter and adapter.has_tokenizer else base, common)
+            kind = class_with_head(adapter, config) if adapter else transformers.AutoModel
+            model, info = kind.from_pretrained(
+                base,
                 config=config,
                 dtype=DTYPES.get(dtype, "auto"),
                 use_safetensors=None if allow_pickle else True,
@@ -65,19 +77,28 @@ def load(
                 revision=getattr(config, "_commit_hash", None) or "main",
                 **common,
             )
+            # The head that an adapter may need is not measured: this is the prefix of all else.
+            prefix = f"{model.base_model_prefix}." if adapter and hasattr(model, model.base_model_prefix) else ""
+            own = [key for key in model.state_dict() if key.startswith(prefix) and "pooler" not in key]
+            missing = sorted(set(own) & set(info["missing_keys"]))
+            if missing and len(missing) >= len(own):
+                raise ModelError(
+                    f"{base} has no weight of {type(model).__name__}, so there is nothing trained to measure."
+                )
+            if adapter:
+                model = with_adapter(model, name, tokenizer)
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(_why(name, error, trust_remote_code=trust_remote_code)) from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    own = [key for key in model.state_dict() if "pooler" not in key]
-    if missing and len(missing) >= len(own):
-        raise ModelError(f"{name} has no weight of {type(model).__name__}, so there is nothing trained to measure.")
-    note = f"{name} lacks {len(missing)} weights ({missing[0]}, ...), which are random here." if missing else None
+            of = f"{name} is an adapter. " if adapter else ""
+            raise ModelError(of + _why(base, error, trust_remote_code=trust_remote_code)) from error
+    notes = [adapter.note] if adapter and adapter.note else []
+    if missing:
+        notes.append(f"{base} lacks {len(missing)} weights ({missing[0]}, ...), which are random here.")
     # Positions are counted from the left, so padding goes to the right, whatever the tokenizer is set to.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     model = model if device_map else model.to(device)
-    return Loaded(model.eval(), tokenizer, _max_length(model, tokenizer), note)
+    return Loaded(model.eval(), tokenizer, _max_length(model, tokenizer), notes)
 
 
 def runnable(model: Any) -> Any:

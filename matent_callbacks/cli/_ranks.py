@@ -45,20 +45,22 @@ class Ranks:
             time.sleep(0.5)
             dist.destroy_process_group()
 
-    def agree(self, *flags: bool) -> list[int | None]:
-        """For each flag, the lowest rank that sets it, or None."""
-        lowest = torch.tensor([self.rank if flag else self.size for flag in flags])
+    def agree(self, error: Exception | None, *flags: bool) -> list[bool]:
+        """Return for each flag whether any rank sets it, unless there is an ``error`` on any rank.
+
+        Raises:
+            Exception: The error itself, on the lowest of the ranks that have one.
+            OtherRankError: On the other ranks.
+        """
+        lowest = torch.tensor([self.rank if flag else self.size for flag in (error is not None, *flags)])
         if self.size > 1:
             dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-        return [rank if rank < self.size else None for rank in lowest.tolist()]
-
-    def raise_together(self, error: Exception | None, failed: int | None) -> None:
-        """Raise on all ranks if :meth:`agree` found that one ``failed``; only that rank raises its own ``error``."""
-        if failed is None:
-            return
+        failed, *set_by = lowest.tolist()
         if error is not None and failed == self.rank:
             raise error
-        raise OtherRankError from error
+        if failed < self.size:
+            raise OtherRankError from error
+        return [rank < self.size for rank in set_by]
 
     def from_first(self, value: Any) -> Any:
         """Return the ``value`` of the first rank."""
@@ -80,15 +82,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let an error inside on one rank raise on all ranks: the error itself on the lowest of those that failed.
-
-        Raises:
-            OtherRankError: On the other ranks.
-        """
+        """Let an error inside on one rank raise on all ranks, as :meth:`agree` does."""
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        (failed,) = self.agree(error is not None)
-        self.raise_together(error, failed)
+        self.agree(error)

@@ -1,66 +1,53 @@
-"""The arguments of ``matent measure``, checked."""
+"""Checks the arguments of ``matent measure``, before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from matent_callbacks.accumulate.catalogue import check_embedding, check_metrics
+from matent_callbacks.accumulate.catalogue import check_metrics
+from matent_callbacks.cli._adapters import is_path
 from matent_callbacks.cli._documents import STDIN, Text
+from matent_callbacks.cli._entries import LEVEL
 from matent_callbacks.cli._models import first_sentence
 from matent_callbacks.cli._ranks import Ranks
-from matent_callbacks.cli._results import Settings
+from matent_callbacks.cli._state import REPLICATES
+from matent_callbacks.cli.measure import Request
+
+_NUMBERS_DEPEND_ON = ("max_length", "max_sequences", "batch_tokens", "untrained", "seed", "dtype")
 
 
-class Request(NamedTuple):
-    """The arguments of the command line."""
-
-    models: list[str]
-    text: str
-    field: str | None
-    layers: list[str]
-    metrics: list[str]
-    embedding: str
-    max_length: int
-    max_sequences: int | None
-    batch_tokens: int
-    untrained: bool
-    seed: int
-    dtype: str
-    device: str | None
-    device_map: str | None
-    out: Path | None
-    trust_remote_code: bool
-    allow_pickle: bool
-
-
-def checked_settings(request: Request, text: Text) -> Settings:
-    """Return the settings that the numbers depend on.
+def checked_settings(request: Request, text: Text) -> dict[str, Any]:
+    """Return what the numbers depend on, as it is written into the results.
 
     Raises:
         ValueError: If no layer is named or a metric is not known.
     """
-    metrics = _pieces(request.metrics)
-    layers = [int(piece) if piece.lstrip("-").isdecimal() else piece for piece in _pieces(request.layers)]
+    metrics = _pieces(request.metrics or [])
+    layers = [int(piece) if piece.lstrip("-").isdecimal() else piece for piece in _pieces(request.layers or ["last"])]
     if not layers:
         raise ValueError("--layers must name at least one layer.")
-    return Settings(
-        text=request.text,
-        text_bytes=text.size,
-        field=request.field,
-        layers=layers,
-        metrics=list(check_metrics(metrics)) if metrics else [],
-        embedding=check_embedding(request.embedding),
-        max_length=request.max_length,
-        max_sequences=request.max_sequences,
-        batch_tokens=request.batch_tokens,
-        untrained=request.untrained,
-        seed=request.seed,
-        dtype=request.dtype,
-    )
+    return {
+        "text": request.text,
+        "text_bytes": text.size,
+        "field": request.field,
+        "layers": layers,
+        "metrics": list(check_metrics(metrics)) if metrics else [],
+        "embedding": request.embedding,
+        **{name: getattr(request, name) for name in _NUMBERS_DEPEND_ON},
+        "baseline": request.baseline,
+        "replicates": REPLICATES,
+        "confidence": LEVEL,
+    }
+
+
+def models_of(request: Request) -> list[str]:
+    """Return the models to measure, each once, the baseline first."""
+    names = ([request.baseline] if request.baseline is not None else []) + request.models
+    return list({str(Path(name).resolve()) if is_path(name) else name: name for name in reversed(names)}.values())[::-1]
 
 
 def check_paths(request: Request, ranks: Ranks) -> None:
@@ -70,13 +57,31 @@ def check_paths(request: Request, ranks: Ranks) -> None:
     if request.device_map is not None and (request.device is not None or ranks.size > 1):
         raise ValueError("--device-map spreads one model over all devices: leave out --device, and torchrun.")
     for model in request.models:
-        is_path = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
-        if is_path and not Path(model).is_dir():
+        if is_path(model) and not Path(model).is_dir():
             raise ValueError(f"MODEL must be a folder or a name on the hub, and {model} is no folder.")
-    if request.out is not None and not request.out.absolute().parent.is_dir():
-        raise ValueError(f"--out is to be in {request.out.absolute().parent}, and there is no such folder.")
-    if request.out is not None and request.out.is_dir():
-        raise ValueError(f"--out must be a file, and {request.out} is a folder.")
+    if request.baseline is not None and is_path(request.baseline) and not Path(request.baseline).is_dir():
+        raise ValueError(f"--baseline must be a folder or a name on the hub, and {request.baseline} is no folder.")
+    if request.baseline is not None and len(models_of(request)) == 1:
+        raise ValueError(f"--baseline is what MODEL is compared with, and both are {request.baseline}.")
+    for option, path in (("--out", request.out), ("--plot", request.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} is to be in {path.absolute().parent}, and there is no such folder.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option} must be a file, and {path} is a folder.")
+    if request.plot is not None:
+        _check_picture(request.plot)
+
+
+def _check_picture(path: Path) -> None:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'matent-callbacks[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--plot must be a picture, like .png, .svg or .pdf, and is {path}.")
 
 
 def checked_device(name: str | None, ranks: Ranks) -> str:

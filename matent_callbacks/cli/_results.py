@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.cli._bootstrap import LEVEL, REPLICATES, Means
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._saving import write_atomically
+from matent_callbacks.cli._state import Pooled, State
 
 FORMAT, VERSION = "matent-measure", 1
 
@@ -28,32 +25,14 @@ class ResultsError(ValueError):
     """The results file cannot be continued; the message is one sentence."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the numbers depend on."""
-
-    text: str
-    text_bytes: int | None
-    field: str | None
-    layers: list[str | int]
-    metrics: list[str]
-    embedding: Embedding
-    max_length: int
-    max_sequences: int | None
-    batch_tokens: int
-    untrained: bool
-    seed: int
-    dtype: str
-    replicates: int = REPLICATES
-    confidence: float = LEVEL
-
-
 class Results:
     """Finished models, and those in progress."""
 
-    def __init__(self, settings: Settings, out: Path | None) -> None:
+    def __init__(self, settings: dict[str, Any], out: Path | None) -> None:
         self.settings = settings
         self.models: list[dict[str, Any]] = []
+        self.baseline: dict[str, Any] | None = None
+        """What is kept of the baseline to compare other models with it."""
         self._out = out.resolve() if out else None
         self._progress: dict[str, dict[str, Any]] = {}
         if self._out is not None and self._out.exists():
@@ -73,7 +52,7 @@ class Results:
         self.models.append(entry)
 
     def save(self, model: str | None = None, states: dict[str, State] | None = None) -> None:
-        """Write the file atomically: whenever the process ends, it is the old one or the new one.
+        """Write the file, with the progress of a model that is being measured.
 
         Raises:
             OSError: If it cannot be written; the old file is still there then.
@@ -85,22 +64,14 @@ class Results:
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "settings": asdict(self.settings),
+            "settings": self.settings,
             "models": self.models,
         }
+        if self.baseline is not None:
+            content["_baseline"] = self.baseline
         if self._progress:
             content["_in_progress"] = self._progress
-        handle, name = tempfile.mkstemp(prefix=f".{self._out.name}.", dir=self._out.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, self._out)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomically(self._out, lambda file: json.dump(content, file, indent=1, allow_nan=False))
 
     def _read(self, out: Path) -> None:
         try:
@@ -112,65 +83,66 @@ class Results:
             raise ResultsError(f"--out is {out}, which is there and was not written by `matent measure`.")
         if content.get("version") != VERSION:
             raise ResultsError(f"--out has version {content.get('version')} of the format, this is version {VERSION}.")
-        before, now = content.get("settings", {}), asdict(self.settings)
+        before = content.get("settings", {})
         other = [
-            f"--{f.name.replace('_', '-')} was {before.get(f.name)!r} and is {now[f.name]!r}"
-            for f in fields(self.settings)
-            if before.get(f.name) != now[f.name]
+            f"--{name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
+            for name, value in self.settings.items()
+            if before.get(name) != value
         ]
         if other:
             raise ResultsError(f"--out holds results of other settings ({'; '.join(other)}): give another --out.")
         self.models, self._progress = content["models"], content.get("_in_progress", {})
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        self.baseline = content.get("_baseline")
+        if any("pooled" not in state for states in self._progress.values() for state in states.values()):
+            raise ResultsError("--out holds an unfinished measurement of an earlier release: give another --out.")
 
 
 def _encode(state: State) -> dict[str, Any]:
-    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "moments", "others")}
-    means = {
-        layer: {name: _array(values) for name, values in own.state().items()} for layer, own in state.means.items()
+    plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in ("means", "pooled")}
+    pooled = {
+        group: {
+            field: {layer: {source: _tensors(own) for source, own in of.items()} for layer, of in layers.items()}
+            for field, layers in kept._asdict().items()
+        }
+        for group, kept in state.pooled.items()
     }
-    moments, others = (
-        {layer: {source: _tensors(own) for source, own in sources.items()} for layer, sources in of_layers.items()}
-        for of_layers in (state.moments, state.others)
-    )
-    return {**plain, "means": means, "moments": moments, "others": others}
+    return {**plain, "means": {layer: encoded(sums) for layer, sums in state.means.items()}, "pooled": pooled}
 
 
 def _decode(content: dict[str, Any]) -> State:
-    means = {
-        layer: Means.from_state({name: _values(values) for name, values in own.items()})
-        for layer, own in content["means"].items()
+    means = {layer: decoded(sums) for layer, sums in content["means"].items()}
+    pooled = {
+        int(group): Pooled(*(_layers(kept[field], kind) for field, kind in _KINDS.items()))
+        for group, kept in content["pooled"].items()
     }
-    moments = {
-        layer: {source: Moments(**_from_arrays(own)) for source, own in sources.items()}
-        for layer, sources in content["moments"].items()
+    return State(**{**content, "means": means, "pooled": pooled})
+
+
+_KINDS: dict[str, Any] = {"moments": Moments, "means": SequenceMean}
+
+
+def _layers(content: dict[str, Any], kind: Any) -> dict[str, Any]:
+    return {
+        layer: {source: kind(**_from_arrays(own)) for source, own in sources.items()}
+        for layer, sources in content.items()
     }
-    others = {
-        layer: {source: SequenceMean(**_from_arrays(own)) for source, own in sources.items()}
-        for layer, sources in content["others"].items()
-    }
-    return State(**{**content, "means": means, "moments": moments, "others": others})
 
 
 def _tensors(own: Moments | SequenceMean) -> dict[str, Any]:
-    return {name: _array(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
+    return {name: encoded(tensor.cpu().numpy()) for name, tensor in own._asdict().items()}
 
 
 def _from_arrays(own: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(_values(values)) for name, values in own.items()}
+    return {name: torch.from_numpy(decoded(values)) for name, values in own.items()}
 
 
-def _array(values: NDArray[Any]) -> dict[str, Any]:
-    # As bytes, so that a resumed run does not differ by rounding.
+def encoded(values: NDArray[Any]) -> dict[str, Any]:
+    """Turn an array into JSON, as bytes, so that a resumed run does not differ by rounding."""
     data = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
     return {"dtype": values.dtype.str, "shape": list(values.shape), "data": data}
 
 
-def _values(content: dict[str, Any]) -> NDArray[Any]:
+def decoded(content: dict[str, Any]) -> NDArray[Any]:
+    """Return what :func:`encoded` was given."""
     data = np.frombuffer(base64.b64decode(content["data"]), dtype=np.dtype(content["dtype"]))
     return data.reshape(content["shape"]).copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -18,10 +19,10 @@ from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import quiet, run
 from matent_callbacks.capture.layers import Layers
-from matent_callbacks.cli._bootstrap import Floats, Means, draws
+from matent_callbacks.cli._adapters import ModelError
 from matent_callbacks.cli._documents import Document, Text, TextError
-from matent_callbacks.cli._models import ModelError, runnable
-from matent_callbacks.cli._state import State
+from matent_callbacks.cli._models import runnable
+from matent_callbacks.cli._state import Floats, Pooled, State, draws, group_of, weighted_sums
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import finite_rows
 
@@ -60,6 +61,7 @@ def stream(
     batch_tokens: int,
     max_sequences: int | None = None,
     seed: int = 0,
+    groups: int = 1,
     hold: Hold = nullcontext,
     rank: int = 0,
     world_size: int = 1,
@@ -72,6 +74,8 @@ def stream(
     With ``takes_vectors`` the output of a layer may be one vector per sequence instead of one hidden state per token.
     These vectors have no entropies of sequences.
 
+    What is pooled over documents is kept apart for that many ``groups`` of them.
+
     Several ranks share each window: they take batches in turn. All of them read and tokenize the whole text, so that
     they agree on the windows without communication, and each yields as many items as the others, some without a batch.
 
@@ -81,7 +85,7 @@ def stream(
     """
     device = next(model.parameters()).device
     reader = _Reader(model, layers, sources, embedding, device, takes_vectors=takes_vectors)
-    state.moments = state.on(device).moments
+    state.pooled = state.on(device).pooled
     documents = enumerate(text.documents())
     _go_to(documents, state)
     with quiet(model):
@@ -94,8 +98,10 @@ def stream(
                 own = start + rank
                 if own < len(waiting):
                     batch = window.batches[waiting[own]]
+                    group_numbers = [group_of(seed, sequence.document, groups) for sequence in batch]
                     with hold():
-                        _add(state, batch, reader.read(batch, pad=tokenizer.pad_token_id or 0), reader, seed)
+                        found = reader.read(batch, group_numbers, pad=tokenizer.pad_token_id or 0)
+                        _add(state, batch, found, reader, seed)
                         state.done.append(waiting[own])
                 left_over = max(len(waiting) - start - world_size, 0)
                 done = 1 - left_over / len(window.batches)
@@ -152,8 +158,8 @@ def _window(
 class _Found(NamedTuple):
     entropies: dict[str, Floats]
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
-    moments: dict[str, dict[Source, Moments]]
-    others: dict[str, dict[Source, SequenceMean]]
+    pooled: dict[int, Pooled]
+    """By group of documents."""
 
 
 class _Reader:
@@ -179,15 +185,21 @@ class _Reader:
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[Source, Moments]] = {}
-        self._others: dict[str, dict[Source, SequenceMean]] = {}
+        self._rows: dict[int, list[int] | slice] = {}
+        self._pooled: dict[int, Pooled] = {}
 
-    def read(self, batch: Sequence[Tokenized], *, pad: int) -> _Found:
-        """One forward."""
+    def read(self, batch: Sequence[Tokenized], groups: Sequence[int], *, pad: int) -> _Found:
+        """Run one forward over documents of these groups."""
         length = len(batch[0].ids)
         ids = torch.tensor([sequence.ids + [pad] * (length - len(sequence.ids)) for sequence in batch])
         mask = torch.arange(length) < torch.tensor([[len(sequence.ids)] for sequence in batch])
-        self._shape, self.widths, self._entropies, self._moments, self._others = ids.shape, {}, {}, {}, {}
+        self._shape, self.widths, self._entropies = ids.shape, {}, {}
+        several = sorted(set(groups))
+        # A slice selects without a copy.
+        self._rows = {g: [i for i, own in enumerate(groups) if own == g] for g in several}
+        if len(several) == 1:
+            self._rows = {several[0]: slice(None)}
+        self._pooled = {group: Pooled({}, {}) for group in several}
         self._capture.open(attention_mask=mask)
         try:
             run((self._target,), {"input_ids": ids, "attention_mask": mask.long()})
@@ -199,7 +211,7 @@ class _Reader:
         entropies = {
             layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers if layer in self._entropies
         }
-        return _Found(entropies, self._moments, self._others)
+        return _Found(entropies, self._pooled)
 
     def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None) -> None:
         if states is not None and states.ndim == 2:  # experts and their like see one long row of tokens
@@ -215,11 +227,14 @@ class _Reader:
             )
         mask = attention_mask.reshape(self._shape).to(states.device) > 0
         finite = (finite_rows(states) | ~mask).all(-1)
-        own = self._accumulator(self._sources | {"sequence"}, states)
-        entropies = own.update(states, mask, vectors)
-        assert entropies is not None  # no batch is empty
+        entropies = states.new_empty(len(states), dtype=statistics_dtype(states))
+        for group, rows in self._rows.items():
+            own = self._accumulator(self._sources | {"sequence"}, states)
+            found = own.update(states[rows], mask[rows], None if vectors is None else vectors[rows])
+            assert found is not None  # no batch is empty
+            entropies[rows] = found
+            self._keep(layer, states, own, group)
         self._entropies[layer] = torch.where(finite, entropies, torch.nan)
-        self._keep(layer, states, own)
 
     def _record_vectors(self, layer: str, vectors: Tensor) -> None:
         if not self._takes_vectors:
@@ -227,27 +242,28 @@ class _Reader:
                 f"--layers asks for {layer}, which gives one vector a document: --metrics must name a quantity of such "
                 "vectors, like embedding_effective_rank."
             )
-        own = self._accumulator(self._sources & OF_VECTORS, vectors)
-        own.update(vectors, None)
-        self._keep(layer, vectors, own)
+        for group, rows in self._rows.items():
+            own = self._accumulator(self._sources & OF_VECTORS, vectors)
+            own.update(vectors[rows], None)
+            self._keep(layer, vectors, own, group)
 
     def _accumulator(self, sources: frozenset[Source], states: Tensor) -> LayerAccumulator:
         dtype = statistics_dtype(states)
         return LayerAccumulator(sources, max_tokens=None, dtype=dtype, device=self._device, embedding=self._embedding)
 
-    def _keep(self, layer: str, states: Tensor, own: LayerAccumulator) -> None:
+    def _keep(self, layer: str, states: Tensor, own: LayerAccumulator, group: int) -> None:
         self.widths[layer] = states.shape[-1]
-        found = own.states()
+        kept, found = self._pooled[group], own.states()
         moments = {source: state.to(self._device) for source, state in found.items() if isinstance(state, Moments)}
         if moments:
-            self._moments[layer] = moments
-        others = {
+            kept.moments[layer] = moments
+        means = {
             source: SequenceMean(*(tensor.cpu() for tensor in state))
             for source, state in found.items()
             if isinstance(state, SequenceMean) and source != "sequence"
         }
-        if others:
-            self._others[layer] = others
+        if means:
+            kept.means[layer] = means
 
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:
@@ -255,15 +271,14 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     # The layers of one model are compared with each other, so all are measured on the same sequences.
     finite = np.all([np.ones(len(batch)), *(np.isfinite(values) for values in found.entropies.values())], axis=0)
     for layer, values in found.entropies.items():
-        state.means.setdefault(layer, Means()).add(np.where(finite, values, np.nan), counts)
-    for layer, moments in found.moments.items():
-        state.add_moments(layer, moments)
-    for layer, others in found.others.items():
-        state.add_others(layer, others)
+        state.add_means(layer, weighted_sums(np.where(finite, values, np.nan), counts))
+    for group, pooled in found.pooled.items():
+        state.add_pooled(group, pooled)
     for sequence, good in zip(batch, finite, strict=True):
         if good:
             state.sequences += 1
             state.tokens += len(sequence.ids)
+            state.checksum_of_tokens += zlib.crc32(f"{sequence.document}: {sequence.ids}".encode())
         else:
             state.skip("nonfinite", sequence.place)
     state.widths.update(reader.widths)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +31,7 @@ def report(
 
     The page needs nothing else: no network, no script, no other file.
     """
+    from matent_callbacks.cli._saving import write_atomically
     from matent_callbacks.report import RunError, comparison, page, read_run
 
     if out.is_dir():
@@ -55,7 +54,10 @@ def report(
         typer.echo(f"{error}: the page needs {missing}: pip install 'matent-callbacks[cli]'", err=True)
         raise typer.Exit(1) from error
     try:
-        _write(out, html)
+        if out.exists() and not out.is_file():  # such as /dev/stdout
+            out.write_text(html, encoding="utf-8")
+        else:
+            write_atomically(out, lambda file: file.write(html))
     except OSError as error:
         raise typer.BadParameter(f"{str(out)!r} cannot be written: {error.strerror}.", param_hint="'--out'") from error
     for run in found:
@@ -78,21 +80,3 @@ def _all_in(folder: Path, damaged: list[str]) -> list[Run]:
         else:
             found.append(run)
     return found
-
-
-def _write(out: Path, html: str) -> None:
-    """Write the page atomically: an earlier one stays if the new one cannot be written."""
-    if out.exists() and not out.is_file():  # such as /dev/stdout
-        out.write_text(html, encoding="utf-8")
-        return
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # only its owner can read a temporary file
-        os.replace(name, out)
-    except OSError:
-        os.unlink(name)
-        raise

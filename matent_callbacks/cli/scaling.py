@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # Settings of `matent measure` that change no value.
-_HARMLESS = {"batch_tokens", "replicates"}
+_HARMLESS = {"baseline", "batch_tokens", "replicates"}
 
 
 class Size(StrEnum):
@@ -74,7 +74,9 @@ def scaling(
     if points and plot is not None:
         _draw(points, fits, x.value, y, layer, plot)
     if not fits:
-        _fail(f"Nothing was fitted. {refusal}")
+        names = [point.model for point in points]
+        instead = f" To compare two models: matent measure {names[1]} --baseline {names[0]}" if len(names) == 2 else ""
+        _fail(f"Nothing was fitted. {refusal}{instead}")
 
 
 def _points(paths: Iterable[Path], x: str, y: str, layer: str) -> list[_Point]:
@@ -110,6 +112,12 @@ def _points(paths: Iterable[Path], x: str, y: str, layer: str) -> list[_Point]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        _refuse(
+            f"{path} is a folder; expected a file that `matent measure --out` wrote. To compare two models: "
+            "matent measure A B --baseline A",
+            "RESULTS",
+        )
     except OSError as error:
         _refuse(f"{path} cannot be read: {error.strerror}.", "RESULTS")
     except ValueError:  # also of what is not UTF-8

@@ -70,3 +70,28 @@ def measured(out: Path, *arguments: object, code: int = 0) -> dict[str, Any]:
 def last(content: dict[str, Any], index: int = 0) -> dict[str, Any]:
     quantities: dict[str, Any] = content["models"][index]["layers"]["last"]
     return quantities
+
+
+def save_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    head: str = "AutoModelForCausalLM",
+    task: str | None = "CAUSAL_LM",
+    vocabulary: int | None = None,
+    merge: bool = False,
+) -> Path:
+    """A LoRA adapter with random weights; with ``merge``, the whole model that it makes of its base, without a head."""
+    import peft
+    import transformers
+
+    labels = {"num_labels": 5} if task == "SEQ_CLS" else {}
+    model = getattr(transformers, head).from_pretrained(base, **labels)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    torch.manual_seed(3)
+    modules = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"], "t5": ["q", "wo"]}[model.config.model_type]
+    lora = peft.LoraConfig(r=4, target_modules=modules, task_type=task, init_lora_weights=False)
+    tuned = peft.get_peft_model(model, lora)
+    (tuned.merge_and_unload().base_model if merge else tuned).save_pretrained(folder)
+    return folder

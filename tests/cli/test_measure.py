@@ -197,17 +197,14 @@ def test_interval_is_that_of_a_mean(models: dict[str, Path], text: Path, tmp_pat
 
 
 def test_diff_erank_of_a_model_with_itself_has_no_spread() -> None:
-    from matent_callbacks.cli._bootstrap import Means, draws
-    from matent_callbacks.cli._entries import layer_quantities
-    from matent_callbacks.cli._state import State
+    from matent_callbacks.cli._entries import interval, layer_samples
+    from matent_callbacks.cli._state import State, draws, weighted_sums
 
     values, counts = torch.rand(30).double().numpy(), draws(0, range(30))
     states = []
     for part in (slice(0, 30), slice(None, None, -1)):
-        means = Means()
-        means.add(values[part], counts[part])
-        states.append(State(widths={"last": 8}, means={"last": means}))
-    found = layer_quantities(*states, [])["last"]["diff_erank"]
+        states.append(State(widths={"last": 8}, means={"last": weighted_sums(values[part], counts[part])}))
+    found = interval(layer_samples(*states, [])["last"]["diff_erank"])
     assert found == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-9)
 
 

@@ -96,6 +96,19 @@ def test_values_intervals_and_counts_are_those_of_one_process(model: Path, text:
     assert_same(json.loads(out.read_text()), alone)
 
 
+def test_differences_from_a_baseline_are_those_of_one_process(model: Path, text: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", "t5", seed=1)
+    arguments = (other, "--baseline", model, "--text", text, "--metrics", "rankme", "--max-sequences", 200)
+    out = tmp_path / "two.json"
+    results = ended(start(2, *arguments, "--out", out))
+    assert [code for code, _, _ in results] == [0, 0], results
+    both, alone = json.loads(out.read_text()), measured(tmp_path / "one.json", *arguments)
+    for name, quantity in alone["models"][1]["layers"]["last"].items():
+        found = both["models"][1]["layers"]["last"][name]["baseline_difference"]
+        assert found == pytest.approx(quantity["baseline_difference"], abs=1e-4), name
+        assert found["low"] < found["value"] < found["high"]
+
+
 def test_as_many_sequences_as_asked_for(model: Path, text: Path, tmp_path: Path) -> None:
     arguments = (model, "--text", text, "--max-sequences", 530, "--batch-tokens", 1000)
     out = tmp_path / "two.json"

@@ -114,8 +114,10 @@ def test_unfinished_models_are_left_out(write):
 def test_too_few_points_are_not_fitted(write, count: int):
     result = run(write(falling(count)))
     assert result.exit_code == 1
+    instead = f" To compare two models: matent measure runs/llama-{SIZES[1]} --baseline runs/llama-{SIZES[0]}"
     assert result.stderr.strip() == (
         f"Nothing was fitted. A power law needs at least three different sizes, got {count}."
+        + (instead if count == 2 else "")
     )
     assert not rows(result, "a N^-b")
 
@@ -177,6 +179,12 @@ def test_bad_files(tmp_path: Path, content: bytes | None, message: str):
     result = run(path)
     assert result.exit_code == 2
     assert f"{path} {message}" in result.stderr
+
+
+def test_folders_of_models_are_for_measure(tmp_path: Path):
+    result = run(tmp_path, tmp_path)
+    assert result.exit_code == 2
+    assert "To compare two models: matent measure A B --baseline A" in " ".join(result.stderr.split())
 
 
 def test_picture_that_cannot_be_written(write, tmp_path: Path):
