@@ -78,4 +78,5 @@ def sinks_among(log_norms: Tensor, mask: Tensor, over_ranks: Callable[[Tensor], 
     total, number = over_ranks(torch.stack([logs.sum(1, dtype=torch.float64), counts.sum(1).double()]))
     long: Tensor = counts & (log_norms > (total / number.clamp(min=1) + _LOG_RATIO).unsqueeze(1))
     most = (number // _ONE_IN).clamp(min=_FEW).minimum(number // _AT_MOST_ONE_IN)
-    return long & (over_ranks(long.sum(1).double()) <= most).unsqueeze(1)
+    are_few: Tensor = over_ranks(long.sum(1).double()) <= most
+    return long & are_few.unsqueeze(1)
