@@ -122,11 +122,21 @@ def draw(layers: tuple[str, ...], profiles: dict[str, dict[str, float]], log: li
         left.plot([profile[layer] for layer in layers], style, label=name)
     left.set(title="Effective rank by depth", xlabel="layer", ylabel="dimensions", yscale="log")
     left.legend(frameon=False)
-    step_curves(log, ["loss", "eval_loss"], ax=middle)
+    losses = {"training": curve(log, "loss"), "held out": curve(log, "eval_loss")}
+    step_curves(losses, ax=middle, unit="loss (nats per token)", points=["held out"])
     middle.set_title("Loss")
-    step_curves(log, [f"{RANK}/{layer}" for layer in sorted(moved[:4])], ax=right)
+    middle.legend(frameon=False)
+    ranks = {layer: curve(log, f"{RANK}/{layer}") for layer in sorted(moved[:4])}
+    step_curves(ranks, ax=right, unit="dimensions", ranks=True)
     right.set_title("The four layers that moved most")
+    right.legend(frameon=False)
     figure.savefig(picture, dpi=130)
+
+
+def curve(log: list[Any], key: str) -> tuple[list[float], list[float]]:
+    """Return steps and values of one logged key."""
+    steps, values = zip(*((record["step"], record[key]) for record in log if key in record), strict=True)
+    return list(steps), list(values)
 
 
 if __name__ == "__main__":
