@@ -1,94 +1,157 @@
-"""The names that ``metrics=`` takes, and what each of them needs to accumulate."""
+"""The table of all metrics: what each is computed from and how it is shown."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, cast, get_args
 
-Source = Literal[
-    "pooled",
-    "raw",
-    "embedding",
-    "raw_embedding",
-    "between_documents",
-    "within_documents",
-    "sequence",
-    "sequence_by_tokens",
-    "curvature",
-]
-"""What a metric is computed from.
+import torch
+from torch import Tensor
 
-- ``pooled``: one covariance of all tokens, each centred by the mean of its sequence and scaled to unit length;
-- ``raw``: one covariance of all tokens as they are;
-- ``embedding``: one covariance of one vector per sequence, each scaled to unit length, centred by the mean of all;
-- ``raw_embedding``: one covariance of one vector per sequence, as they are;
-- ``between_documents``: one covariance of the means of documents (sequences), relative to ``within_documents``, that
-  of the parts of each document about its mean;
-- ``sequence``: one covariance for each sequence, whose entropies are averaged;
-- ``sequence_by_tokens``: the same, with each sequence weighted by its number of tokens;
-- ``curvature``: the angles along each sequence.
-"""
-
-MEANS: tuple[Source, ...] = ("sequence", "sequence_by_tokens", "curvature")
-"""The sources that average one number per sequence. All others are one covariance."""
+Source = str
+"""What a metric is computed from: one of the ``sources`` of :data:`.STATISTICS`."""
 
 Embedding = Literal["mean", "last", "first"]
 """Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
 
-CATALOGUE: dict[str, Source] = {
-    "matrix_entropy": "pooled",
-    "normalized_matrix_entropy": "pooled",
-    "effective_rank": "pooled",
-    "renyi_2": "pooled",
-    "participation_ratio": "pooled",
-    "stable_rank": "pooled",
-    "top_share": "pooled",
-    "numerical_rank": "pooled",
-    "alpha_req": "pooled",
-    "spectrum": "pooled",
-    "rankme": "raw",
-    "sequence_matrix_entropy": "sequence",
-    "sequence_effective_rank": "sequence",
-    "embedding_matrix_entropy": "embedding",
-    "embedding_effective_rank": "embedding",
-    "embedding_participation_ratio": "embedding",
-    "embedding_rankme": "raw_embedding",
-    "embedding_alpha_req": "raw_embedding",
-    "curvature": "curvature",
-    "holevo_information": "pooled",
-    "lidar": "between_documents",
+Solver = Literal["exact", "approximate"]
+
+
+class Metric(NamedTuple):
+    """A row of the table."""
+
+    source: Source
+    """The statistic that it is computed from."""
+    title: str
+    """What it is called in a sentence."""
+    unit: str = ""
+    axis: str = ""
+    """The label of an axis, if that is not title and unit."""
+    logarithmic: bool = False
+    """Whether ratios matter and not differences, so that its axis is logarithmic."""
+    solver: Literal["any", "eigenvalues", "none"] = "eigenvalues"
+    """What decomposes the statistic: any solver, or only the exact one, which has eigenvalues. ``"none"``: nothing, as
+    it is a mean."""
+    quantity: str = ""
+    """That of :func:`.spectral_summary`, if it is another than the name."""
+    of_mean: Callable[[Tensor], Tensor] = torch.clone
+    """The formula, if it is computed from a mean."""
+    further: tuple[Source, ...] = ()
+    """Statistics that it takes besides."""
+
+    @property
+    def label(self) -> str:
+        """The label of an axis, with the unit."""
+        return self.axis or (f"{self.title} ({self.unit})" if self.unit else self.title)
+
+
+# Where a picture has room for one rank, it is that of the first row that is logarithmic and was logged.
+CATALOGUE: dict[str, Metric] = {
+    "matrix_entropy": Metric("pooled", "matrix entropy", "nats", solver="any"),
+    "normalized_matrix_entropy": Metric(
+        "pooled", "normalised matrix entropy", axis="matrix entropy / log d", solver="any"
+    ),
+    "effective_rank": Metric("pooled", "effective rank", "dimensions", logarithmic=True, solver="any"),
+    "sequence_matrix_entropy": Metric(
+        "sequence", "matrix entropy (mean over sequences)", "nats", "matrix entropy (nats)", solver="none"
+    ),
+    "sequence_effective_rank": Metric(
+        "sequence",
+        "effective rank (of the mean entropy of sequences)",
+        "dimensions",
+        "effective rank (dimensions)",
+        logarithmic=True,
+        solver="none",
+        of_mean=torch.exp,
+    ),
+    "renyi_2": Metric("pooled", "Rényi entropy of order 2", "nats", "Rényi entropy (nats)"),
+    "rankme": Metric("raw", "RankMe", "dimensions", logarithmic=True),
+    "participation_ratio": Metric("pooled", "participation ratio", "dimensions", logarithmic=True),
+    "stable_rank": Metric("pooled", "stable rank", "dimensions", logarithmic=True),
+    "numerical_rank": Metric("pooled", "numerical rank", "dimensions", logarithmic=True),
+    "top_share": Metric("pooled", "share of the strongest direction", "share", "share of the variance"),
+    "spectrum": Metric("pooled", "shares of the strongest directions", "share", "share of the variance"),
+    "alpha_req": Metric("pooled", "slope of the spectrum (alpha-ReQ)", axis="alpha"),
+    "embedding_matrix_entropy": Metric(
+        "embedding",
+        "matrix entropy of sequence embeddings",
+        "nats",
+        "matrix entropy (nats)",
+        solver="any",
+        quantity="matrix_entropy",
+    ),
+    "embedding_effective_rank": Metric(
+        "embedding",
+        "effective rank of sequence embeddings",
+        "dimensions",
+        "effective rank (dimensions)",
+        logarithmic=True,
+        solver="any",
+        quantity="effective_rank",
+    ),
+    "embedding_rankme": Metric(
+        "raw_embedding",
+        "RankMe of sequence embeddings",
+        "dimensions",
+        "RankMe (dimensions)",
+        logarithmic=True,
+        quantity="rankme",
+    ),
+    "embedding_participation_ratio": Metric(
+        "embedding",
+        "participation ratio of sequence embeddings",
+        "dimensions",
+        "participation ratio (dimensions)",
+        logarithmic=True,
+        quantity="participation_ratio",
+    ),
+    "embedding_alpha_req": Metric(
+        "raw_embedding",
+        "slope of the spectrum of sequence embeddings (alpha-ReQ)",
+        axis="alpha",
+        quantity="alpha_req",
+    ),
+    "holevo_information": Metric(
+        "pooled",
+        "Holevo information: entropy that tells sequences apart",
+        "nats",
+        "nats",
+        quantity="matrix_entropy",
+        further=("sequence_by_tokens",),
+    ),
+    "curvature": Metric("curvature", "curvature of sequences", "radians", "mean angle (radians)", solver="none"),
+    "lidar": Metric(
+        "between_documents",
+        "LiDAR, with documents as classes",
+        "dimensions",
+        "LiDAR (dimensions)",
+        logarithmic=True,
+        quantity="effective_rank",
+        further=("within_documents",),
+    ),
 }
-# The second source of metrics that need two. The Holevo information is the entropy of all tokens minus that within
-# sequences.
-_FURTHER_SOURCES: dict[str, Source] = {"holevo_information": "sequence_by_tokens", "lidar": "within_documents"}
 
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
 
-Solver = Literal["exact", "approximate"]
-# What the approximate solver can compute: it estimates the entropy of a covariance, and has no eigenvalues.
-_WITHOUT_EIGENVALUES = (
-    "matrix_entropy",
-    "normalized_matrix_entropy",
-    "effective_rank",
-    "embedding_matrix_entropy",
-    "embedding_effective_rank",
-)
-
 
 def quantity(name: str) -> str:
-    """Return the quantity of a spectrum that a metric is, or is computed from, whatever the spectrum's source."""
-    return {"holevo_information": "matrix_entropy", "lidar": "effective_rank"}.get(
-        name, name.removeprefix("embedding_")
-    )
+    """Return the quantity of a spectrum that a logged number is computed from, whatever the spectrum's source."""
+    if name in CATALOGUE:
+        return CATALOGUE[name].quantity or name
+    return name.removeprefix("embedding_")  # such as the standard error of an estimate
+
+
+def source_of(name: str) -> Source:
+    """Return the statistic that a logged number is computed from."""
+    return CATALOGUE["spectrum" if name.startswith(SPECTRUM_TOP) else name].source
 
 
 def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
-    """Return all sources that have to be accumulated for ``metrics``."""
-    names = frozenset(metrics)
-    further = frozenset(source for name, source in _FURTHER_SOURCES.items() if name in names)
-    return frozenset(CATALOGUE[name] for name in names) | further
+    """Return all statistics that have to be accumulated for ``metrics``."""
+    rows = [CATALOGUE[name] for name in metrics]
+    return frozenset(source for row in rows for source in (row.source, *row.further))
 
 
 def check_embedding(embedding: str) -> Embedding:
@@ -100,13 +163,12 @@ def check_embedding(embedding: str) -> Embedding:
 
 def check_solver(solver: str, metrics: Iterable[str]) -> None:
     """Raise if ``solver`` is not known, or cannot compute one of ``metrics``."""
-    if solver not in ("exact", "approximate"):
+    if solver not in get_args(Solver):
         raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
-    for name in metrics:
-        if solver == "approximate" and CATALOGUE[name] not in MEANS and name not in _WITHOUT_EIGENVALUES:
-            raise ValueError(
-                f"`solver='approximate'` gives {', '.join(_WITHOUT_EIGENVALUES)}, and `metrics` asks for {name!r}."
-            )
+    refused = [name for name in metrics if solver == "approximate" and CATALOGUE[name].solver == "eigenvalues"]
+    if refused:
+        served = (name for name, metric in CATALOGUE.items() if metric.solver == "any")
+        raise ValueError(f"`solver='approximate'` gives {', '.join(served)}, and `metrics` asks for {refused[0]!r}.")
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.accumulate.moments import Moments
-from matent_callbacks.accumulate.pieces import rows_of_a_piece, slices, whole_sequences
-from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.pieces import rows_of_a_piece, slices
+from matent_callbacks.accumulate.sequences import Sequences
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
-from matent_callbacks.functional._tokens import finite_rows
 
 VIEWS = 8
 """How many consecutive parts, about equally long, a document is split into."""
@@ -64,33 +63,17 @@ class Discriminant(NamedTuple):
         return Discriminant(self.moments.to(device), self.within.to(device))
 
 
-def add_documents(
-    states: Tensor, mask: Tensor, *, between: PooledTokens, within: PooledTokens, dtype: torch.dtype
-) -> None:
-    """Add the sequences of ``(B, T, d)`` that have at least ``VIEWS`` tokens. To be called with TF32 switched off.
+def views_at_a_time(sequences: Sequences, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield views ``(b, VIEWS, d)``, which sequences have them ``(b,)``, and the number of tokens with NaN or Inf.
 
     ``dtype`` should be float64: dividing by small variances within documents amplifies rounding errors.
     """
-    for views, counts, nonfinite in _views_at_a_time(states, mask, dtype):
-        valid = counts.unsqueeze(1)
-        for tokens, values, center in ((within, views, True), (between, views.mean(1, keepdim=True), False)):
-            tokens.reserve(values)
-            some = valid.expand(values.shape[:-1])
-            piece = whole_sequences(values, some, center=center, normalize=False, dtype=dtype)
-            tokens.add(piece._replace(tokens=piece.tokens._replace(nonfinite=nonfinite)))
-            del piece
-        del views
-
-
-def _views_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield views ``(b, VIEWS, d)``, which documents have them ``(b,)``, and the number of tokens with NaN or Inf."""
+    states, mask = sequences.states, sequences.mask
     length = states.shape[1]
     rows = rows_of_a_piece(states.shape[-1], dtype)
     for some in slices(len(states), max(1, rows // max(length, 2 * VIEWS))):
-        own, counted = states[some], mask[some]
+        own, valid = states[some], sequences.valid[some]
         parts = list(slices(length, max(1, rows // max(1, len(own)))))
-        finite = torch.cat([finite_rows(own[:, part].to(dtype)) for part in parts], 1)
-        valid = counted & finite
         count = valid.sum(1)
         of_view = (valid.cumsum(1) - 1) * VIEWS // count.clamp(min=1).unsqueeze(1)
         views = torch.arange(VIEWS, device=states.device).unsqueeze(1)
@@ -101,4 +84,4 @@ def _views_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterat
             total.baddbmm_(belongs[:, :, part].to(dtype), x)
             del x
         mean = total.div_(belongs.sum(2).clamp(min=1).unsqueeze(-1))
-        yield mean, count >= VIEWS, (counted & ~finite).sum()
+        yield mean, count >= VIEWS, (mask[some] & ~valid).sum()

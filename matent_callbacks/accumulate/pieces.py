@@ -22,7 +22,6 @@ from matent_callbacks.functional._tokens import (
     directions_from,
     into_range,
     largest_of_rows,
-    prepare_tokens,
     scaled_to_unit_length_,
     squares_are_lost,
 )
@@ -55,40 +54,6 @@ class Piece(NamedTuple):
     """``()`` int64: sequences with a valid token. A sequence that comes in parts is counted with its first part."""
 
 
-def sequences_at_a_time(states: Tensor, mask: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split ``(B, T, d)`` and ``(B, T)`` into groups of sequences that fit into the work space, at least one each."""
-    rows = rows_of_a_piece(states.shape[-1], dtype)
-    for some in slices(states.shape[0], max(1, rows // max(1, states.shape[1]))):
-        yield states[some], mask[some]
-
-
-def is_long(states: Tensor, dtype: torch.dtype) -> bool:
-    """Whether one sequence of ``(B, T, d)`` alone does not fit, and has to be read as a :class:`LongSequence`."""
-    return len(states) > 0 and states.shape[1] > rows_of_a_piece(states.shape[-1], dtype)
-
-
-def prepared_pieces(
-    states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype
-) -> Iterator[Piece]:
-    """Centre and normalise ``(B, T, d)`` as :func:`.prepare_tokens` does, piece by piece.
-
-    A caller should drop its reference to a piece before it asks for the next one, or both are in memory at once.
-    """
-    for some, valid in sequences_at_a_time(states, mask, dtype):
-        if is_long(some, dtype):
-            yield from LongSequence(some[0], valid[0], center=center, normalize=normalize, dtype=dtype).pieces()
-        else:
-            yield whole_sequences(some, valid, center=center, normalize=normalize, dtype=dtype)
-
-
-def whole_sequences(
-    states: Tensor, mask: Tensor, *, center: bool, normalize: bool, dtype: torch.dtype, alone: bool = False
-) -> Piece:
-    """Centre and normalise sequences that fit into the work space; ``alone`` is as for :func:`.prepare_tokens`."""
-    tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=alone)
-    return Piece(tokens, tokens.valid.any(-1).sum())
-
-
 class LongSequence:
     """One sequence that does not fit into the work space, and is centred and normalised part by part.
 
@@ -99,6 +64,7 @@ class LongSequence:
         normalize: Scale each token to unit length.
         dtype: Of the statistics.
         alone: Whether it has a spectrum of its own, so that its scale does not matter.
+        largest: ``(T,)``, the largest magnitude of each token, if it is known.
     """
 
     def __init__(
@@ -110,6 +76,7 @@ class LongSequence:
         normalize: bool,
         dtype: torch.dtype,
         alone: bool = False,
+        largest: Tensor | None = None,
     ) -> None:
         self._states = states
         self._center = center
@@ -117,7 +84,9 @@ class LongSequence:
         self._dtype = dtype
         self._parts = list(slices(states.shape[0], rows_of_a_piece(states.shape[1], dtype)))
         wide = states.dtype if states.dtype == torch.float64 else dtype
-        largest = torch.cat([largest_of_rows(states[part].to(wide)) for part in self._parts])
+        if largest is None:
+            largest = torch.cat([largest_of_rows(states[part].to(wide)) for part in self._parts])
+        self.largest = largest
         finite = torch.isfinite(largest)
         self.valid = mask & finite
         """``(T,)`` bool: the tokens that count."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from matent_callbacks.accumulate.moments import (
     merge_moments,
     with_scatter,
 )
-from matent_callbacks.accumulate.pieces import Piece, prepared_pieces, rows_of_a_piece, slices
+from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
 from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import squares_are_lost
 from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
 from matent_callbacks.functional.spectrum import over_trace, solved
+
+if TYPE_CHECKING:
+    from matent_callbacks.accumulate.sequences import Sequences
 
 
 class KeptTokens(NamedTuple):
@@ -115,15 +118,24 @@ class PooledTokens:
         """Number of features d; 0 until it is known."""
         return self._moments.num_features
 
-    def update(self, states: Tensor, mask: Tensor, *, normalize: bool, dtype: torch.dtype) -> None:
-        """Add hidden states ``(B, T, d)`` with their mask ``(B, T)``. To be called with autocast and TF32 switched off.
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the statistics."""
+        return self._moments.scatter.dtype
+
+    def update(self, sequences: Sequences, *, normalize: bool) -> None:
+        """Add the tokens of some sequences. To be called with autocast and TF32 switched off.
 
         Raises:
             ValueError: If d is not that of the tokens before. Everything accumulated so far is still there then.
         """
-        self.reserve(states)
+        self.reserve(sequences.states)
         center = self._center == "sequence"
-        for piece in prepared_pieces(states, mask, center=center, normalize=normalize, dtype=dtype):
+        moments = sequences.moments() if center and normalize else None
+        if moments is not None:
+            self.add_moments(moments)
+            return
+        for piece in sequences.pieces(center=center, normalize=normalize):
             self.add(piece)
             del piece
 
@@ -143,7 +155,7 @@ class PooledTokens:
         if not self.num_features:
             # The layers of one model may be on several devices. Each accumulates on the device of its tokens.
             moments = self._moments.to(states.device)
-            self._moments = moments._replace(scatter=moments.scatter.new_zeros(0, width + 1))
+            self._moments = moments._replace(scatter=moments.scatter.new_empty(0, width + 1))
         # By the number of rows, because counting the valid tokens would cost a device-to-host sync.
         if self._num_kept + states.shape[:-1].numel() > self._keep * width:
             self._fold_kept()

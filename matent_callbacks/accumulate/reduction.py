@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,90 @@ from torch import Tensor
 from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.moments import Moments, ratio, scatter_about, with_scatter
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
+
+Groups = Sequence[dist.ProcessGroup | None]
+"""Groups along different dimensions of a mesh of ranks; ``None``: all ranks."""
+
+_Result = TypeVar("_Result")
+
+
+class AllOrNone:
+    """Lets an error in a ``with`` block on one rank raise on all ranks, so that none waits for another in vain.
+
+    Each rank runs the block, and then learns from one all-reduce for each group whether all of them succeeded. The
+    error itself is raised where it occurred, on every other rank a ``RuntimeError``.
+
+    Collective calls inside the block would still hang if a rank had left it. So steps between such calls are run by
+    ``attempt(step, *args)``, which keeps the first error until the end of the block and skips the steps after it.
+
+    Args:
+        device: Of the tensors that are exchanged.
+        groups: The ranks that take part. Without a group nothing is exchanged.
+        message: Of the error on the ranks on which nothing failed.
+        numbers: How many numbers each rank compares with those of the others: see :attr:`numbers`.
+
+    Example:
+        >>> import torch
+        >>> from matent_callbacks.accumulate.reduction import AllOrNone
+        >>> with AllOrNone(torch.device("cpu"), []) as attempt:
+        ...     half = attempt(lambda: 1 / 2)
+        >>> half
+        0.5
+    """
+
+    def __init__(
+        self, device: torch.device, groups: Groups, message: str = "another rank failed.", *, numbers: int = 0
+    ) -> None:
+        self.numbers = [0] * numbers
+        """To be set in the block, where they are known."""
+        self.ranges: list[tuple[int, int]] = []
+        """Afterwards: the least and the greatest of each number over all ranks."""
+        self._device = device
+        self._groups = groups
+        self._message = message
+        self._error: Exception | None = None
+
+    def __enter__(self) -> AllOrNone:
+        return self
+
+    def __call__(self, step: Callable[..., _Result], *args: object) -> _Result | None:
+        """Return what ``step`` returns; ``None`` if it, or an earlier step, failed."""
+        if self._error is None:
+            try:
+                return step(*args)
+            except Exception as error:
+                self._error = error
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # the process is about to end
+        # The traceback of an error refers to this object, which must not refer to the error in turn: what its frames
+        # hold would stay in memory until the garbage collector runs.
+        own, self._error = self._error, None
+        failed = error is not None or own is not None
+        if self._groups:
+            (_, any_failed), *self.ranges = extremes([int(failed), *self.numbers], self._device, self._groups)
+            if any_failed and not failed:
+                raise RuntimeError(self._message)
+        else:
+            self.ranges = [(number, number) for number in self.numbers]
+        if error is None and own is not None:
+            try:
+                raise own
+            finally:
+                del own
+
+
+def extremes(numbers: Sequence[int], device: torch.device, groups: Groups) -> list[tuple[int, int]]:
+    """Return the least and the greatest of each number over the ranks, by one all-reduce for each group."""
+    table = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64, device=device)
+    for group in groups:
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
+    found = table.tolist()
+    return [(-least, most) for most, least in zip(found[: len(numbers)], found[len(numbers) :], strict=True)]
 
 
 class Width(NamedTuple):
@@ -64,15 +149,13 @@ def _check_group(name: str, group: Any) -> None:
 
 
 def agree(description: str, failed: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> Agreement:
-    """Find out whether all ranks are about to exchange the same, by an all-reduce of three numbers.
+    """Find out whether all ranks are about to exchange the same, by an all-reduce of four numbers.
 
     Collectives of different shapes would hang. The descriptions themselves are only sent if they differ.
     """
     number = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
-    table = torch.tensor([number, -number, failed], dtype=torch.int64, device=device)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
-    largest, negative_smallest, any_failed = table.tolist()
-    if largest == -negative_smallest:
+    (smallest, largest), (_, any_failed) = extremes([number, int(failed)], device, [group])
+    if largest == smallest:
         return Agreement(bool(any_failed), [])
     own = torch.tensor(list(description.encode()), dtype=torch.uint8, device=device).unsqueeze(-1)
     everybodys = all_gather_ragged(own, group)
@@ -99,28 +182,27 @@ def reduce_moments(
     moments: Sequence[Moments],
     widths: Sequence[Width | None],
     *,
-    share_out: bool = False,
+    owners: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Moments | None]:
     """Return the moments of the tokens of all ranks. Every rank has to call this with as many moments as the others.
 
     Args:
-        moments: Of the tokens of this rank. They stay as they are.
+        moments: Of the tokens of this rank, all of one dtype. They stay as they are.
         widths: What :func:`agreed_widths` returned. For moments without a width ``None`` is returned.
-        share_out: Send the i-th moments to rank i of the group, modulo its size, and return ``None`` for those of
-            others; otherwise every rank gets all.
+        owners: For each the rank of the group that gets it, and for which others get ``None``; ``None``: every rank
+            gets all.
         group: The ranks that take part; ``None``: all.
     """
     reduced: list[Moments | None] = [None] * len(moments)
     indices = [index for index, width in enumerate(widths) if width is not None]
     usable = [_widened(moments[index], width) for index, width in enumerate(widths) if width is not None]
     for index, common in zip(indices, _about_common_mean(usable, group), strict=True):
-        owner = index % dist.get_world_size(group)
-        if common.has_scatter and share_out:
-            dist.reduce(common.scatter, dst=global_rank(owner, group), group=group)
+        if common.has_scatter and owners is not None:
+            dist.reduce(common.scatter, dst=global_rank(owners[index], group), group=group)
         elif common.has_scatter:
             dist.all_reduce(common.scatter, group=group)
-        if not share_out or owner == dist.get_rank(group):
+        if owners is None or owners[index] == dist.get_rank(group):
             reduced[index] = common
     return reduced
 
@@ -132,9 +214,7 @@ def global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
 
 def agreed_failures(failed: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Return for each flag whether it is set on any rank."""
-    flags = torch.tensor(failed, dtype=torch.int64, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in flags.tolist()]
+    return [bool(any_failed) for _, any_failed in extremes([int(flag) for flag in failed], device, [group])]
 
 
 def all_reduce_sequence_means(

@@ -6,36 +6,35 @@ first agree that all of them are able to go on, and an error after that is only 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
-from matent_callbacks.accumulate.pooled_tokens import PooledTokens, entropy_of_lower
-from matent_callbacks.accumulate.reduction import global_rank
-from matent_callbacks.accumulate.sequence_mean import SequenceEntropies
+from matent_callbacks.accumulate.pooled_tokens import entropy_of_lower
+from matent_callbacks.accumulate.reduction import AllOrNone, global_rank
+from matent_callbacks.accumulate.sequences import SequenceEntropies, Sequences
 from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle
 from matent_callbacks.functional._tokens import (
     Tokens,
     finite_rows,
     into_range,
     largest_of_rows,
+    prepare_tokens,
     scaled_to_unit_length_,
 )
 
 Groups = Sequence[dist.ProcessGroup]
 """Groups along different dimensions of a mesh of ranks, which together hold the parts of the same sequences."""
 
-_Result = TypeVar("_Result")
 
-
-class SequenceParts:
+class SplitSequences(Sequences):
     """One batch of sequences of which this rank holds a part, with the buffers that ranks exchange.
+
+    All communication is in :meth:`exchange`, so that an error in a statistic keeps no other rank waiting.
 
     Args:
         count: Number of sequences B.
@@ -44,7 +43,7 @@ class SequenceParts:
         groups: The groups whose ranks hold the other parts.
         dtype: Of the statistics.
         device: Of the states.
-        sequences: Whether the entropy of each sequence is asked for.
+        has_entropies: Whether the entropy of each sequence is asked for.
     """
 
     def __init__(
@@ -56,83 +55,82 @@ class SequenceParts:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        sequences: bool,
+        has_entropies: bool,
     ) -> None:
+        mask = torch.empty(count, 0, dtype=torch.bool, device=device)
+        states = torch.empty(count, 0, width, dtype=dtype, device=device)
+        super().__init__(states, mask, dtype=dtype, has_entropies=has_entropies)
         self.count = count
         self.width = width
         self.device = device
         self._local = local
         self._groups = groups
-        self._dtype = dtype
-        self._states = torch.empty(count, 0, width, dtype=dtype, device=device)
-        self._mask = self._valid = torch.empty(count, 0, dtype=torch.bool, device=device)
+        self._valid = mask
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         # The sum of the tokens of each sequence, and their number. In float64: rounding of a mean that dwarfs the
         # spread would show, and a second mean of what is left would have to be exchanged as well.
         self._totals = torch.zeros(count, width + 1, dtype=torch.float64, device=device)
-        half = (width + 1) // 2 if sequences else 0
+        half = (width + 1) // 2 if has_entropies else 0
         self._scatter = torch.zeros(half, width + 1, dtype=dtype, device=device)
 
-    def add_to(
-        self,
-        pooled: PooledTokens | None,
-        raw: PooledTokens | None,
-        *,
-        limited: Callable[[Tensor], Tensor],
-    ) -> SequenceEntropies | None:
-        """Add the tokens of this rank: centred and normalised to ``pooled``, and as they are to ``raw``.
+    def exchange(self, limited: Callable[[Tensor], Tensor]) -> None:
+        """Bring this rank's tokens, and exchange what the ranks need of each other's.
 
         To be called by all ranks of the groups, with autocast and TF32 switched off. They exchange one sum per
         sequence, d + 1 numbers, and for entropies of sequences half of a second moment each, d(d + 1)/2 numbers.
         ``limited`` takes the mask and returns it without the tokens that are not to count.
-
-        Returns:
-            The entropies of a share of the sequences: each is decomposed on one rank. ``None`` if not asked for.
         """
-        attempt = _Attempt()
-        attempt(self._bring, limited)
-        attempt(self._sum_up)
-        for group in self._groups:
-            dist.all_reduce(self._totals, group=group)
-        if pooled is not None:
-            attempt(self._add_tokens, pooled)
-        if raw is not None:
-            attempt(functools.partial(raw.update, self._states, self._mask, normalize=False, dtype=self._dtype))
-        found = self._entropies(attempt) if self._scatter.numel() else None
-        attempt.end()
-        return found
+        with AllOrNone(self.device, []) as attempt:
+            attempt(self._bring, limited)
+            attempt(self._sum_up)
+            for group in self._groups:
+                dist.all_reduce(self._totals, group=group)
+            if self.has_entropies:
+                self.entropies = self._entropies(attempt)
 
     @property
-    def counts(self) -> Tensor:
-        """``(B, T)`` bool: the tokens of this rank that the mask, and the limit on their number, have in."""
-        return self._mask
+    def valid(self) -> Tensor:
+        return self._valid
+
+    @property
+    def nonfinite(self) -> Tensor:
+        return self._nonfinite
+
+    def pieces(self, *, center: bool, normalize: bool) -> Iterator[Piece]:
+        """Yield the tokens of this rank. Counts of whole sequences go with the first part, on one rank only."""
+        is_first = all(dist.get_rank(group) == 0 for group in self._groups)
+        for some, part in self._places(self.dtype):
+            begins = int(part.start == 0)
+            num_sequences = (self._totals[some, -1] > 0).sum() * int(is_first) * begins
+            nonfinite = self._nonfinite * int(some.start == 0) * begins
+            if center:
+                assert normalize, "tokens that ranks share are only centred to be scaled"
+                values = self._directions(some, part)
+            else:
+                own = self.states[some, part], self.mask[some, part]
+                values = prepare_tokens(*own, center=False, normalize=normalize, dtype=self.dtype).values
+            yield Piece(Tokens(values, self._valid[some, part], nonfinite), num_sequences)
+            del values
+
+    def entropies_of(self, *, center: bool, normalize: bool, alpha: float) -> SequenceEntropies:
+        raise NotImplementedError("the entropies of sequences that ranks share are computed in `exchange`.")
 
     def _bring(self, limited: Callable[[Tensor], Tensor]) -> None:
-        self._states, mask = self._local()
-        self._mask = limited(mask)
+        self.states, mask = self._local()
+        self.mask = limited(mask)
         self._valid = torch.empty_like(mask)
 
     def _sum_up(self) -> None:
         for some, part in self._places(torch.float64):
-            x = self._states[some, part].to(self._dtype)
-            finite, counts = finite_rows(x), self._mask[some, part]
+            x = self.states[some, part].to(self.dtype)
+            finite, counts = finite_rows(x), self.mask[some, part]
             valid = self._valid[some, part] = counts & finite
             self._nonfinite += (counts & ~finite).sum()
             self._totals[some, :-1] += torch.where(valid.unsqueeze(-1), x, 0.0).sum(1, dtype=torch.float64)
             self._totals[some, -1] += valid.sum(1)
             del x
 
-    def _add_tokens(self, pooled: PooledTokens) -> None:
-        pooled.reserve(self._states)
-        is_first = all(dist.get_rank(group) == 0 for group in self._groups)
-        for some, part in self._places(self._dtype):
-            # Counts of whole sequences go with the first part, on one rank only.
-            begins = int(part.start == 0)
-            num_sequences = (self._totals[some, -1] > 0).sum() * int(is_first) * begins
-            nonfinite = self._nonfinite * int(some.start == 0) * begins
-            pooled.add(Piece(Tokens(self._prepared(some, part), self._valid[some, part], nonfinite), num_sequences))
-
-    def _entropies(self, attempt: _Attempt) -> SequenceEntropies:
+    def _entropies(self, attempt: AllOrNone) -> SequenceEntropies:
         scatter = self._scatter
         owned, found, lower = [], [scatter.new_zeros(2, 0)], None
         sizes = [dist.get_world_size(group) for group in self._groups]
@@ -153,26 +151,26 @@ class SequenceParts:
         return SequenceEntropies(entropies, counts, self._nonfinite, traces)
 
     def _add_up(self, scatter: Tensor, number: int) -> None:
-        for part in slices(self._states.shape[1], rows_of_a_piece(self._states.shape[2], self._dtype)):
-            add_second_moment(scatter, self._prepared(slice(number, number + 1), part)[0])
+        for part in slices(self.states.shape[1], rows_of_a_piece(self.states.shape[2], self.dtype)):
+            add_second_moment(scatter, self._directions(slice(number, number + 1), part)[0])
 
-    def _prepared(self, some: slice, part: slice) -> Tensor:
+    def _directions(self, some: slice, part: slice) -> Tensor:
         mean = self._totals[some, :-1] / self._totals[some, -1:].clamp(min=1)
         valid = self._valid[some, part]
-        x = self._states[some, part].to(self._dtype)
+        x = self.states[some, part].to(self.dtype)
         # Of this part alone: a direction does not depend on the scale.
         largest = torch.where(valid, largest_of_rows(x), 0.0)
-        both = torch.cat([largest, largest_of_rows(mean).to(self._dtype).unsqueeze(1)], dim=1)
-        factor = into_range(both.amax(1), self._dtype)
+        both = torch.cat([largest, largest_of_rows(mean).to(self.dtype).unsqueeze(1)], dim=1)
+        factor = into_range(both.amax(1), self.dtype)
         x, mean = x * factor[:, None, None], mean * factor.unsqueeze(1)
-        rounded = mean.to(self._dtype)
+        rounded = mean.to(self.dtype)
         x = x - rounded.unsqueeze(1)
-        x -= (mean - rounded).to(self._dtype).unsqueeze(1)
+        x -= (mean - rounded).to(self.dtype).unsqueeze(1)
         return scaled_to_unit_length_(x.masked_fill_(~valid.unsqueeze(-1), 0.0))
 
     def _places(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
         """Yield slices of sequences and of their tokens that fit into the work space."""
-        count, length, d = self._states.shape
+        count, length, d = self.states.shape
         rows = rows_of_a_piece(d, dtype)
         for some in slices(count, max(1, rows // max(1, length))):
             for part in slices(length, rows):
@@ -184,56 +182,27 @@ def _entropy_and_trace(lower: Tensor) -> Tensor:
     return torch.stack([entropy_of_lower(lower, alpha=1.0), trace])
 
 
-def agreed_parts(prepare: Callable[[], SequenceParts], groups: Groups, device: torch.device) -> SequenceParts:
+def agreed(prepare: Callable[[], SplitSequences], groups: Groups, device: torch.device) -> SplitSequences:
     """Return what ``prepare`` returns, if it succeeds on every rank of ``groups`` with as many sequences and features.
 
     Costs one device-to-host sync.
 
     Raises:
         Exception: What ``prepare`` raised.
-        ValueError: If it raised on another rank, or ranks differ in the number of sequences or features.
+        RuntimeError: If it raised on another rank.
+        ValueError: If ranks differ in the number of sequences or features.
     """
-    error, table = None, [0, 0, 0, 0, 1]
-    try:
-        parts = prepare()
-        table = [parts.count, -parts.count, parts.width, -parts.width, 0]
-    except Exception as raised:
-        error = raised
-    agreed = torch.tensor(table, dtype=torch.int64, device=device)
-    for group in groups:
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
-    most, negative_least, widest, negative_narrowest, failed = agreed.tolist()
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("another rank, which holds a part of the same sequences, failed to read it.")
-    if (most, widest) != (-negative_least, -negative_narrowest):
+    message = "another rank, which holds a part of the same sequences, failed to read it."
+    with AllOrNone(device, groups, message, numbers=2) as together:
+        found = prepare()
+        together.numbers = [found.count, found.width]
+    (least, most), (narrowest, widest) = together.ranges
+    if (least, narrowest) != (most, widest):
         raise ValueError(
             "ranks that hold parts of the same sequences must have as many of them, of one width, "
-            f"got {-negative_least} to {most} sequences of {-negative_narrowest} to {widest} features."
+            f"got {least} to {most} sequences of {narrowest} to {widest} features."
         )
-    return parts
-
-
-class _Attempt:
-    """Runs steps until one fails and skips the others, so that this rank still takes part in all collectives."""
-
-    def __init__(self) -> None:
-        self._error: Exception | None = None
-
-    def __call__(self, work: Callable[..., _Result], *args: object) -> _Result | None:
-        """Return what ``work`` returns; ``None`` if it, or an earlier step, failed."""
-        if self._error is None:
-            try:
-                return work(*args)
-            except Exception as error:
-                self._error = error
-        return None
-
-    def end(self) -> None:
-        """Raise the error of the step that failed, if any."""
-        if self._error is not None:
-            raise self._error
+    return found
 
 
 def _reduced(tensor: Tensor, groups: Groups, owner: Sequence[int]) -> bool:

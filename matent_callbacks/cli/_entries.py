@@ -64,7 +64,7 @@ def layer_quantities(trained: State, untrained: State | None, metrics: Sequence[
 
 
 def _further(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    names = [name for name in metrics if CATALOGUE[name] != "sequence"]
+    names = [name for name in metrics if CATALOGUE[name].source != "sequence"]
     if not names or not state.widths:
         return {}
     accumulators = {}
@@ -74,9 +74,7 @@ def _further(state: State, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
         accumulators[layer] = LayerAccumulator(
             sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
         )
-        for source, own in moments.items():
-            accumulators[layer].tokens[source].add_moments(own)
-        accumulators[layer].means.update(others)
+        accumulators[layer].merge({**moments, **others})
     # All ranks' moments are here already.
     readings = PendingReadings(accumulators, names, local=True).result()
     # One name may stand for several numbers.

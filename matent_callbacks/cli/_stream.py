@@ -237,13 +237,17 @@ class _Reader:
 
     def _keep(self, layer: str, states: Tensor, own: LayerAccumulator) -> None:
         self.widths[layer] = states.shape[-1]
-        if own.tokens:
-            self._moments[layer] = {source: tokens.moments().to(self._device) for source, tokens in own.tokens.items()}
-        others = {source: mean for source, mean in own.means.items() if source != "sequence"}
+        found = own.states()
+        moments = {source: state.to(self._device) for source, state in found.items() if isinstance(state, Moments)}
+        if moments:
+            self._moments[layer] = moments
+        others = {
+            source: SequenceMean(*(tensor.cpu() for tensor in state))
+            for source, state in found.items()
+            if isinstance(state, SequenceMean) and source != "sequence"
+        }
         if others:
-            self._others[layer] = {
-                source: SequenceMean(*(tensor.cpu() for tensor in mean)) for source, mean in others.items()
-            }
+            self._others[layer] = others
 
 
 def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reader, seed: int) -> None:

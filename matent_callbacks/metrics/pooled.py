@@ -11,6 +11,7 @@ from matent_callbacks.accumulate.moments import Center, Moments, attainable_rank
 from matent_callbacks.accumulate.pooled_tokens import KeptTokens, PooledTokens, entropy_of_lower
 from matent_callbacks.accumulate.reduction import agreed_widths, reduce_moments
 from matent_callbacks.accumulate.sequence_mean import divide_by_log
+from matent_callbacks.accumulate.sequences import in_groups
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
@@ -77,7 +78,8 @@ class _PooledMetric(TokenMetric):
     def _accumulate(self, states: Tensor, mask: Tensor) -> None:
         pooled = self._pooled(self._state)
         try:
-            pooled.update(states, mask, normalize=self.normalize, dtype=self._state_dtype)
+            for sequences in in_groups(states, mask, dtype=self._state_dtype):
+                pooled.update(sequences, normalize=self.normalize)
         except BaseException:
             # A part of the batch is in the scatter already, but not in the counts.
             self.reset()

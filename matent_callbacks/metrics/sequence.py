@@ -11,9 +11,8 @@ from matent_callbacks.accumulate.reduction import all_reduce_sequence_means
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
-    mean_of_sequences,
+    mean_entropy,
     merge_sequence_means,
-    sequence_entropies,
 )
 from matent_callbacks.metrics._base import NORMALIZE_BY, TokenMetric
 
@@ -102,11 +101,17 @@ class SequenceMatrixEntropy(TokenMetric):
         return self._seen_features
 
     def _accumulate(self, states: Tensor, mask: Tensor) -> None:
-        self._seen_features = num_features = states.shape[-1]
-        found = sequence_entropies(
-            states, mask, center=self.center, normalize=self.normalize, dtype=self._state_dtype, alpha=self.alpha
+        self._seen_features = states.shape[-1]
+        found = mean_entropy(
+            states,
+            mask,
+            dtype=self._state_dtype,
+            center=self.center,
+            normalize=self.normalize,
+            alpha=self.alpha,
+            normalize_by=self.normalize_by,
         )
-        self._join(mean_of_sequences(found, num_features, center=self.center, normalize_by=self.normalize_by))
+        self._join(found)
 
     def _join(self, other: SequenceMean) -> None:
         self._state = merge_sequence_means(self._state, other)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
-from matent_callbacks.accumulate.layer_statistics import CENTERS
 from matent_callbacks.accumulate.pooled_tokens import Matrix
+from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional.entropy import summarized
@@ -60,7 +60,7 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
                 ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
             }
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
-        table = torch.where(num_tokens.unsqueeze(-1) >= _fewest(source), table, torch.nan)
+        table = torch.where(num_tokens.unsqueeze(-1) >= STATISTICS[source].fewest, table, torch.nan)
         table = torch.cat([table, torch.stack([num_tokens, nonfinite], -1).to(table.dtype)], -1)
         found.update(zip(units, table, strict=True))
     return found
@@ -69,13 +69,8 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
 def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Like :func:`decompose`, but with the approximate solver for wide matrices."""
     wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
-    estimated = {unit: _estimated(matrices.pop(unit), names[unit], _fewest(unit[0])) for unit in wide}
+    estimated = {unit: _estimated(matrices.pop(unit), names[unit], STATISTICS[unit[0]].fewest) for unit in wide}
     return {**decompose(matrices, names), **estimated}
-
-
-def _fewest(source: Source) -> int:
-    """Return how many tokens, or vectors, a covariance takes: two, or one where the mean of all is not subtracted."""
-    return 2 if CENTERS[source] == "global" else 1
 
 
 def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source
-from matent_callbacks.accumulate.documents import VIEWS
+from matent_callbacks.accumulate.catalogue import Source, source_of
 from matent_callbacks.accumulate.reduction import global_rank
+from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
@@ -29,18 +29,6 @@ Cause = Literal["unwatched", "silent", "uncounted", "masked", "all NaN", "too fe
 
 Undefined = tuple[str, str]
 """A layer, and the name of a number."""
-
-# How many of what a metric takes, by its source.
-_TAKES: dict[Source, tuple[int, str]] = {
-    "pooled": (1, "token"),
-    "raw": (1, "token"),
-    "embedding": (2, "sequence"),
-    "raw_embedding": (1, "sequence"),
-    "between_documents": (2, f"sequence of {VIEWS} tokens or more"),
-    "sequence": (1, "sequence of 2 tokens or more"),
-    "sequence_by_tokens": (1, "sequence of 2 tokens or more"),
-    "curvature": (1, "sequence of 3 tokens or more"),
-}
 
 
 def how_ranks_differ(descriptions: Sequence[str], group: dist.ProcessGroup | None) -> str:
@@ -88,7 +76,7 @@ def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
         return "masked" if seen.counted else "uncounted"
     if count == 0 and readings.nonfinite[layer] >= given:
         return "all NaN"
-    return "too few" if count < _TAKES[source][0] else "not finite"
+    return "too few" if count < STATISTICS[source].takes[0] else "not finite"
 
 
 def why_undefined(
@@ -116,7 +104,7 @@ def why_undefined(
     if cause == "too few":
         needs: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            least, what = _TAKES[_source(name)]
+            least, what = STATISTICS[_source(name)].takes
             noun, _, kind = what.partition(" ")
             fewest = min(readings.counted[layer, _source(name)] for layer, own in undefined if own == name)
             needed = f"{least} {noun}{'s' if least > 1 else ''} {kind}".strip()
@@ -134,7 +122,7 @@ def why_undefined(
 def _source(name: str) -> Source:
     if name == "holevo_information":
         return "sequence_by_tokens"  # which takes more than the other of its two
-    return "pooled" if name.startswith(SPECTRUM_TOP) else CATALOGUE[name]
+    return source_of(name)
 
 
 def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
-from matent_callbacks.accumulate.split_sequences import SequenceParts, agreed_parts
+from matent_callbacks.accumulate.split_sequences import SplitSequences, agreed
 from matent_callbacks.capture.sharded import Share, is_sharded, share_of
 from matent_callbacks.functional._tokens import check_hidden_states
 
@@ -72,7 +72,7 @@ class JointReading:
         if layer in self.failed:
             return
 
-        def prepare() -> SequenceParts:
+        def prepare() -> SplitSequences:
             if failed:
                 raise RuntimeError("it failed before.")
             states = hidden_states.to_local() if is_sharded(hidden_states) else hidden_states
@@ -82,7 +82,7 @@ class JointReading:
 
         self._met = True
         try:
-            parts = agreed_parts(prepare, meeting, accumulator.device)
+            parts = agreed(prepare, meeting, accumulator.device)
         except Exception:
             self.failed.add(layer)
             raise
@@ -102,8 +102,8 @@ class JointReading:
         self._met = True
         self.failed.add(layer)
         with suppress(Exception):
-            agreed_parts(_nothing, self._context, accumulator.device)
+            agreed(_nothing, self._context, accumulator.device)
 
 
-def _nothing() -> SequenceParts:
+def _nothing() -> SplitSequences:
     raise RuntimeError("there is nothing to record.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
 from matent_callbacks.accumulate.documents import Discriminant
-from matent_callbacks.accumulate.layer_statistics import CENTERS, IN_FLOAT64, LayerAccumulator
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.reduction import (
@@ -26,6 +26,7 @@ from matent_callbacks.accumulate.reduction import (
     reduce_moments,
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
+from matent_callbacks.accumulate.statistics import STATISTICS, State, Statistic
 from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, Unit, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
@@ -172,16 +173,30 @@ class _Gathered(NamedTuple):
 
 
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
-    used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in failed}
-    matrices = {
-        (source, layer): matrix.to(a.device) for layer, a in used.items() for source, matrix in a.matrices().items()
+    statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
+    matrices = _matrices(statistics, next(iter(accumulators.values())).device)
+    widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
+    return _Gathered(widths, matrices, _means(statistics), set(failed))
+
+
+def _matrices(statistics: Mapping[str, Sequence[Statistic]], device: torch.device) -> dict[Unit, Matrix | Discriminant]:
+    return {
+        (source, layer): matrix.to(device)
+        for layer, own in statistics.items()
+        for statistic in own
+        for source, matrix in statistic.matrices().items()
     }
-    return _Gathered(
-        {unit: matrix.num_features for unit, matrix in matrices.items()},
-        matrices,
-        {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()},
-        set(failed),
-    )
+
+
+def _means(statistics: Mapping[str, Sequence[Statistic]]) -> dict[Unit, SequenceMean]:
+    return {
+        (source, layer): state
+        for layer, own in statistics.items()
+        for statistic in own
+        if not statistic.tokens()
+        for source, state in statistic.states().items()
+        if isinstance(state, SequenceMean)
+    }
 
 
 def _gather_over_ranks(
@@ -201,37 +216,37 @@ def _gather_over_ranks(
         flags = agreed_failures([layer in failed for layer in accumulators], device, group)
         everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
     used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
-    units = [(source, layer) for layer, a in used.items() for source in a.tokens]
-    moments = [used[layer].tokens[source].moments().to(device) for source, layer in units]
+    spectral = [(layer, s) for layer, own in used.items() for s in own.statistics if s.tokens()]
+    units, moments, owners = list[Unit](), list[Moments](), list[int]()
+    for number, (layer, statistic) in enumerate(spectral):
+        for source, tokens in statistic.tokens().items():
+            units.append((source, layer))
+            moments.append(tokens.moments().to(device))
+            owners.append(number % dist.get_world_size(group))
     widths = agreed_widths(moments, device, group)
     everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
-    matrices: dict[Unit, Matrix | Discriminant] = {}
-    within: dict[str, Moments] = {}
-    # Separately by dtype; the two of documents in the same order, so that one rank owns both of a layer.
-    for sources in (CENTERS.keys() - IN_FLOAT64, {"raw_embedding"}, {"within_documents"}, {"between_documents"}):
-        own = [index for index, (source, _) in enumerate(units) if source in sources]
-        reduced = reduce_moments([moments[i] for i in own], [widths[i] for i in own], share_out=True, group=group)
-        for (source, layer), common in zip([units[i] for i in own], reduced, strict=True):
-            if common is None:
-                continue
-            if source == "within_documents":
-                within[layer] = common
-            elif source == "between_documents":
-                matrices[source, layer] = Discriminant(common, within[layer])
-            else:
-                matrices[source, layer] = Matrix(common, add_mean=CENTERS[source] is None)
-    means = {(source, layer): mean for layer, a in used.items() for source, mean in a.means.items()}
+    totals: dict[Unit, State] = {}
+    for in_float64 in (False, True):  # what is sent together has one dtype
+        own = [i for i, (source, _) in enumerate(units) if STATISTICS[source].in_float64 == in_float64]
+        reduced = reduce_moments(
+            [moments[i] for i in own], [widths[i] for i in own], owners=[owners[i] for i in own], group=group
+        )
+        totals.update({units[i]: common for i, common in zip(own, reduced, strict=True) if common is not None})
+    # Of those that this rank owns.
+    whole: dict[str, list[Statistic]] = {layer: [] for layer in used}
+    for layer, statistic in spectral:
+        states = {source: totals[source, layer] for source in statistic.tokens() if (source, layer) in totals}
+        if states and layer not in everywhere:
+            whole[layer].append(type(statistic)(states))
+    means = _means({layer: a.statistics for layer, a in used.items()})
     common_means = all_reduce_sequence_means(list(means.values()), group)
-    return _Gathered(
-        {
-            unit: width.num_features
-            for unit, width in zip(units, widths, strict=True)
-            if width is not None and unit[0] != "within_documents"
-        },
-        matrices,
-        dict(zip(means, common_means, strict=True)),
-        everywhere,
-    )
+    decomposed = {(source, layer) for layer, statistic in spectral for source in statistic.decomposed}
+    known = {
+        unit: width.num_features
+        for unit, width in zip(units, widths, strict=True)
+        if width is not None and unit in decomposed
+    }
+    return _Gathered(known, _matrices(whole, device), dict(zip(means, common_means, strict=True)), everywhere)
 
 
 def _prefix(source: Source) -> str:
@@ -240,19 +255,19 @@ def _prefix(source: Source) -> str:
 
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """Return the names of the numbers of one source of a layer, in the order in which ranks exchange them."""
-    names = [name for name in metrics if CATALOGUE[name] == source and name != "spectrum"]
+    names = [name for name in metrics if CATALOGUE[name].source == source and name != "spectrum"]
     if source == "sequence_by_tokens":
         names.append(_WITHIN)
-    if "spectrum" in metrics and CATALOGUE["spectrum"] == source and num_features:
+    if "spectrum" in metrics and CATALOGUE["spectrum"].source == source and num_features:
         names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
     return [*names, *extra, COUNTED, NONFINITE]
 
 
 def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
     value = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
-    of = {
-        "sequence_effective_rank": value.exp(),
-        COUNTED: mean.num_sequences.to(value.dtype),
-        NONFINITE: mean.num_nonfinite.to(value.dtype),
-    }
-    return torch.stack([of.get(name, value) for name in names])
+    counts = {COUNTED: mean.num_sequences, NONFINITE: mean.num_nonfinite}
+    numbers = [
+        counts[name].to(value.dtype) if name in counts else value if name == _WITHIN else CATALOGUE[name].of_mean(value)
+        for name in names
+    ]
+    return torch.stack(numbers)

@@ -6,31 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from matent_callbacks.accumulate.catalogue import CATALOGUE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-UNITS = {
-    "matrix_entropy": "matrix entropy (nats)",
-    "sequence_matrix_entropy": "matrix entropy (nats)",
-    "effective_rank": "effective rank (dimensions)",
-    "sequence_effective_rank": "effective rank (dimensions)",
-    "embedding_matrix_entropy": "matrix entropy (nats)",
-    "embedding_effective_rank": "effective rank (dimensions)",
-}
+UNITS = {name: metric.label for name, metric in CATALOGUE.items()}
 # Metrics whose ratios matter, not their differences.
-LOGARITHMIC = (
-    "effective_rank",
-    "sequence_effective_rank",
-    "rankme",
-    "participation_ratio",
-    "stable_rank",
-    "numerical_rank",
-    "embedding_effective_rank",
-    "embedding_rankme",
-    "embedding_participation_ratio",
-    "lidar",
-)
+LOGARITHMIC = tuple(name for name, metric in CATALOGUE.items() if metric.logarithmic)
 # Okabe & Ito's colours, which can be told apart with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")

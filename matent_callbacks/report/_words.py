@@ -4,46 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot._style import LOGARITHMIC, UNITS
 
 TOWERS = ("image_tower", "text_tower")
 NAMES = {
+    **{name: metric.title for name, metric in CATALOGUE.items()},
     "loss": "training loss",
-    "normalized_matrix_entropy": "normalised matrix entropy",
-    "sequence_matrix_entropy": "matrix entropy (mean over sequences)",
-    "sequence_effective_rank": "effective rank (of the mean entropy of sequences)",
-    "renyi_2": "Rényi entropy of order 2",
-    "top_share": "share of the strongest direction",
-    "alpha_req": "slope of the spectrum (alpha-ReQ)",
-    "rankme": "RankMe",
-    "embedding_matrix_entropy": "matrix entropy of sequence embeddings",
-    "embedding_effective_rank": "effective rank of sequence embeddings",
-    "embedding_participation_ratio": "participation ratio of sequence embeddings",
-    "embedding_rankme": "RankMe of sequence embeddings",
-    "embedding_alpha_req": "slope of the spectrum of sequence embeddings (alpha-ReQ)",
-    "holevo_information": "Holevo information: entropy that tells sequences apart",
-    "curvature": "curvature of sequences",
-    "lidar": "LiDAR, with documents as classes",
     "diff_erank": "Diff-eRank",
 }
 AXES = {
     **UNITS,
     "loss": "loss, as logged",
-    "normalized_matrix_entropy": "matrix entropy / log d",
-    "renyi_2": "Rényi entropy (nats)",
-    "participation_ratio": "participation ratio (dimensions)",
-    "stable_rank": "stable rank (dimensions)",
-    "top_share": "share of the variance",
-    "numerical_rank": "numerical rank (dimensions)",
-    "alpha_req": "alpha",
-    "rankme": "RankMe (dimensions)",
-    "embedding_participation_ratio": "participation ratio (dimensions)",
-    "embedding_rankme": "RankMe (dimensions)",
-    "embedding_alpha_req": "alpha",
-    "holevo_information": "nats",
-    "curvature": "mean angle (radians)",
-    "lidar": "LiDAR (dimensions)",
     "diff_erank": "Diff-eRank (dimensions)",
 }
 PAIRS = {

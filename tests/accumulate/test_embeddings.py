@@ -22,7 +22,7 @@ from tests.ranks import run_on_ranks
 from tests.slow import Batch, embedding_readings, slow_vectors
 
 WIDTH = 12
-METRICS = tuple(name for name, source in CATALOGUE.items() if source in ("embedding", "raw_embedding"))
+METRICS = tuple(name for name, row in CATALOGUE.items() if row.source in ("embedding", "raw_embedding"))
 
 
 @pytest.fixture

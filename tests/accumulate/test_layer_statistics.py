@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, Source
-from matent_callbacks.accumulate.layer_statistics import OF_DOCUMENTS, OF_VECTORS, LayerAccumulator
+from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.statistics import OF_WHOLE_SEQUENCES
 from matent_callbacks.monitor.readings import PendingReadings
 
 WIDTH = 32
@@ -29,7 +30,9 @@ def accumulated(forwards: int, *, dtype: torch.dtype = torch.float32, max_tokens
 
 
 def readings(accumulator):
-    names = [name for name, source in CATALOGUE.items() if source in ("pooled", "raw") and name != "holevo_information"]
+    names = [
+        name for name, row in CATALOGUE.items() if row.source in ("pooled", "raw") and name != "holevo_information"
+    ]
     return PendingReadings({"layer": accumulator}, names).result()
 
 
@@ -45,7 +48,7 @@ def test_the_smaller_of_gram_matrix_and_covariance_is_decomposed_with_the_same_o
     assert readings(accumulator).nonfinite == expected.nonfinite
     assert readings(accumulator).values["layer"] == {
         # Its mean is 100 times the spread: what the covariance keeps of the small directions is float32's.
-        name: pytest.approx(value, rel=1e-3 if CATALOGUE.get(name) == "raw" else 2e-5)
+        name: pytest.approx(value, rel=1e-3 if name in CATALOGUE and CATALOGUE[name].source == "raw" else 2e-5)
         for name, value in expected.values["layer"].items()
     }
 
@@ -89,11 +92,10 @@ def test_padding_takes_nothing_from_max_tokens():
 @pytest.mark.parametrize("embedding", ["mean", "last", "first"])
 @pytest.mark.parametrize("shape", [(4, 20), (1, 3000)])
 def test_what_is_of_sequences_never_makes_the_host_wait_for_the_device(embedding, shape):
-    sources: frozenset[Source] = OF_VECTORS | OF_DOCUMENTS | {"curvature"}
     with FakeTensorMode():  # a look at a value is an error
         own = LayerAccumulator(
-            sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu"), embedding=embedding
+            OF_WHOLE_SEQUENCES, max_tokens=None, dtype=torch.float32, device=torch.device("cpu"), embedding=embedding
         )
         own.update(torch.ones(*shape, 4096, dtype=torch.bfloat16), torch.ones(shape))
         with pytest.raises(DataDependentOutputException):
-            own.means["curvature"].mean.item()
+            own.states()["curvature"].mean.item()

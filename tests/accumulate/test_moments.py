@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from matent_callbacks.accumulate.moments import empty_moments, merge_moments, scatter_about
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.sequences import in_groups
 from matent_callbacks.accumulate.symmetric import unpack_symmetric
 
 WIDTH = 6
@@ -29,7 +30,8 @@ def batches(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def pooled(*given, center=None, keep=0.0, dtype=torch.float32) -> PooledTokens:
     tokens = PooledTokens(center, empty_moments(dtype=dtype), keep=keep)
     for hidden, mask in given:
-        tokens.update(hidden, mask, normalize=False, dtype=dtype)
+        for sequences in in_groups(hidden, mask, dtype=dtype):
+            tokens.update(sequences, normalize=False)
     return tokens
 
 

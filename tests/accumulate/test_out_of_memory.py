@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks import EntropyMonitor, MatrixEntropy
-from matent_callbacks.accumulate import moments, pieces, pooled_tokens, sequence_mean
+from matent_callbacks.accumulate import moments, pieces, pooled_tokens, sequences
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.symmetric import add_second_moment
 from matent_callbacks.functional.spectrum import solved
@@ -98,7 +98,7 @@ def test_nothing_of_sequences_stays(monkeypatch):
     def fails(matrix: Tensor, **arguments) -> Tensor:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(sequence_mean, "entropy_of_matrix", fails)
+    monkeypatch.setattr(sequences, "entropy_of_matrix", fails)
     accumulator = LayerAccumulator(
         frozenset({"pooled", "sequence"}), max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
     )

@@ -10,7 +10,8 @@ from benchmarks._timing import peak_bytes
 from matent_callbacks import EntropyMonitor, MatrixEntropy, SequenceMatrixEntropy
 from matent_callbacks.accumulate import pieces
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.pieces import WORK_SPACE, LongSequence, prepared_pieces, slices
+from matent_callbacks.accumulate.pieces import WORK_SPACE, LongSequence, slices
+from matent_callbacks.accumulate.sequences import in_groups
 from matent_callbacks.functional import matrix_entropy, spectral_summary, spectrum
 from matent_callbacks.functional._tokens import prepare_tokens
 from tests.conftest import slow_entropy, slow_pooled_entropy
@@ -73,7 +74,8 @@ def test_pieces_are_the_prepared_tokens(shape, center, normalize, kind):
     )
     options = {"center": center, "normalize": normalize}
     expected = prepare_tokens(states.double(), mask, dtype=torch.float64, **options)
-    found = list(prepared_pieces(states, mask, dtype=torch.float32, **options))
+    groups = in_groups(states, mask, dtype=torch.float32)
+    found = [piece for group in groups for piece in group.pieces(**options)]
     assert max(piece.tokens.valid.numel() for piece in found) <= 10
     values = torch.cat([piece.tokens.values.flatten(0, 1) for piece in found]).view(states.shape)
     torch.testing.assert_close(values, expected.values.float(), rtol=1e-4, atol=2e-4)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.accumulate import pieces
-from matent_callbacks.accumulate.split_sequences import SequenceParts
+from matent_callbacks.accumulate.split_sequences import SplitSequences
 from matent_callbacks.capture.meshes import parallel_groups
 from tests.distributed.groups_on_ranks import METRICS, WIDTH, Stack
 
@@ -74,15 +74,15 @@ def failing(rank: int, world_size: int, fault: str) -> dict[str, Any]:
             here = number == 1 and rank == 1
             hidden = torch.randn(2 + (here and fault == "batch"), 5 + rank, WIDTH)
             patches = []
-            if here and fault in ("_sum_up", "_add_tokens", "_add_up"):
+            if here and fault in ("_sum_up", "pieces", "_add_up"):
                 # Only for the second layer that is read.
-                own, layers = getattr(SequenceParts, fault), []
+                own, layers = getattr(SplitSequences, fault), []
 
-                def second(self: Any, *args: Any, own: Any = own, layers: list[Any] = layers) -> Any:
+                def second(self: Any, *args: Any, own: Any = own, layers: list[Any] = layers, **kwargs: Any) -> Any:
                     layers += [] if self in layers else [self]
-                    return own(self, *args) if self is layers[0] else fails()
+                    return own(self, *args, **kwargs) if self is layers[0] else fails()
 
-                patches.append(mock.patch.object(SequenceParts, fault, second))
+                patches.append(mock.patch.object(SplitSequences, fault, second))
             if here and fault == "output":
                 hook = model.layers[0].register_forward_hook(lambda *_: torch.zeros(2, 3, 4, WIDTH))
             if here and fault == "mask":

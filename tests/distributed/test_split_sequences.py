@@ -26,7 +26,7 @@ def test_the_numbers_are_those_of_whole_sequences(world_size, small_pieces, dtyp
         assert values == results[0]
 
 
-@pytest.mark.parametrize("fault", ["_sum_up", "_add_tokens", "_add_up", "output", "mask", "batch", "open"])
+@pytest.mark.parametrize("fault", ["_sum_up", "pieces", "_add_up", "output", "mask", "batch", "open"])
 def test_a_rank_that_fails_in_the_middle_holds_nobody_up(fault):
     first, second = run_on_ranks(failing, 2, fault, seconds=60)
     told = {"batch": "got 2 to 3 sequences of 12 to 12 features", "output": "must have shape"}

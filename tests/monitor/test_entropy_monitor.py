@@ -47,9 +47,9 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
         "raw_embedding": spectral_summary(spectrum(vectors, center=False, normalize=False)),
     }
     expected = {
-        name: of[source][name.removeprefix("embedding_")]
-        for name, source in CATALOGUE.items()
-        if source in of and name not in ("spectrum", "holevo_information")
+        name: of[row.source][name.removeprefix("embedding_")]
+        for name, row in CATALOGUE.items()
+        if row.source in of and name not in ("spectrum", "holevo_information")
     }
     expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [

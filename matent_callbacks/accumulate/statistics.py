@@ -1,0 +1,291 @@
+"""The statistics of a layer, which all have one interface: add sequences, merge, and the states that ranks reduce.
+
+A new one is a class here, listed in ``_KINDS``. Its metrics are rows of :data:`.CATALOGUE`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.documents import VIEWS, Discriminant, views_at_a_time
+from matent_callbacks.accumulate.embeddings import embeddings
+from matent_callbacks.accumulate.moments import Center, Moments
+from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
+from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens
+from matent_callbacks.accumulate.sequence_mean import (
+    SequenceMean,
+    mean_by_tokens,
+    mean_of_sequences,
+    merge_sequence_means,
+)
+from matent_callbacks.accumulate.sequences import Sequences
+from matent_callbacks.functional._tokens import prepare_tokens
+from matent_callbacks.functional.trajectory import counting_first, sum_of_angles
+
+State = Moments | SequenceMean
+"""What a statistic knows of the tokens that it has seen. States of one source merge, over batches and over ranks."""
+
+
+class Statistic(ABC):
+    """One statistic of the tokens of a layer.
+
+    Args:
+        states: What it begins with, for each source that it keeps.
+        embedding: Which vector stands for a sequence.
+    """
+
+    sources: ClassVar[tuple[Source, ...]]
+    """The names of what it keeps. The first is that of the statistic."""
+    takes: ClassVar[tuple[int, str]] = (1, "token")
+    """How many of what its metrics take."""
+    fewest: ClassVar[int] = 1
+    """How many tokens, or vectors, have a covariance: two where the mean of all is subtracted."""
+    of_whole_sequences: ClassVar[bool] = False
+    """Whether it cannot be computed where ranks hold parts of the same sequences."""
+    of_vectors: ClassVar[bool] = False
+    """Whether it is computed from one vector per sequence."""
+    in_float64: ClassVar[bool] = False
+    """Whether its metrics take roots or logarithms of the smallest eigenvalues, or divide by them. In float32 these
+    would be rounding errors. Such statistics hold few vectors, so float64 costs little."""
+
+    @abstractmethod
+    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None: ...
+
+    @abstractmethod
+    def add(self, sequences: Sequences) -> None:
+        """Add some sequences. To be called with autocast and TF32 switched off."""
+
+    @abstractmethod
+    def merge(self, source: Source, state: State) -> None:
+        """Add what another statistic of the same class has seen."""
+
+    @abstractmethod
+    def states(self) -> dict[Source, State]:
+        """Return what was accumulated."""
+
+    def tokens(self) -> dict[Source, PooledTokens]:
+        """Return what has a spectrum."""
+        return {}
+
+    @property
+    def decomposed(self) -> tuple[Source, ...]:
+        """The sources of :meth:`matrices`."""
+        return tuple(self.tokens())
+
+    def matrices(self) -> dict[Source, Matrix | Discriminant]:
+        """Return what is decomposed."""
+        return {source: tokens.matrix() for source, tokens in self.tokens().items()}
+
+
+class Covariance(Statistic):
+    """One covariance of all tokens, or of vectors that are made of them."""
+
+    center: ClassVar[Center]
+    normalize: ClassVar[bool]
+
+    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+        self._tokens = _pooled(self.center, states[self.sources[0]])
+        self._embedding = embedding
+
+    def add(self, sequences: Sequences) -> None:
+        self._tokens.update(sequences, normalize=self.normalize)
+
+    def merge(self, source: Source, state: State) -> None:
+        assert isinstance(state, Moments)
+        self._tokens.add_moments(state)
+
+    def states(self) -> dict[Source, State]:
+        return {self.sources[0]: self._tokens.moments()}
+
+    def tokens(self) -> dict[Source, PooledTokens]:
+        return {self.sources[0]: self._tokens}
+
+
+class Pooled(Covariance):
+    """One covariance of all tokens, each centred by the mean of its sequence and scaled to unit length."""
+
+    sources, center, normalize = ("pooled",), "sequence", True
+
+
+class Raw(Covariance):
+    """One covariance of all tokens as they are."""
+
+    sources, center, normalize = ("raw",), None, False
+
+
+class EmbeddingCovariance(Covariance):
+    """One covariance of one vector per sequence, each scaled to unit length, centred by the mean of all."""
+
+    sources, normalize = ("embedding",), True
+    center: ClassVar[Center] = "global"
+    takes, fewest = (2, "sequence"), 2
+    of_whole_sequences = of_vectors = True
+
+    def add(self, sequences: Sequences) -> None:
+        for some in embeddings(sequences, self._embedding):
+            vectors = some.values.unsqueeze(1)
+            piece = _prepared(vectors, some.valid.unsqueeze(1), self._tokens, center=False, normalize=self.normalize)
+            found = piece.tokens
+            self._tokens.add(piece._replace(tokens=found._replace(nonfinite=found.nonfinite + some.nonfinite)))
+            del some, vectors, piece, found
+
+
+class RawEmbeddings(EmbeddingCovariance):
+    """One covariance of one vector per sequence, as they are."""
+
+    sources, center, normalize = ("raw_embedding",), None, False
+    takes, fewest = (1, "sequence"), 1
+    in_float64 = True
+
+
+class Documents(Statistic):
+    """The covariance of the means of documents (sequences), relative to that of their parts about these means."""
+
+    sources = ("between_documents", "within_documents")
+
+    takes, fewest = (2, f"sequence of {VIEWS} tokens or more"), 2
+    of_whole_sequences = in_float64 = True
+
+    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+        # In this order over ranks, too: one rank owns both.
+        self._within = _pooled("sequence", states["within_documents"])
+        self._between = _pooled("global", states["between_documents"])
+
+    def add(self, sequences: Sequences) -> None:
+        for views, counts, nonfinite in views_at_a_time(sequences, self._between.dtype):
+            valid = counts.unsqueeze(1)
+            for tokens, values, center in (
+                (self._within, views, True),
+                (self._between, views.mean(1, keepdim=True), False),
+            ):
+                piece = _prepared(values, valid.expand(values.shape[:-1]), tokens, center=center, normalize=False)
+                tokens.add(piece._replace(tokens=piece.tokens._replace(nonfinite=nonfinite)))
+                del piece
+            del views
+
+    def merge(self, source: Source, state: State) -> None:
+        assert isinstance(state, Moments)
+        self.tokens()[source].add_moments(state)
+
+    def states(self) -> dict[Source, State]:
+        return {source: tokens.moments() for source, tokens in self.tokens().items()}
+
+    def tokens(self) -> dict[Source, PooledTokens]:
+        return {"within_documents": self._within, "between_documents": self._between}
+
+    @property
+    def decomposed(self) -> tuple[Source, ...]:
+        return ("between_documents",)
+
+    def matrices(self) -> dict[Source, Matrix | Discriminant]:
+        return {"between_documents": Discriminant(self._between.moments(), self._within.moments())}
+
+
+class Average(Statistic):
+    """A mean of one number per sequence."""
+
+    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+        mean = states[self.sources[0]]
+        assert isinstance(mean, SequenceMean)
+        self.mean = mean
+
+    def add(self, sequences: Sequences) -> None:
+        self.merge(self.sources[0], self.of(sequences))
+
+    @abstractmethod
+    def of(self, sequences: Sequences) -> SequenceMean:
+        """Return the mean over some sequences."""
+
+    def merge(self, source: Source, state: State) -> None:
+        assert isinstance(state, SequenceMean)
+        # The layers of a model that is spread over several devices are brought together on one.
+        home = SequenceMean(*(tensor.to(self.mean.mean.device) for tensor in state))
+        self.mean = merge_sequence_means(self.mean, home)
+
+    def states(self) -> dict[Source, State]:
+        return {self.sources[0]: self.mean}
+
+
+class SequenceEntropy(Average):
+    """The entropy of the covariance of each sequence."""
+
+    sources = ("sequence",)
+    takes = (1, "sequence of 2 tokens or more")
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        return mean_of_sequences(sequences.entropies, sequences.states.shape[-1], center=True)
+
+
+class SequenceEntropyByTokens(Average):
+    """The same, with each sequence weighted by its number of tokens."""
+
+    sources = ("sequence_by_tokens",)
+    takes = (1, "sequence of 2 tokens or more")
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        return mean_by_tokens(sequences.entropies)
+
+
+class Curvature(Average):
+    """The mean angle along each sequence."""
+
+    sources = ("curvature",)
+    takes = (1, "sequence of 3 tokens or more")
+    of_whole_sequences = True
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        states, dtype = sequences.states, sequences.dtype
+        total = torch.zeros(len(states), dtype=dtype, device=states.device)
+        number = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+        order, count = counting_first(sequences.valid)
+        of_each = torch.arange(len(states), device=states.device).unsqueeze(1)
+        # Each angle takes three tokens, so parts share two with the next.
+        for part in slices(max(states.shape[1] - 2, 0), max(1, rows_of_a_piece(states.shape[-1], dtype) - 2)):
+            places = order[:, part.start : part.stop + 2]
+            angles, turns = sum_of_angles(states[of_each, places].to(dtype), count - part.start)
+            total += angles
+            number += turns
+        defined = number > 0
+        mean = torch.where(defined, total / number.clamp(min=1), 0.0).sum() / defined.sum().clamp(min=1)
+        return SequenceMean(defined.sum(), sequences.nonfinite, mean)
+
+
+# Those of centred tokens at unit length come first: they share them.
+_KINDS = (
+    Pooled,
+    SequenceEntropy,
+    SequenceEntropyByTokens,
+    Raw,
+    EmbeddingCovariance,
+    RawEmbeddings,
+    Documents,
+    Curvature,
+)
+STATISTICS: dict[Source, type[Statistic]] = {source: kind for kind in _KINDS for source in kind.sources}
+"""The class that keeps each source."""
+
+OF_VECTORS = frozenset(source for source, kind in STATISTICS.items() if kind.of_vectors)
+OF_WHOLE_SEQUENCES = frozenset(source for source, kind in STATISTICS.items() if kind.of_whole_sequences)
+
+
+def kinds_of(sources: frozenset[Source]) -> Iterator[type[Statistic]]:
+    """Yield the classes that keep ``sources``, each once."""
+    yield from dict.fromkeys(kind for source, kind in STATISTICS.items() if source in sources)
+
+
+def _pooled(center: Center, state: State) -> PooledTokens:
+    assert isinstance(state, Moments)
+    return PooledTokens(center, state)
+
+
+def _prepared(values: Tensor, valid: Tensor, tokens: PooledTokens, *, center: bool, normalize: bool) -> Piece:
+    """Reserve room for rows that are made of tokens, and prepare them as tokens are."""
+    tokens.reserve(values)
+    prepared = prepare_tokens(values, valid, center=center, normalize=normalize, dtype=tokens.dtype)
+    return Piece(prepared, prepared.valid.any(-1).sum())
