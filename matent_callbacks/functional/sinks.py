@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def sink_tokens(hidden_states: Tensor, attention_mask: Tensor | None = None) -> 
         tensor([ True, False, False, False, False, False])
     """
     states, mask = check_hidden_states(hidden_states, attention_mask)
-    sinks = sinks_among(log_norms(states, statistics_dtype(states)), mask)
+    sinks = token_norms(log_norms(states, statistics_dtype(states)), mask).sinks
     return sinks[0] if hidden_states.ndim == 2 else sinks
 
 
@@ -68,15 +68,62 @@ def log_norms(states: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.log()
 
 
-def sinks_among(log_norms: Tensor, mask: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Sinks ``(B, T)`` among the tokens of ``mask``, from their :func:`log_norms`.
+class TokenNorms(NamedTuple):
+    """The lengths of the tokens of some sequences, and which of them are sinks."""
 
-    ``over_ranks`` is given sums ``(..., B)``, one for each sequence, and returns those over all ranks that share it.
-    """
-    counts = mask & torch.isfinite(log_norms)
-    logs = torch.where(counts, log_norms, 0.0)
-    total, number = over_ranks(torch.stack([logs.sum(1, dtype=torch.float64), counts.sum(1).double()]))
-    long: Tensor = counts & (log_norms > (total / number.clamp(min=1) + _LOG_RATIO).unsqueeze(1))
-    most = (number // _ONE_IN).clamp(min=_FEW).minimum(number // _AT_MOST_ONE_IN)
-    are_few: Tensor = over_ranks(long.sum(1).double()) <= most
-    return long & are_few.unsqueeze(1)
+    logs: Tensor
+    """``(B, T)``: from :func:`log_norms`."""
+    counts: Tensor
+    """``(B, T)`` bool: tokens that count and have a length."""
+    num_tokens: Tensor
+    """``(B,)``: how many of these a sequence has, on all ranks that share it."""
+    mean: Tensor
+    """``(B,)``: the mean of ``logs`` over a sequence, the logarithm of the geometric mean of the lengths."""
+    sinks: Tensor
+    """``(B, T)`` bool."""
+    num_sinks: Tensor
+    """``(B,)`` int64."""
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """``(B, T)``: logarithms of how many times as long as that geometric mean a token is."""
+        return self.logs - self.mean.unsqueeze(1)
+
+
+def sums_of_logs(logs: Tensor, counts: Tensor) -> Tensor:
+    """Sum of ``logs`` over the tokens of each sequence that count, and their number: ``(2, B)``."""
+    dtype = torch.float32 if logs.device.type == "mps" else torch.float64  # MPS has no other
+    return torch.stack([torch.where(counts, logs, 0.0).sum(1, dtype=dtype), counts.sum(1, dtype=dtype)])
+
+
+def long_tokens(logs: Tensor, counts: Tensor, sums: Tensor) -> Tensor:
+    """Tokens ``(B, T)`` that are long enough for a sink, with the ``sums`` of whole sequences."""
+    long: Tensor = counts & (logs > (_mean(sums) + _LOG_RATIO).unsqueeze(1))
+    return long
+
+
+def with_sinks(logs: Tensor, counts: Tensor, sums: Tensor, long: Tensor, num_long: Tensor) -> TokenNorms:
+    """Put it together; ``num_long`` ``(B,)`` is the number of long tokens of a whole sequence."""
+    most = (sums[1] // _ONE_IN).clamp(min=_FEW).minimum(sums[1] // _AT_MOST_ONE_IN)
+    are_few: Tensor = num_long <= most
+    num_sinks = (num_long * are_few).to(torch.int64)
+    return TokenNorms(logs, counts, sums[1], _mean(sums), long & are_few.unsqueeze(1), num_sinks)
+
+
+def may_have_sinks(logs: Tensor) -> bool:
+    """Whether some token may be a sink, by one look at the least and the greatest of all :func:`log_norms`."""
+    least, greatest = logs.aminmax()
+    # The geometric mean is not below the shortest. NaN compares as false.
+    return not bool(greatest - least <= _LOG_RATIO)
+
+
+def token_norms(logs: Tensor, mask: Tensor) -> TokenNorms:
+    """Find the sinks among the tokens of ``mask`` ``(B, T)``, of whole sequences."""
+    counts = mask & torch.isfinite(logs)
+    sums = sums_of_logs(logs, counts)
+    long = long_tokens(logs, counts, sums)
+    return with_sinks(logs, counts, sums, long, long.sum(1))
+
+
+def _mean(sums: Tensor) -> Tensor:
+    return sums[0] / sums[1].clamp(min=1)

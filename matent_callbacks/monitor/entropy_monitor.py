@@ -28,7 +28,12 @@ from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import device_of, quiet, run, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.monitor.decomposition import NONFINITE
-from matent_callbacks.monitor.explanations import counted_padding, undefined_by_cause, why_undefined
+from matent_callbacks.monitor.explanations import (
+    counted_padding,
+    left_out_sinks,
+    undefined_by_cause,
+    why_undefined,
+)
 from matent_callbacks.monitor.joint_reading import JointReading
 from matent_callbacks.monitor.readings import PendingReadings, Readings
 from matent_callbacks.monitor.remembered import Remembered
@@ -74,6 +79,9 @@ class EntropyMonitor:
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
+            their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
+            numbers would describe this one token. One warning says where they are. ``False``: they count.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
@@ -114,6 +122,7 @@ class EntropyMonitor:
         layer_offset: int | None = None,
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
+        exclude_sinks: bool = True,
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
@@ -131,6 +140,7 @@ class EntropyMonitor:
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
+        self._exclude_sinks = exclude_sinks
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
@@ -279,6 +289,9 @@ class EntropyMonitor:
                 f"Left out, since ranks failed to read them or differ in their width: {', '.join(sorted(elsewhere))}.",
                 stacklevel=3,
             )
+        with_sinks = self.remembered.untold("sinks", readings.sinks)
+        if with_sinks:
+            warnings.warn(left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks}), stacklevel=3)
         for cause, undefined in undefined_by_cause(readings, seen).items():
             new = self.remembered.untold(cause, undefined)
             # What broke off was told with its own error.
@@ -305,7 +318,12 @@ class EntropyMonitor:
         sources = sources_of(self.metrics)
         self._accumulators = {
             layer: LayerAccumulator(
-                sources, max_tokens=self._max_tokens, dtype=self._dtype, device=device, embedding=self._embedding
+                sources,
+                max_tokens=self._max_tokens,
+                dtype=self._dtype,
+                device=device,
+                embedding=self._embedding,
+                exclude_sinks=self._exclude_sinks,
             )
             for layer in self.layers
         }

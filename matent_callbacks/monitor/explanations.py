@@ -158,6 +158,17 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
+def left_out_sinks(sinks: Mapping[str, tuple[int, float]]) -> str:
+    """Say in which layers attention sinks were left out, and how long they are."""
+    least, most = min(ratio for _, ratio in sinks.values()), max(ratio for _, ratio in sinks.values())
+    times = f"{most:.0f}" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f}"
+    return (
+        f"Attention sinks, a few tokens that are {times} times as long as the others of their sequence, are left out "
+        f"of the numbers of {_listed(list(sinks))}: these would describe them and nothing else. `exclude_sinks=False` "
+        "includes them. See the page on pretrained models in the documentation."
+    )
+
+
 def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Explain which layers were read with their padding, and what to do: one message for each pair of lengths."""
     for lengths in dict.fromkeys(unmasked.values()):
