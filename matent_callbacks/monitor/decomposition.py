@@ -54,7 +54,7 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
         else:
             by_dimension = [_of_dimensions(matrices[unit], wanted) for unit in units]
             eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
-            quantities = {quantity(name) for name in wanted if name in CATALOGUE}
+            quantities = {quantity(name) for name in wanted if name in CATALOGUE} - by_dimension[0].keys()
             summary = {
                 **summarized(eigenvalues, quantities, num_features=num_features),
                 **_shares(eigenvalues, wanted),
