@@ -73,7 +73,7 @@ def to_markdown(docstring: str, places: Mapping[str, str]) -> str:
     """Roles, formulas and tables of reStructuredText, and Google's ``Example``, in what mkdocstrings reads."""
     text = re.sub(r":math:`([^`]*)`", lambda m: formula(m[1]), docstring)
     text = re.sub(r":(?:class|func|meth):`([^`]*)`", lambda m: reference(m[1], places), text)
-    text = re.sub(r"^=+ +=+\n(.*?)^=+ +=+$", table, text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^=+(?: +=+)+\n(.*?)^=+(?: +=+)+$", table, text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
 
@@ -85,16 +85,18 @@ def reference(target: str, places: Mapping[str, str]) -> str:
 
 
 def table(match: re.Match[str]) -> str:
-    """A simple table of two columns. A row whose first cell is empty, or follows one that ends in a comma, goes on."""
-    second = match[0].index(" =") + 1
+    """A simple table. A row whose first cell is empty, or follows one that ends in a comma, goes on."""
+    starts = [column.start() for column in re.finditer("=+", match[0].splitlines()[0])]
+    ends = [*starts[1:], None]
     rows: list[list[str]] = []
     for line in match[1].splitlines():
-        cells = [line[:second].strip(), line[second:].strip()]
+        cells = [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]
         if rows and (not cells[0] or rows[-1][0].endswith(",")):
             rows[-1] = [f"{old} {new}".strip() for old, new in zip(rows[-1], cells, strict=True)]
         else:
             rows.append(cells)
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {meaning} |" for name, meaning in rows)])
+    head = ["|" + " |" * len(starts), "|" + "---|" * len(starts)]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def formula(tex: str) -> str:

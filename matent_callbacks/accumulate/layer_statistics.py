@@ -44,6 +44,9 @@ class LayerAccumulator:
         device: Where the statistics of all layers are brought together.
         embedding: Which vector stands for a sequence of tokens.
         exclude_sinks: Leave out attention sinks, see :func:`.sink_tokens`.
+
+    Raises:
+        ValueError: If ``max_tokens`` is below 2, or ``dtype`` is another.
     """
 
     def __init__(
@@ -56,6 +59,10 @@ class LayerAccumulator:
         embedding: Embedding = "mean",
         exclude_sinks: bool = False,
     ) -> None:
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
         self.device = device
         self.dtype = dtype
         self._sources = sources

@@ -6,13 +6,13 @@ A new one is a class here, listed in ``_KINDS``. Its metrics are rows of :data:`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.catalogue import Embedding, Source, sources_of
 from matent_callbacks.accumulate.documents import VIEWS, Discriminant, views_at_a_time
 from matent_callbacks.accumulate.embeddings import embeddings
 from matent_callbacks.accumulate.moments import Center, Moments
@@ -373,6 +373,14 @@ STATISTICS: dict[Source, type[Statistic]] = {
 
 OF_VECTORS = frozenset(source for source, kind in STATISTICS.items() if kind.of_vectors)
 OF_WHOLE_SEQUENCES = frozenset(source for source, kind in STATISTICS.items() if kind.of_whole_sequences)
+
+
+def check_split(metrics: Iterable[str]) -> None:
+    """Raise ``ValueError`` if one of ``metrics`` cannot be computed where ranks hold parts of sequences."""
+    for name in metrics:
+        if sources_of([name]) & OF_WHOLE_SEQUENCES:
+            what = "is of whole sequences, and there is a `context_group`"
+            raise ValueError(f"`metrics` asks for {name!r}, which {what}.")
 
 
 def kinds_of(sources: frozenset[Source]) -> Iterator[type[Statistic]]:

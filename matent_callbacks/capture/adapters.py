@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from matent_callbacks.capture.values import all_modules
+
 
 class AdapterState:
     """The adapters that were active when this was created."""
 
     def __init__(self, model: nn.Module) -> None:
         # Recognised by the attributes used here, so that peft need not be imported; all layers are switched together.
-        self._layer: Any = next((m for m in model.modules() if hasattr(type(m), "adapter_layer_names")), None)
-        self._wrapper: Any = next((m for m in model.modules() if hasattr(type(m), "get_base_model")), None)
+        self._layer: Any = next((m for m in all_modules(model) if hasattr(type(m), "adapter_layer_names")), None)
+        self._wrapper: Any = next((m for m in all_modules(model) if hasattr(type(m), "get_base_model")), None)
         self._before = self._now()
 
     def unchanged(self) -> bool:

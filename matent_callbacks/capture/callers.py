@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import FrameType
 from typing import Any
 
@@ -33,7 +33,11 @@ def functions_running() -> int:
 
     Reentrant checkpointing is one: what is computed in it for the first time is what is differentiated later.
     """
-    return sum(f.f_code.co_name == "forward" and f.f_code.co_varnames[:1] == ("ctx",) for f in _frames())
+    count = 0
+    for frame in _frames():
+        code = frame.f_code
+        count += code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
+    return count
 
 
 def has_filled_cache(arguments: Mapping[str, Any]) -> bool:
@@ -52,8 +56,11 @@ def _is_filled(cache: Any) -> bool:
         return True
 
 
-def _frames() -> Iterator[FrameType]:
+def _frames() -> list[FrameType]:
+    """Return the frames of the functions that are running, the innermost first."""
+    found: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame
+        found.append(frame)
         frame = frame.f_back
+    return found

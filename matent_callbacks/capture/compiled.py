@@ -16,13 +16,14 @@ from torch import nn
 
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries
+from matent_callbacks.capture.values import all_modules
 
 Meeting = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     """The module whose call leads into compiled code that holds a read point; None where none does."""
-    if not any(map(_is_compiled, model.modules())):
+    if not any(map(_is_compiled, all_modules(model))):
         return None
     above = ancestries(model)
     for point in layers.points:
@@ -58,7 +59,7 @@ def meet(module: nn.Module, before: Meeting) -> Callable[[], None]:
 def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
     """Inside, whatever is compiled in ``model`` runs eagerly, so that hooks fire."""
     # Setting the stance imports the compiler, which takes seconds: only where something is compiled.
-    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, model.modules())) else nullcontext()
+    return torch.compiler.set_stance("force_eager") if any(map(_is_compiled, all_modules(model))) else nullcontext()
 
 
 def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,4 +74,6 @@ def _is_compiled(module: nn.Module) -> bool:
         return True
     # `model.forward = torch.compile(model.forward)`, perhaps wrapped by `around_calls`.
     own = vars(module).get("forward")
+    if own is None:
+        return False
     return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in (own, getattr(own, "__wrapped__", None)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -40,10 +41,40 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     named = kwargs
     if args:
         try:
-            named = {**kwargs, **inspect.signature(module.forward).bind_partial(*args).arguments}
+            named = {**kwargs, **_named(module, args)}
         except TypeError:
             named = {**kwargs, "": args[0]}
     if "attention_mask" in named:
         return named
     batches = [value for value in named.values() if isinstance(value, Mapping) and "attention_mask" in value]
     return {**batches[0], **named} if len(batches) == 1 else named
+
+
+# By the class of a module: inspection is slow.
+_positional: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    kind = type(module)
+    if "forward" not in vars(module):
+        if kind not in _positional:
+            parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # without `self`
+            usual = (p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+            _positional[kind] = tuple(p.name for p in usual)
+        if len(args) <= len(_positional[kind]):
+            return dict(zip(_positional[kind], args, strict=False))
+    return inspect.signature(module.forward).bind_partial(*args).arguments
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Return what ``model.modules()`` yields. Its generators, one inside the other, are called ten times a module."""
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            for child in reversed(module._modules.values()):
+                if child is not None:
+                    waiting.append(child)
+    return list(found)

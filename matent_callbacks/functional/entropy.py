@@ -22,7 +22,7 @@ def matrix_entropy(
     normalize: bool = True,
     alpha: float = 1.0,
 ) -> Tensor:
-    r"""Matrix entropy of each sequence, in nats.
+    r"""Matrix entropy of each sequence, one number each, in nats; :class:`~matent_callbacks.MatrixEntropy` is pooled.
 
     :math:`H(K) = -\mathrm{tr}(K \log K)` of the unit-trace covariance K of :func:`spectrum` (Wei et al.,
     arXiv 2401.17139, definition 3.2); for ``alpha`` other than 1 the Rényi entropy

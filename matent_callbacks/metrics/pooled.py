@@ -126,7 +126,7 @@ class _PooledMetric(TokenMetric):
 
 
 class MatrixEntropy(_PooledMetric):
-    r"""Matrix entropy of the covariance of all tokens, in nats.
+    r"""Matrix entropy of all tokens pooled, in nats; ``functional.matrix_entropy`` is of each sequence.
 
     One covariance is accumulated over every token of every update and every rank, by moments that are merged pairwise
     (Chan, Golub & LeVeque 1979), so the value does not depend on how the tokens were split. The state is half of that

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,22 +19,19 @@ from matent_callbacks.accumulate.catalogue import (
     check_solver,
     sources_of,
 )
-from matent_callbacks.accumulate.layer_statistics import OF_WHOLE_SEQUENCES, LayerAccumulator
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.reduction import check_groups
+from matent_callbacks.accumulate.statistics import check_split
 from matent_callbacks.capture.batches import check_batch
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import device_of, quiet, run, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
+from matent_callbacks.capture.values import all_modules
 from matent_callbacks.monitor.decomposition import NONFINITE
-from matent_callbacks.monitor.explanations import (
-    counted_padding,
-    left_out_sinks,
-    undefined_by_cause,
-    why_undefined,
-)
-from matent_callbacks.monitor.joint_reading import JointReading
+from matent_callbacks.monitor.explanations import messages
 from matent_callbacks.monitor.readings import PendingReadings, Readings
+from matent_callbacks.monitor.recording import Recording
 from matent_callbacks.monitor.remembered import Remembered
 from matent_callbacks.monitor.solvers import background
 
@@ -53,23 +49,47 @@ class EntropyMonitor:
     that is given to a module around them: that of the frames in a speech encoder, or the ``src_key_padding_mask`` of
     torch's own layers. Where none fits, all tokens count and a warning says so.
 
+    What ``metrics`` asks for; of all tokens, each centred by the mean of its sequence and scaled to unit length, where
+    nothing else is said:
+
+    =======================================  ==========  ===============================================================
+    ``matrix_entropy``                       nats        entropy of the spectrum of one covariance of all tokens
+    ``normalized_matrix_entropy``            -           the same over log d
+    ``effective_rank``                       dimensions  exp of the matrix entropy
+    ``sequence_matrix_entropy``              nats        entropy of each sequence, then their mean, as in the paper
+    ``sequence_effective_rank``              dimensions  exp of that mean
+    ``renyi_2``                              nats        entropy of order 2
+    ``rankme``                               dimensions  RankMe, of the tokens as they are
+    ``participation_ratio``                  dimensions  1 / sum of the squared shares of the spectrum
+    ``stable_rank``                          dimensions  1 / largest share
+    ``numerical_rank``                       dimensions  eigenvalues above rounding
+    ``top_share``                            share       variance in the strongest direction
+    ``top_dimension_share``                  share       variance in the largest dimension, an outlier
+    ``correlation_effective_rank``           dimensions  of the correlations: no dimension outweighs the others
+    ``spectrum``                             share       ``spectrum_top_1``, ``_2``, ``_4``, ...: variance in so many
+    ``alpha_req``                            -           slope of the log of the spectrum
+    ``embedding_matrix_entropy``             nats        as above, of one vector per sequence, see ``embedding``
+    ``embedding_effective_rank``             dimensions  exp of that
+    ``embedding_rankme``                     dimensions  RankMe of these vectors as they are
+    ``embedding_participation_ratio``        dimensions  as above, of these vectors at unit length
+    ``embedding_alpha_req``                  -           as above, of these vectors as they are
+    ``embedding_covariance_effective_rank``  dimensions  of these vectors as they are, about their mean
+    ``embedding_covariance_alpha_req``       -           the same
+    ``holevo_information``                   nats        how much of the matrix entropy tells sequences apart
+    ``curvature``                            radians     how sharply a sequence turns from token to token
+    ``lidar``                                dimensions  directions in which sequences differ beyond what is within them
+    ``token_norm``                           -           length of the tokens as they are, root mean square
+    ``max_norm_ratio``                       -           longest token over the geometric mean of its sequence
+    ``sink_tokens``                          -           attention sinks a sequence, see ``exclude_sinks``
+    ``anisotropy``                           -           mean cosine between two tokens as they are
+    =======================================  ==========  ===============================================================
+
     Args:
         model: The model as it is trained: plain, or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
-        metrics: Names from the catalogue. From one covariance of all tokens, each centred by its sequence and scaled to
-            unit length: ``matrix_entropy`` and ``renyi_2`` (nats), ``normalized_matrix_entropy`` (over log d),
-            ``effective_rank``, ``participation_ratio``, ``stable_rank``, ``numerical_rank`` (dimensions),
-            ``top_share``, ``alpha_req``, and ``spectrum``, which is logged as ``spectrum_top_1``, ``_2``, ``_4``, ...:
-            the share of the variance in that many of the strongest directions. From the tokens as they are: ``rankme``.
-            From each sequence, then averaged, as in the paper: ``sequence_matrix_entropy`` (nats),
-            ``sequence_effective_rank``. From one vector per sequence (see ``embedding``), scaled to unit length and
-            centred by the mean of all of them: ``embedding_matrix_entropy`` (nats), ``embedding_effective_rank``,
-            ``embedding_participation_ratio``; from these vectors as they are: ``embedding_rankme``,
-            ``embedding_alpha_req``. And ``holevo_information`` (nats): how much of the matrix entropy tells sequences
-            apart; ``curvature`` (radians): how sharply a sequence turns from token to token, the mean over sequences;
-            ``lidar`` (dimensions): in how many directions sequences differ by more than they vary within themselves.
+        metrics: Names from the table of :class:`~matent_callbacks.EntropyMonitor`, one or several.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
             an encoder-decoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
@@ -129,14 +149,8 @@ class EntropyMonitor:
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
-        if on_error not in ("raise", "warn"):
-            raise ValueError(f"`on_error` must be 'raise' or 'warn', got {on_error!r}.")
         self.model = model
-        self._parts = list(model.modules())
+        self._parts = all_modules(model)
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
@@ -144,28 +158,21 @@ class EntropyMonitor:
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
-        self._on_error = on_error
         check_groups(process_group, context_group)
-        whole = [name for name in self.metrics if sources_of([name]) & OF_WHOLE_SEQUENCES]
-        if whole and context_group is not None:
-            raise ValueError(
-                f"`metrics` asks for {whole[0]!r}, which is of whole sequences, and there is a `context_group`."
-            )
+        if context_group is not None:
+            check_split(self.metrics)
         self._process_group = process_group
-        self._joint = JointReading(process_group, context_group)
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
+        self._recording = Recording(self._empty(), on_error, process_group, context_group)
         self._capture = Capture(
             model,
             self._layers,
-            self._record,
-            self._guarded,
-            discard=self._discard,
-            whole_sequences=self._joint.has_whole_sequences,
+            self._recording.record,
+            self._recording.guarded,
+            discard=self._recording.discard,
+            whole_sequences=self._recording.has_whole_sequences,
         )
-        self._failed: set[str] = set()
-        self._unmasked: set[str] = set()
         self.remembered = Remembered()
-        self.reset()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -208,7 +215,7 @@ class EntropyMonitor:
             attention_mask=attention_mask,
             sample_mask=sample_mask,
         )
-        self._joint.begin(self._accumulators, self._failed)
+        self._recording.begin()
 
     def stop(self) -> None:
         """Stop reading and remove every hook."""
@@ -247,10 +254,10 @@ class EntropyMonitor:
         """Compute the readings since the last call, as ``{"<metric>/<layer>": value}``, and reset.
 
         The names are the same each time: a number that is not defined is NaN, and one warning says why. Two kinds are
-        missing until a layer was read: the names of ``spectrum``, and those of a layer that fails at its first
-        reading. ``nonfinite_tokens/<layer>`` is added if tokens were left out
-        because they held NaN or Inf. If ranks do not read the same layers, all is NaN, and a warning says what each of
-        them reads. Another says where padding counts, since no mask fits a layer.
+        missing until a layer was read: the names of ``spectrum``, and those of a layer that fails at its first reading.
+        ``nonfinite_tokens/<layer>`` is added if tokens were left out because they held NaN or Inf. If ranks do not read
+        the same layers, all is NaN, and a warning says what each of them reads. Another says where padding counts,
+        since no mask fits a layer.
         """
         return self._begin(None)()
 
@@ -264,42 +271,20 @@ class EntropyMonitor:
         return self._begin(background())
 
     def _begin(self, executor: Executor | None) -> Callable[[], dict[str, float]]:
-        accumulators, seen = self._accumulators, self._capture.seen
+        accumulators, seen = self._recording.accumulators, self._capture.seen
         self.reset()
+        failed, group = self._recording.failed, self._process_group
         pending = PendingReadings(
-            accumulators,
-            self.metrics,
-            failed=self._failed,
-            executor=executor,
-            solver=self._solver,
-            group=self._process_group,
+            accumulators, self.metrics, failed=failed, executor=executor, solver=self._solver, group=group
         )
         return lambda: self._named(pending.result(), seen)
 
     def _named(self, readings: Readings, seen: Seen) -> dict[str, float]:
+        elsewhere = self._recording.fail(readings.failed) if not readings.unlike else set[str]()
+        for message in messages(readings, seen, self.remembered, self._layers, self.model, failed_elsewhere=elsewhere):
+            warnings.warn(message, stacklevel=3)
         if readings.unlike:
-            for told in self.remembered.untold("unlike", [readings.unlike]):
-                warnings.warn(told, stacklevel=3)
             return self.undefined()
-        self._joint.failed |= readings.failed
-        elsewhere = readings.failed - self._failed
-        if elsewhere:
-            self._failed |= elsewhere
-            warnings.warn(
-                f"Left out, since ranks failed to read them or differ in their width: {', '.join(sorted(elsewhere))}.",
-                stacklevel=3,
-            )
-        with_sinks = self.remembered.untold("sinks", readings.sinks)
-        if with_sinks:
-            warnings.warn(left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks}), stacklevel=3)
-        for cause, undefined in undefined_by_cause(readings, seen).items():
-            new = self.remembered.untold(cause, undefined)
-            # What broke off was told with its own error.
-            if new and not seen.broken_off:
-                warnings.warn(why_undefined(cause, new, readings, seen, self._layers, self.model), stacklevel=3)
-        for told in counted_padding({key: own for key, own in seen.unmasked.items() if key not in self._unmasked}):
-            warnings.warn(told, stacklevel=3)
-        self._unmasked |= set(seen.unmasked)
         bad = {f"{NONFINITE}/{layer}": float(count) for layer, count in readings.nonfinite.items() if count}
         return self.remembered.complete(readings.values) | bad
 
@@ -309,46 +294,20 @@ class EntropyMonitor:
 
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` is the one that this was made for, and no module in it has been replaced or added since."""
-        return self.model is model and self._parts == list(model.modules())
+        return self.model is model and self._parts == all_modules(model)
 
     def reset(self) -> None:
         """Discard what was read since the last ``compute``."""
         self._capture.seen = Seen()
-        device = device_of(self.model)
-        sources = sources_of(self.metrics)
-        self._accumulators = {
-            layer: LayerAccumulator(
-                sources,
-                max_tokens=self._max_tokens,
-                dtype=self._dtype,
-                device=device,
-                embedding=self._embedding,
-                exclude_sinks=self._exclude_sinks,
-            )
-            for layer in self.layers
-        }
+        self._recording.accumulators = self._empty()
 
-    def _discard(self, layer: str) -> None:
-        self._accumulators[layer].discard()
-
-    def _record(
-        self, layer: str, hidden_states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None
-    ) -> None:
-        accumulator, failed = self._accumulators[layer], layer in self._failed
-        self._joint.record(layer, accumulator, hidden_states, attention_mask, vectors, failed=failed)
-
-    @contextmanager
-    def _guarded(self, layer: str) -> Iterator[None]:
-        self._joint.expect()
-        try:
-            yield
-        except Exception as error:
-            if layer in self._accumulators:
-                self._joint.excuse(layer, self._accumulators[layer])
-            message = f"Reading layer {layer!r} failed: {error}"
-            if self._on_error == "raise":
-                raise RuntimeError(message) from error
-            failing = {layer} if layer in self.layers else set(self.layers)
-            if not failing <= self._failed:
-                warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
-            self._failed |= failing
+    def _empty(self) -> dict[str, LayerAccumulator]:
+        empty = LayerAccumulator(
+            sources_of(self.metrics),
+            max_tokens=self._max_tokens,
+            dtype=self._dtype,
+            device=device_of(self.model),
+            embedding=self._embedding,
+            exclude_sinks=self._exclude_sinks,
+        )
+        return {layer: empty.empty() for layer in self.layers}

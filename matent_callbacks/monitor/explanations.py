@@ -20,6 +20,7 @@ from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
 if TYPE_CHECKING:
     from matent_callbacks.monitor.readings import Readings
+    from matent_callbacks.monitor.remembered import Remembered
 
 # The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
@@ -56,7 +57,35 @@ def _listed(items: Any) -> str:
     return ", ".join(items[:_TOLD]) + more
 
 
-def undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
+def messages(
+    readings: Readings,
+    seen: Seen,
+    remembered: Remembered,
+    layers: Layers,
+    model: nn.Module,
+    *,
+    failed_elsewhere: Collection[str],
+) -> Iterator[str]:
+    """Explain what a reading lacks and which layers count padding, as far as it was not explained before."""
+    if readings.unlike:
+        yield from remembered.untold("unlike", [readings.unlike])
+        return
+    if failed_elsewhere:
+        names = ", ".join(sorted(failed_elsewhere))
+        yield f"Left out, since ranks failed to read them or differ in their width: {names}."
+    with_sinks = remembered.untold("sinks", readings.sinks)
+    if with_sinks:
+        yield _left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks})
+    for cause, undefined in _undefined_by_cause(readings, seen).items():
+        new = remembered.untold(cause, undefined)
+        # What broke off was told with its own error.
+        if new and not seen.broken_off:
+            yield _why_undefined(cause, new, readings, seen, layers, model)
+    new_layers = remembered.untold("padding", seen.unmasked)
+    yield from _counted_padding({layer: seen.unmasked[layer] for layer in new_layers})
+
+
+def _undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
     """Return the numbers that are NaN, by the reason."""
     found: dict[Cause, list[Undefined]] = defaultdict(list)
     for layer, values in readings.values.items():
@@ -79,7 +108,7 @@ def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
     return "too few" if count < STATISTICS[source].takes[0] else "not finite"
 
 
-def why_undefined(
+def _why_undefined(
     cause: Cause, undefined: Sequence[Undefined], readings: Readings, seen: Seen, layers: Layers, model: nn.Module
 ) -> str:
     """Explain why numbers are not defined, all for the same reason."""
@@ -158,7 +187,7 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
-def left_out_sinks(sinks: Mapping[str, tuple[int, float]]) -> str:
+def _left_out_sinks(sinks: Mapping[str, tuple[int, float]]) -> str:
     """Say in which layers attention sinks were left out, and how long they are."""
     least, most = min(ratio for _, ratio in sinks.values()), max(ratio for _, ratio in sinks.values())
     times = f"{most:.0f}" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f}"
@@ -169,7 +198,7 @@ def left_out_sinks(sinks: Mapping[str, tuple[int, float]]) -> str:
     )
 
 
-def counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+def _counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Explain which layers were read with their padding, and what to do: one message for each pair of lengths."""
     for lengths in dict.fromkeys(unmasked.values()):
         keys = [key for key, own in unmasked.items() if own == lengths]

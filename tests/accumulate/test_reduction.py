@@ -20,6 +20,7 @@ from matent_callbacks import (
     SequenceEffectiveRank,
     SequenceMatrixEntropy,
 )
+from matent_callbacks.accumulate.reduction import AllOrNone
 from matent_callbacks.functional.spectrum import solved
 from matent_callbacks.monitor import decomposition
 from tests.ranks import run_on_ranks
@@ -284,3 +285,40 @@ def test_wide_layers_are_estimated_over_all_ranks():
     assert first.keys() - exact.keys() == {"matrix_entropy_error/0"}
     assert first["matrix_entropy/0"] == pytest.approx(exact["matrix_entropy/0"], rel=0.01)
     assert first["sequence_matrix_entropy/0"] == pytest.approx(exact["sequence_matrix_entropy/0"], rel=1e-5)
+
+
+def all_or_none_on_rank(rank: int, world_size: int) -> list[str]:
+    told = []
+    cpu = torch.device("cpu")
+
+    def third(failing: int) -> int:
+        if rank == failing:
+            raise ZeroDivisionError(f"on {rank}")
+        return rank
+
+    for failing in (-1, 1):
+        try:
+            with AllOrNone(cpu, [None], "elsewhere", numbers=1) as together:
+                together.numbers = [third(failing) * 10]
+            told.append(str(together.ranges))
+        except (RuntimeError, ZeroDivisionError) as error:
+            told.append(f"{type(error).__name__} {error}")
+        # Every rank reaches the collective call in the block, and only the one that failed raises.
+        try:
+            with AllOrNone(cpu, []) as attempt:
+                attempt(third, failing)
+                total = torch.ones(())
+                dist.all_reduce(total)
+                reached = attempt(total.item)
+            told.append(str(reached))
+        except ZeroDivisionError as error:
+            told.append(f"{total.item()} then {error}")
+    return told
+
+
+def test_an_error_on_one_rank_raises_on_all_and_keeps_none_waiting():
+    assert run_on_ranks(all_or_none_on_rank, 3) == [
+        ["[(0, 20)]", "3.0", "RuntimeError elsewhere", "3.0"],
+        ["[(0, 20)]", "3.0", "ZeroDivisionError on 1", "3.0 then on 1"],
+        ["[(0, 20)]", "3.0", "RuntimeError elsewhere", "3.0"],
+    ]

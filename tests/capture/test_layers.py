@@ -117,7 +117,10 @@ def test_blocks_that_share_weights(batch):
     monitor = EntropyMonitor(both, "layer_00")
     with monitor:
         both(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert monitor._accumulators["layer_00"].tokens["pooled"].moments().num_tokens == 2 * batch["attention_mask"].sum()
+    assert (
+        monitor._recording.accumulators["layer_00"].tokens["pooled"].moments().num_tokens
+        == 2 * batch["attention_mask"].sum()
+    )
 
 
 def test_encoder_decoder_reads_the_encoder_and_on_request_the_decoder(batch):

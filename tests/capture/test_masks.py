@@ -455,6 +455,6 @@ def test_a_flat_mask_that_a_model_is_given_is_multiplied_with():
     for name, mask in whole.items():
         with monitor:
             model(BATCH["x"], mask)
-        count = monitor._accumulators["linear"].tokens["pooled"].moments().num_tokens
+        count = monitor._recording.accumulators["linear"].tokens["pooled"].moments().num_tokens
         assert count == (0 if name == "none" else tokens.sum())
         monitor.reset()

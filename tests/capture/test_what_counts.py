@@ -23,7 +23,7 @@ NEW = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id
 
 
 def count(monitor: EntropyMonitor, layer: str = "last") -> int:
-    return int(monitor._accumulators[layer].tokens["pooled"].moments().num_tokens)
+    return int(monitor._recording.accumulators[layer].tokens["pooled"].moments().num_tokens)
 
 
 class Around(nn.Module):

@@ -234,7 +234,7 @@ def test_generation_and_recomputation_are_not_counted(make_llama, batch):
         model.train()
         with monitor:
             model(**batch).loss.backward()
-        tokens = monitor._accumulators["layer_01"].tokens["pooled"].moments().num_tokens
+        tokens = monitor._recording.accumulators["layer_01"].tokens["pooled"].moments().num_tokens
         assert tokens == batch["attention_mask"].sum()
         assert monitor.compute() == pytest.approx(expected, rel=1e-5)
 
@@ -313,7 +313,7 @@ def test_max_tokens_spans_forwards(make_llama):
         for b in batches:
             model(**b)
     assert batches[0]["attention_mask"].sum() == 48
-    assert monitor._accumulators["last"].tokens["pooled"].moments().num_tokens == 60
+    assert monitor._recording.accumulators["last"].tokens["pooled"].moments().num_tokens == 60
 
 
 def test_bad_arguments_are_named(make_llama):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from matent_callbacks import EntropyMonitor
+from matent_callbacks.monitor.recording import Recording
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.conftest import collate, slow_pooled_entropy, text_examples
 from tests.wandb_history import read_history
@@ -310,17 +310,17 @@ def test_an_exception_in_monitoring_warns_once_with_the_layer_and_training_goes_
         def update(self, *args: Any) -> None:
             raise RuntimeError("boom")
 
-    original = EntropyMonitor._record
+    original = Recording.record
 
     def with_one_broken(self: Any, layer: str, *args: Any) -> None:
-        accumulators = self._accumulators
-        self._accumulators = {**accumulators, "layer_01": Fails()}
+        accumulators = self.accumulators
+        self.accumulators = {**accumulators, "layer_01": Fails()}
         try:
             original(self, layer, *args)
         finally:
-            self._accumulators = accumulators
+            self.accumulators = accumulators
 
-    monkeypatch.setattr(EntropyMonitor, "_record", with_one_broken)
+    monkeypatch.setattr(Recording, "record", with_one_broken)
     trainer = make_trainer([MatrixEntropyCallback(1, layers="all")])
     with pytest.warns(UserWarning, match="boom") as caught:
         trainer.train()
