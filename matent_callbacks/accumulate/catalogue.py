@@ -153,7 +153,7 @@ CATALOGUE: dict[str, Metric] = {
         logarithmic=True,
         solver="none",
     ),
-    "sink_tokens": Metric("sinks", "attention sinks", "a sequence", solver="none"),
+    "sink_tokens": Metric("sinks", "attention sinks a sequence", "tokens", solver="none"),
     "anisotropy": Metric("directions", "anisotropy", axis="mean cosine", solver="none", of_mean=mean_cosine),
     "holevo_information": Metric(
         "pooled",

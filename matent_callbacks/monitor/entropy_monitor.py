@@ -80,7 +80,7 @@ class EntropyMonitor:
     ``lidar``                                dimensions  directions in which sequences differ beyond what is within them
     ``token_norm``                           -           length of the tokens as they are, root mean square
     ``max_norm_ratio``                       -           longest token over the geometric mean of its sequence
-    ``sink_tokens``                          -           attention sinks a sequence, see ``exclude_sinks``
+    ``sink_tokens``                          tokens      attention sinks a sequence, see ``exclude_sinks``
     ``anisotropy``                           -           mean cosine between two tokens as they are
     =======================================  ==========  ===============================================================
 

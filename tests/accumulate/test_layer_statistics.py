@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.statistics import OF_WHOLE_SEQUENCES
+from matent_callbacks.accumulate.statistics import OF_WHOLE_SEQUENCES, STATISTICS
 from matent_callbacks.monitor.readings import PendingReadings
 
 WIDTH = 32
