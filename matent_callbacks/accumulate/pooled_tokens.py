@@ -17,7 +17,7 @@ from matent_callbacks.accumulate.moments import (
     with_scatter,
 )
 from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
-from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
+from matent_callbacks.accumulate.symmetric import diagonal, lower_triangle, symmetric
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import squares_are_lost
 from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
@@ -44,6 +44,10 @@ class Matrix(NamedTuple):
     """``(N, N)``, if there are fewer tokens than features. Only the counts of ``moments`` are used then."""
     add_mean: bool = False
     """Whether the covariance is about the origin though ``moments`` are about the mean: for tokens without centring."""
+    norms: Tensor | None = None
+    """``(d,)``, beside a Gram matrix: the root of the sum of squares in each dimension."""
+    as_correlation: bool = False
+    """Whether each dimension is divided by its norm; a Gram matrix is of such tokens already."""
 
     @property
     def num_features(self) -> int:
@@ -74,7 +78,17 @@ class Matrix(NamedTuple):
             matrix = matrix.addr_(mean, mean * self.moments.num_tokens)
         if lost is not None:
             matrix.diagonal().masked_fill_(lost, torch.nan)
+        if self.as_correlation:
+            scale = inverse_or_zero(matrix.diagonal().sqrt())
+            matrix.mul_(scale).mul_(scale.unsqueeze(1))
         return matrix
+
+    def top_dimension_share(self) -> Tensor:
+        """``()``: the greatest diagonal element of the covariance over its trace, for tokens centred before."""
+        norms = diagonal(self.moments.scatter).sqrt() if self.norms is None else self.norms
+        largest = norms.amax()
+        share: Tensor = (largest / torch.linalg.vector_norm(norms)).square()
+        return share
 
     def full(self) -> Tensor:
         """``(k, k)``: the whole matrix."""
@@ -83,7 +97,13 @@ class Matrix(NamedTuple):
     def to(self, device: torch.device) -> Matrix:
         """Copy to a device."""
         gram = None if self.gram is None else self.gram.to(device)
-        return Matrix(self.moments.to(device), gram, self.add_mean)
+        norms = None if self.norms is None else self.norms.to(device)
+        return Matrix(self.moments.to(device), gram, self.add_mean, norms, self.as_correlation)
+
+
+def inverse_or_zero(norms: Tensor) -> Tensor:
+    """1 over each number, and 0 where that is 0."""
+    return torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
 def entropy_of_lower(lower: Tensor, *, alpha: float) -> Tensor:
@@ -200,11 +220,12 @@ class PooledTokens:
         """Everything that was accumulated, as the constructor takes it, with the kept tokens in one tensor."""
         return self._moments, self._joined()
 
-    def matrix(self) -> Matrix:
-        """The Gram matrix if tokens are kept, the covariance otherwise."""
+    def matrix(self, *, as_correlation: bool = False) -> Matrix:
+        """The Gram matrix if tokens are kept, the covariance otherwise; or the correlations of dimensions."""
         if not self._kept:
-            return Matrix(self._moments, add_mean=self._center is None)
-        return Matrix(self._moments, self._gram())
+            return Matrix(self._moments, add_mean=self._center is None, as_correlation=as_correlation)
+        gram, norms = self._gram(as_correlation)
+        return Matrix(self._moments, gram, norms=norms, as_correlation=as_correlation)
 
     @property
     def _num_kept(self) -> int:
@@ -219,15 +240,15 @@ class PooledTokens:
         values, valid = zip(*self._kept, strict=True)
         return KeptTokens(torch.cat(values), torch.cat(valid))
 
-    def _gram(self) -> Tensor:
-        """``(N, N)`` of the kept tokens, summed over a few features at a time."""
+    def _gram(self, as_correlation: bool) -> tuple[Tensor, Tensor]:
+        """``(N, N)`` of the kept tokens, summed over a few features at a time, and the norms of these ``(d,)``."""
         dtype, device = self._moments.scatter.dtype, self._moments.scatter.device
         if self._center is None and device.type != "mps":
             dtype = torch.float64  # for the reason given in `Matrix.lower`
         weight = torch.cat([tokens.valid for tokens in self._kept]).unsqueeze(-1).to(dtype)
         count = self._moments.num_tokens.clamp(min=1)
         gram = torch.zeros(len(weight), len(weight), dtype=dtype, device=device)
-        largest = gram.new_zeros(())
+        largest, norms = gram.new_zeros(()), gram.new_zeros(self.num_features)
         with full_precision(device):
             for columns in slices(self.num_features, rows_of_a_piece(len(weight), dtype)):
                 z = torch.cat([tokens.values[:, columns].to(dtype) for tokens in self._kept])
@@ -236,10 +257,13 @@ class PooledTokens:
                 # Twice: if the mean is much larger than the spread, rounding leaves a part of it the first time.
                 for _ in range(2 if self._center == "global" else 0):
                     z.addcmul_(weight, z.sum(0) / count, value=-1)
+                norms[columns] = torch.linalg.vector_norm(z, dim=0)
+                if as_correlation:
+                    z *= inverse_or_zero(norms[columns])
                 gram.addmm_(z, z.T)
                 del z
         gram.diagonal().masked_fill_(squares_are_lost(largest, dtype), torch.nan)
-        return gram
+        return gram, norms
 
     def _fold_kept(self) -> None:
         """Add the kept tokens to the scatter, which is empty as long as tokens are kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -226,9 +227,32 @@ def all_reduce_sequence_means(
     counts = torch.stack([torch.stack(m[:2]) for m in means])
     local = counts[:, 0].clone()
     dist.all_reduce(counts, group=group)
-    weighted = torch.stack([m.mean for m in means]) * ratio(local, counts[:, 0], means[0].mean.dtype)
+    own = _of_common_length([m.mean for m in means], counts.device, group)
+    dtype = functools.reduce(torch.promote_types, (mean.dtype for mean in own))
+    shares = ratio(local, counts[:, 0], dtype)
+    weighted = torch.cat([mean.flatten() * share for mean, share in zip(own, shares, strict=True)])
     dist.all_reduce(weighted, group=group)
-    return [SequenceMean(count[0], count[1], mean) for count, mean in zip(counts, weighted, strict=True)]
+    common = torch.split(weighted, [mean.numel() for mean in own])
+    return [
+        SequenceMean(count[0], count[1], mean.view_as(like).to(like.dtype))
+        for count, mean, like in zip(counts, common, own, strict=True)
+    ]
+
+
+def _of_common_length(
+    means: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None
+) -> Sequence[Tensor]:
+    """Return numbers as they are; vectors as zeros on ranks that have seen none, and as NaN where ranks differ."""
+    if not any(mean.ndim for mean in means):
+        return means
+    unknown = torch.iinfo(torch.int64).max
+    lengths = [mean.numel() for mean in means]
+    found = extremes([*lengths, *(length or unknown for length in lengths)], device, [group])
+    common = []
+    for mean, (_, most), (least, _) in zip(means, found, found[len(means) :], strict=False):
+        new = mean.new_full((most,), torch.nan if least != most else 0.0)
+        common.append(new if mean.ndim and (least != most or not mean.numel()) else mean)
+    return common
 
 
 def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from matent_callbacks.functional._precision import full_precision
 
 
 class SequenceMean(NamedTuple):
-    """Mean of the entropy, or of another number, over the sequences seen so far."""
+    """Mean of the entropy, or of another number, over the sequences seen so far, or of a vector over the tokens."""
 
     num_sequences: Tensor
     """``()`` int64: sequences that have one (a covariance takes two valid tokens; one, without centring). In a mean
@@ -20,7 +20,7 @@ class SequenceMean(NamedTuple):
     num_nonfinite: Tensor
     """``()`` int64: tokens left out because of NaN or Inf."""
     mean: Tensor
-    """``()``, nats for an entropy."""
+    """``()``, nats for an entropy; or ``(d,)``, and ``(0,)`` as long as d is not known."""
 
 
 def empty_sequence_mean(*, dtype: torch.dtype, device: torch.device | str = "cpu") -> SequenceMean:
@@ -87,6 +87,9 @@ def merge_sequence_means(a: SequenceMean, b: SequenceMean) -> SequenceMean:
     It is updated as a running mean: a sum over many sequences would stop growing in float32.
     """
     count = a.num_sequences + b.num_sequences
+    if a.mean.shape != b.mean.shape:  # one of them has seen nothing
+        wide = a.mean if a.mean.numel() else b.mean
+        a, b = (m if m.mean.numel() else m._replace(mean=torch.zeros_like(wide)) for m in (a, b))
     mean = a.mean + (b.mean - a.mean) * (b.num_sequences / count.clamp(min=1).to(a.mean.dtype))
     return SequenceMean(count, a.num_nonfinite + b.num_nonfinite, mean)
 

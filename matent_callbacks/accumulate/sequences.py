@@ -21,6 +21,7 @@ from matent_callbacks.accumulate.pooled_tokens import entropy_of_lower
 from matent_callbacks.accumulate.symmetric import lower_triangle
 from matent_callbacks.functional._tokens import Tokens, finite_rows, prepare_tokens
 from matent_callbacks.functional.entropy import entropy_of_matrix
+from matent_callbacks.functional.sinks import TokenNorms, log_norms
 from matent_callbacks.functional.spectrum import second_moment
 
 _Result = TypeVar("_Result")
@@ -59,6 +60,7 @@ class Sequences(ABC):
         vectors: What stands for the sequences, if it is not to be made of their tokens.
         has_entropies: Whether :meth:`entropies` will be asked for, which then shares with the pooled covariance what
             both need.
+        norms: The lengths of the tokens, if a statistic asks for them.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Sequences(ABC):
         whole: Tensor | None = None,
         vectors: Vectors | None = None,
         has_entropies: bool = False,
+        norms: TokenNorms | None = None,
     ) -> None:
         self.states = states
         self.mask = mask
@@ -77,6 +80,7 @@ class Sequences(ABC):
         self.whole = whole
         self.vectors = vectors
         self.has_entropies = has_entropies
+        self.norms = norms
         self._shared: dict[Callable[..., Any], Any] = {}
 
     def once(self, compute: Callable[[Sequences], _Result]) -> _Result:
@@ -115,6 +119,11 @@ class Sequences(ABC):
     @abstractmethod
     def entropies_of(self, *, center: bool, normalize: bool, alpha: float) -> SequenceEntropies:
         """Compute the Rényi entropy of order ``alpha`` of each sequence."""
+
+    @property
+    def counts_here(self) -> bool:
+        """Whether the sequences are counted on this rank: of those that share them, one does."""
+        return True
 
     def moments(self) -> Moments | None:
         """Moments of the centred tokens at unit length, where the entropies need them as well; elsewhere ``None``."""
@@ -239,6 +248,7 @@ def in_groups(
     whole: Tensor | None = None,
     vectors: Vectors | None = None,
     has_entropies: bool = False,
+    norms: TokenNorms | None = None,
 ) -> Iterator[Sequences]:
     """Split ``(B, T, d)`` into groups that fit into the work space; the arguments are those of :class:`Sequences`."""
     size, length, width = states.shape
@@ -254,7 +264,25 @@ def in_groups(
             whole=None if whole is None else whole[some],
             vectors=own,
             has_entropies=has_entropies,
+            norms=None if norms is None else TokenNorms(*(tensor[some] for tensor in norms)),
         )
+
+
+def places(states: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of sequences and of their tokens ``(B, T, d)`` that fit into the work space."""
+    count, length, width = states.shape
+    rows = rows_of_a_piece(width, dtype)
+    for some in slices(count, max(1, rows // max(1, length))):
+        for part in slices(length, rows):
+            yield some, part
+
+
+def log_norms_in_pieces(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logarithms ``(B, T)`` of the lengths of tokens."""
+    logs = torch.empty(states.shape[:-1], dtype=torch.promote_types(states.dtype, dtype), device=states.device)
+    for some, part in places(states, dtype):
+        logs[some, part] = log_norms(states[some, part], logs.dtype)
+    return logs
 
 
 def _wide(states: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
 from matent_callbacks.accumulate.pooled_tokens import entropy_of_lower
 from matent_callbacks.accumulate.reduction import AllOrNone, global_rank
-from matent_callbacks.accumulate.sequences import SequenceEntropies, Sequences
+from matent_callbacks.accumulate.sequences import SequenceEntropies, Sequences, log_norms_in_pieces, places
 from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle
 from matent_callbacks.functional._tokens import (
     Tokens,
@@ -26,6 +26,7 @@ from matent_callbacks.functional._tokens import (
     prepare_tokens,
     scaled_to_unit_length_,
 )
+from matent_callbacks.functional.sinks import TokenNorms, long_tokens, sums_of_logs, with_sinks
 
 Groups = Sequence[dist.ProcessGroup]
 """Groups along different dimensions of a mesh of ranks, which together hold the parts of the same sequences."""
@@ -44,6 +45,7 @@ class SplitSequences(Sequences):
         dtype: Of the statistics.
         device: Of the states.
         has_entropies: Whether the entropy of each sequence is asked for.
+        has_norms: Whether the lengths of the tokens are asked for.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SplitSequences(Sequences):
         dtype: torch.dtype,
         device: torch.device,
         has_entropies: bool,
+        has_norms: bool = False,
     ) -> None:
         mask = torch.empty(count, 0, dtype=torch.bool, device=device)
         states = torch.empty(count, 0, width, dtype=dtype, device=device)
@@ -70,21 +73,32 @@ class SplitSequences(Sequences):
         # The sum of the tokens of each sequence, and their number. In float64: rounding of a mean that dwarfs the
         # spread would show, and a second mean of what is left would have to be exchanged as well.
         self._totals = torch.zeros(count, width + 1, dtype=torch.float64, device=device)
+        self._has_norms = has_norms
+        # The sums of the logarithms of the lengths of tokens, the number of tokens, and that of long ones.
+        self._lengths = torch.zeros(2, count, dtype=torch.float64, device=device)
+        self._num_long = torch.zeros(count, dtype=torch.float64, device=device)
         half = (width + 1) // 2 if has_entropies else 0
         self._scatter = torch.zeros(half, width + 1, dtype=dtype, device=device)
 
-    def exchange(self, limited: Callable[[Tensor], Tensor]) -> None:
+    def exchange(self, limited: Callable[[Tensor, TokenNorms | None], Tensor]) -> None:
         """Bring this rank's tokens, and exchange what the ranks need of each other's.
 
         To be called by all ranks of the groups, with autocast and TF32 switched off. They exchange one sum per
-        sequence, d + 1 numbers, and for entropies of sequences half of a second moment each, d(d + 1)/2 numbers.
-        ``limited`` takes the mask and returns it without the tokens that are not to count.
+        sequence, d + 1 numbers, for the lengths of tokens three more, and for entropies of sequences half of a second
+        moment each, d(d + 1)/2 numbers. ``limited`` takes the mask and the lengths, and returns the mask without the
+        tokens that are not to count.
         """
         with AllOrNone(self.device, []) as attempt:
-            attempt(self._bring, limited)
+            attempt(self._bring)
+            if self._has_norms:
+                attempt(self._sum_lengths)
+                self._all_reduce(self._lengths)
+                attempt(self._count_long)
+                self._all_reduce(self._num_long)
+                attempt(self._find_sinks)
+            attempt(self._limit, limited)
             attempt(self._sum_up)
-            for group in self._groups:
-                dist.all_reduce(self._totals, group=group)
+            self._all_reduce(self._totals)
             if self.has_entropies:
                 self.entropies = self._entropies(attempt)
 
@@ -98,10 +112,9 @@ class SplitSequences(Sequences):
 
     def pieces(self, *, center: bool, normalize: bool) -> Iterator[Piece]:
         """Yield the tokens of this rank. Counts of whole sequences go with the first part, on one rank only."""
-        is_first = all(dist.get_rank(group) == 0 for group in self._groups)
-        for some, part in self._places(self.dtype):
+        for some, part in places(self.states, self.dtype):
             begins = int(part.start == 0)
-            num_sequences = (self._totals[some, -1] > 0).sum() * int(is_first) * begins
+            num_sequences = (self._totals[some, -1] > 0).sum() * int(self.counts_here) * begins
             nonfinite = self._nonfinite * int(some.start == 0) * begins
             if center:
                 assert normalize, "tokens that ranks share are only centred to be scaled"
@@ -112,16 +125,38 @@ class SplitSequences(Sequences):
             yield Piece(Tokens(values, self._valid[some, part], nonfinite), num_sequences)
             del values
 
+    @property
+    def counts_here(self) -> bool:
+        return all(dist.get_rank(group) == 0 for group in self._groups)
+
     def entropies_of(self, *, center: bool, normalize: bool, alpha: float) -> SequenceEntropies:
         raise NotImplementedError("the entropies of sequences that ranks share are computed in `exchange`.")
 
-    def _bring(self, limited: Callable[[Tensor], Tensor]) -> None:
-        self.states, mask = self._local()
-        self.mask = limited(mask)
-        self._valid = torch.empty_like(mask)
+    def _all_reduce(self, buffer: Tensor) -> None:
+        for group in self._groups:
+            dist.all_reduce(buffer, group=group)
+
+    def _bring(self) -> None:
+        self.states, self.mask = self._local()
+
+    def _sum_lengths(self) -> None:
+        self._logs = log_norms_in_pieces(self.states, self.dtype)
+        self._with_length = self.mask & torch.isfinite(self._logs)
+        self._lengths += sums_of_logs(self._logs, self._with_length)
+
+    def _count_long(self) -> None:
+        self._long = long_tokens(self._logs, self._with_length, self._lengths)
+        self._num_long += self._long.sum(1)
+
+    def _find_sinks(self) -> None:
+        self.norms = with_sinks(self._logs, self._with_length, self._lengths, self._long, self._num_long)
+
+    def _limit(self, limited: Callable[[Tensor, TokenNorms | None], Tensor]) -> None:
+        self.mask = limited(self.mask, self.norms)
+        self._valid = torch.empty_like(self.mask)
 
     def _sum_up(self) -> None:
-        for some, part in self._places(torch.float64):
+        for some, part in places(self.states, torch.float64):
             x = self.states[some, part].to(self.dtype)
             finite, counts = finite_rows(x), self.mask[some, part]
             valid = self._valid[some, part] = counts & finite
@@ -167,14 +202,6 @@ class SplitSequences(Sequences):
         x = x - rounded.unsqueeze(1)
         x -= (mean - rounded).to(self.dtype).unsqueeze(1)
         return scaled_to_unit_length_(x.masked_fill_(~valid.unsqueeze(-1), 0.0))
-
-    def _places(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-        """Yield slices of sequences and of their tokens that fit into the work space."""
-        count, length, d = self.states.shape
-        rows = rows_of_a_piece(d, dtype)
-        for some in slices(count, max(1, rows // max(1, length))):
-            for part in slices(length, rows):
-                yield some, part
 
 
 def _entropy_and_trace(lower: Tensor) -> Tensor:

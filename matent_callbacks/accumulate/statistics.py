@@ -20,6 +20,7 @@ from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
 from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
+    empty_sequence_mean,
     mean_by_tokens,
     mean_of_sequences,
     merge_sequence_means,
@@ -50,6 +51,10 @@ class Statistic(ABC):
     """Whether it cannot be computed where ranks hold parts of the same sequences."""
     of_vectors: ClassVar[bool] = False
     """Whether it is computed from one vector per sequence."""
+    derived: ClassVar[tuple[Source, ...]] = ()
+    """Further names of what is decomposed, which is computed from what it keeps."""
+    needs_norms: ClassVar[bool] = False
+    """Whether it is computed from the lengths of the tokens."""
     in_float64: ClassVar[bool] = False
     """Whether its metrics take roots or logarithms of the smallest eigenvalues, or divide by them. In float32 these
     would be rounding errors. Such statistics hold few vectors, so float64 costs little."""
@@ -73,14 +78,19 @@ class Statistic(ABC):
         """Return what has a spectrum."""
         return {}
 
+    def check_width(self, width: int) -> None:
+        """Raise ``ValueError`` if tokens with another number of features were accumulated before."""
+        for tokens in self.tokens().values():
+            tokens.check_width(width)
+
     @property
     def decomposed(self) -> tuple[Source, ...]:
-        """The sources of :meth:`matrices`."""
-        return tuple(self.tokens())
+        """The sources that :meth:`matrix` takes."""
+        return (*self.tokens(), *self.derived)
 
-    def matrices(self) -> dict[Source, Matrix | Discriminant]:
+    def matrix(self, source: Source) -> Matrix | Discriminant:
         """Return what is decomposed."""
-        return {source: tokens.matrix() for source, tokens in self.tokens().items()}
+        return self.tokens()[source].matrix()
 
 
 class Covariance(Statistic):
@@ -111,6 +121,10 @@ class Pooled(Covariance):
     """One covariance of all tokens, each centred by the mean of its sequence and scaled to unit length."""
 
     sources, center, normalize = ("pooled",), "sequence", True
+    derived = ("correlation",)
+
+    def matrix(self, source: Source) -> Matrix | Discriminant:
+        return self._tokens.matrix(as_correlation=source == "correlation")
 
 
 class Raw(Covariance):
@@ -141,6 +155,13 @@ class RawEmbeddings(EmbeddingCovariance):
 
     sources, center, normalize = ("raw_embedding",), None, False
     takes, fewest = (1, "sequence"), 1
+    in_float64 = True
+
+
+class CentredEmbeddings(EmbeddingCovariance):
+    """One covariance of one vector per sequence, as they are but for the mean of all."""
+
+    sources, normalize = ("embedding_covariance",), False
     in_float64 = True
 
 
@@ -183,12 +204,21 @@ class Documents(Statistic):
     def decomposed(self) -> tuple[Source, ...]:
         return ("between_documents",)
 
-    def matrices(self) -> dict[Source, Matrix | Discriminant]:
-        return {"between_documents": Discriminant(self._between.moments(), self._within.moments())}
+    def matrix(self, source: Source) -> Matrix | Discriminant:
+        return Discriminant(self._between.moments(), self._within.moments())
 
 
 class Average(Statistic):
-    """A mean of one number per sequence."""
+    """A mean of one number per sequence, or of one number or vector per token."""
+
+    of_vector: ClassVar[bool] = False
+    """Whether it is the mean of vectors."""
+
+    @classmethod
+    def of_nothing(cls, *, dtype: torch.dtype, device: torch.device) -> SequenceMean:
+        """Return the mean to begin with."""
+        nothing = empty_sequence_mean(dtype=dtype, device=device)
+        return nothing._replace(mean=nothing.mean.new_zeros(0)) if cls.of_vector else nothing
 
     def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
         mean = states[self.sources[0]]
@@ -251,9 +281,73 @@ class Curvature(Average):
             angles, turns = sum_of_angles(states[of_each, places].to(dtype), count - part.start)
             total += angles
             number += turns
-        defined = number > 0
-        mean = torch.where(defined, total / number.clamp(min=1), 0.0).sum() / defined.sum().clamp(min=1)
-        return SequenceMean(defined.sum(), sequences.nonfinite, mean)
+        return _mean_where(number > 0, total / number.clamp(min=1), sequences)
+
+
+class SquaredNorm(Average):
+    """The squared length of each token, as it is."""
+
+    sources = ("squared_norm",)
+    needs_norms = in_float64 = True
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        assert sequences.norms is not None
+        squares = (2 * sequences.norms.logs.to(self.mean.mean.dtype)).exp()
+        count = sequences.valid.sum()
+        total = torch.where(sequences.valid, squares, 0.0).sum()
+        return SequenceMean(count, sequences.nonfinite, total / count.clamp(min=1))
+
+
+class LongestToken(Average):
+    """How many times as long as the geometric mean of its sequence the longest token is."""
+
+    sources = ("longest_token",)
+    needs_norms = of_whole_sequences = True
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        assert sequences.norms is not None
+        norms = sequences.norms
+        ratios = torch.where(norms.counts, norms.log_ratios, -torch.inf).amax(1).exp()
+        return _mean_where(norms.num_tokens > 0, ratios, sequences)
+
+
+class Sinks(Average):
+    """The number of sinks of each sequence."""
+
+    sources = ("sinks",)
+    needs_norms = True
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        assert sequences.norms is not None
+        norms = sequences.norms
+        return _mean_where((norms.num_tokens > 0) & sequences.counts_here, norms.num_sinks, sequences)
+
+
+class Directions(Average):
+    """The directions of all tokens: their mean is the longer, the more alike they are."""
+
+    sources = ("directions",)
+    takes = (2, "token")
+    of_vector = in_float64 = True
+
+    def check_width(self, width: int) -> None:
+        if self.mean.mean.numel() not in (0, width):
+            raise ValueError(f"it had {self.mean.mean.numel()} features before and has {width} now.")
+
+    def of(self, sequences: Sequences) -> SequenceMean:
+        total = self.mean.mean.new_zeros(sequences.states.shape[-1]).to(sequences.states.device)
+        count = torch.zeros((), dtype=torch.int64, device=total.device)
+        for piece in sequences.pieces(center=False, normalize=True):
+            total += piece.tokens.values.sum((0, 1), dtype=total.dtype)
+            # A token that is zero has no direction.
+            count += (piece.tokens.values != 0).any(-1).sum()
+            del piece
+        return SequenceMean(count, sequences.nonfinite, total / count.clamp(min=1))
+
+
+def _mean_where(defined: Tensor, numbers: Tensor, sequences: Sequences) -> SequenceMean:
+    total = torch.where(defined, numbers, 0).sum()
+    return SequenceMean(defined.sum(), sequences.nonfinite, total / defined.sum().clamp(min=1))
 
 
 # Those of centred tokens at unit length come first: they share them.
@@ -264,10 +358,17 @@ _KINDS = (
     Raw,
     EmbeddingCovariance,
     RawEmbeddings,
+    CentredEmbeddings,
     Documents,
     Curvature,
+    SquaredNorm,
+    LongestToken,
+    Sinks,
+    Directions,
 )
-STATISTICS: dict[Source, type[Statistic]] = {source: kind for kind in _KINDS for source in kind.sources}
+STATISTICS: dict[Source, type[Statistic]] = {
+    source: kind for kind in _KINDS for source in (*kind.sources, *kind.derived)
+}
 """The class that keeps each source."""
 
 OF_VECTORS = frozenset(source for source, kind in STATISTICS.items() if kind.of_vectors)

@@ -15,6 +15,7 @@ times the memory that packing saves.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # A and C are computed in strips of so many rows, or of a quarter of all rows if that is more: narrower strips would
@@ -82,6 +83,12 @@ def lower_triangle(packed: Tensor) -> Tensor:
     upper[half:, half:] = square[:rest, :rest]
     upper[half:, half:].diagonal().copy_(packed[:rest, 0])
     return upper.T
+
+
+def diagonal(packed: Tensor) -> Tensor:
+    """``(d,)``: the diagonal of a packed matrix."""
+    half, d = packed.shape[0], packed.shape[1] - 1
+    return torch.cat([packed[:, 1 : half + 1].diagonal(), packed[: d - half, 0]])
 
 
 def symmetric(lower: Tensor) -> Tensor:

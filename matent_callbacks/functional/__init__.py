@@ -10,6 +10,7 @@ from matent_callbacks.functional.pairs import (
     modality_gap,
     mutual_knn,
 )
+from matent_callbacks.functional.sinks import sink_tokens
 from matent_callbacks.functional.spectrum import spectrum
 from matent_callbacks.functional.trajectory import curvature
 
@@ -25,6 +26,7 @@ __all__ = [
     "modality_gap",
     "mutual_knn",
     "pairing_z_score",
+    "sink_tokens",
     "spectral_summary",
     "spectrum",
 ]

@@ -52,11 +52,13 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
         if size == 0:
             table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
         else:
+            by_dimension = [_of_dimensions(matrices[unit], wanted) for unit in units]
             eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
-            quantities = {quantity(name) for name in wanted if name in CATALOGUE}
+            quantities = {quantity(name) for name in wanted if name in CATALOGUE} - by_dimension[0].keys()
             summary = {
                 **summarized(eigenvalues, quantities, num_features=num_features),
                 **_shares(eigenvalues, wanted),
+                **{name: torch.stack([own[name] for own in by_dimension]) for name in by_dimension[0]},
                 ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
             }
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
@@ -84,10 +86,18 @@ def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int)
         "normalized_matrix_entropy": entropy / math.log(matrix.num_features),
         "effective_rank": entropy.exp(),
         ERROR: error,
+        **_of_dimensions(matrix, names),
     }
     numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-2]]
     counts = (matrix.moments.num_tokens, matrix.moments.num_nonfinite)
     return torch.stack([*numbers, *(count.to(entropy.dtype) for count in counts)])
+
+
+def _of_dimensions(matrix: Matrix | Discriminant, names: Sequence[str]) -> dict[str, Tensor]:
+    """Compute what takes the matrix, and not its eigenvalues."""
+    if "top_dimension_share" not in names or isinstance(matrix, Discriminant):
+        return {}
+    return {"top_dimension_share": matrix.top_dimension_share()}
 
 
 def _eigenvalues(matrices: list[Matrix | Discriminant]) -> Tensor:

@@ -52,29 +52,37 @@ class EntropyMonitor:
     What ``metrics`` asks for; of all tokens, each centred by the mean of its sequence and scaled to unit length, where
     nothing else is said:
 
-    =================================  ==========  =====================================================================
-    ``matrix_entropy``                 nats        entropy of the spectrum of one covariance of all tokens
-    ``normalized_matrix_entropy``      -           the same over log d
-    ``effective_rank``                 dimensions  exp of the matrix entropy
-    ``sequence_matrix_entropy``        nats        entropy of each sequence, then their mean, as in the paper
-    ``sequence_effective_rank``        dimensions  exp of that mean
-    ``renyi_2``                        nats        entropy of order 2
-    ``rankme``                         dimensions  RankMe, of the tokens as they are
-    ``participation_ratio``            dimensions  1 / sum of the squared shares of the spectrum
-    ``stable_rank``                    dimensions  1 / largest share
-    ``numerical_rank``                 dimensions  eigenvalues above rounding
-    ``top_share``                      share       variance in the strongest direction
-    ``spectrum``                       share       ``spectrum_top_1``, ``_2``, ``_4``, ...: variance in so many
-    ``alpha_req``                      -           slope of the log of the spectrum
-    ``embedding_matrix_entropy``       nats        as above, of one vector per sequence, see ``embedding``
-    ``embedding_effective_rank``       dimensions  exp of that
-    ``embedding_rankme``               dimensions  RankMe of these vectors as they are
-    ``embedding_participation_ratio``  dimensions  as above, of these vectors at unit length
-    ``embedding_alpha_req``            -           as above, of these vectors as they are
-    ``holevo_information``             nats        how much of the matrix entropy tells sequences apart
-    ``curvature``                      radians     how sharply a sequence turns from token to token
-    ``lidar``                          dimensions  directions in which sequences differ beyond what is within them
-    =================================  ==========  =====================================================================
+    =======================================  ==========  ===============================================================
+    ``matrix_entropy``                       nats        entropy of the spectrum of one covariance of all tokens
+    ``normalized_matrix_entropy``            -           the same over log d
+    ``effective_rank``                       dimensions  exp of the matrix entropy
+    ``sequence_matrix_entropy``              nats        entropy of each sequence, then their mean, as in the paper
+    ``sequence_effective_rank``              dimensions  exp of that mean
+    ``renyi_2``                              nats        entropy of order 2
+    ``rankme``                               dimensions  RankMe, of the tokens as they are
+    ``participation_ratio``                  dimensions  1 / sum of the squared shares of the spectrum
+    ``stable_rank``                          dimensions  1 / largest share
+    ``numerical_rank``                       dimensions  eigenvalues above rounding
+    ``top_share``                            share       variance in the strongest direction
+    ``top_dimension_share``                  share       variance in the largest dimension, an outlier
+    ``correlation_effective_rank``           dimensions  of the correlations: no dimension outweighs the others
+    ``spectrum``                             share       ``spectrum_top_1``, ``_2``, ``_4``, ...: variance in so many
+    ``alpha_req``                            -           slope of the log of the spectrum
+    ``embedding_matrix_entropy``             nats        as above, of one vector per sequence, see ``embedding``
+    ``embedding_effective_rank``             dimensions  exp of that
+    ``embedding_rankme``                     dimensions  RankMe of these vectors as they are
+    ``embedding_participation_ratio``        dimensions  as above, of these vectors at unit length
+    ``embedding_alpha_req``                  -           as above, of these vectors as they are
+    ``embedding_covariance_effective_rank``  dimensions  of these vectors as they are, about their mean
+    ``embedding_covariance_alpha_req``       -           the same
+    ``holevo_information``                   nats        how much of the matrix entropy tells sequences apart
+    ``curvature``                            radians     how sharply a sequence turns from token to token
+    ``lidar``                                dimensions  directions in which sequences differ beyond what is within them
+    ``token_norm``                           -           length of the tokens as they are, root mean square
+    ``max_norm_ratio``                       -           longest token over the geometric mean of its sequence
+    ``sink_tokens``                          tokens      attention sinks a sequence, see ``exclude_sinks``
+    ``anisotropy``                           -           mean cosine between two tokens as they are
+    =======================================  ==========  ===============================================================
 
     Args:
         model: The model as it is trained: plain, or wrapped by DDP, FSDP, PEFT or ``torch.compile``.
@@ -91,6 +99,9 @@ class EntropyMonitor:
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
+            their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
+            numbers would describe this one token. One warning says where they are. ``False``: they count.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
@@ -131,6 +142,7 @@ class EntropyMonitor:
         layer_offset: int | None = None,
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
+        exclude_sinks: bool = True,
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
@@ -142,6 +154,7 @@ class EntropyMonitor:
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
+        self._exclude_sinks = exclude_sinks
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
@@ -295,5 +308,6 @@ class EntropyMonitor:
             dtype=self._dtype,
             device=device_of(self.model),
             embedding=self._embedding,
+            exclude_sinks=self._exclude_sinks,
         )
         return {layer: empty.empty() for layer in self.layers}

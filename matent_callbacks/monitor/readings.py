@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source, sources_of
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
@@ -44,7 +44,9 @@ class Readings(NamedTuple):
     failed: set[str]
     """Layers that were left out: on all ranks, because some rank could not read them."""
     given: dict[str, int]
-    """Tokens that the masks have in, whether they hold NaN or not, by layer."""
+    """Tokens that the masks have in, whether they hold NaN or not, by layer; without sinks that are left out."""
+    sinks: dict[str, tuple[int, float]]
+    """Sinks that were left out, and how many times as long as other tokens (geometric mean), by layer with any."""
     counted: dict[tuple[str, Source], int]
     """What counted, by layer and source: tokens, or sequences."""
     unlike: str = ""
@@ -86,7 +88,7 @@ class PendingReadings:
         if self._distributed:
             gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
         else:
-            gathered = _gather(accumulators, failed)
+            gathered = _gather(accumulators, failed, sources_of(metrics))
         self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
         self._names = {
             unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
@@ -95,6 +97,7 @@ class PendingReadings:
         self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
         self._given = {layer: accumulator.num_given for layer, accumulator in accumulators.items()}
+        self._sinks = {layer: accumulator.sinks for layer, accumulator in accumulators.items()}
         self._found: Future[dict[Unit, Tensor]] | None = None
         if executor is not None:
             matrices = {unit: matrix.to(torch.device("cpu")) for unit, matrix in gathered.matrices.items()}
@@ -104,7 +107,7 @@ class PendingReadings:
     def result(self) -> Readings:
         """Return the numbers, which are bitwise the same on every rank."""
         if self._gathered.unlike:
-            return Readings({}, {}, self._gathered.failed, {}, {}, self._gathered.unlike)
+            return Readings({}, {}, self._gathered.failed, {}, {}, {}, self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
         own_means = not self._distributed or dist.get_rank(self._group) == 0
@@ -112,6 +115,7 @@ class PendingReadings:
             numbers_of_mean = _mean_numbers(self._gathered.means[unit], names) if own_means else None
             pieces.append(self._piece(numbers_of_mean, len(names)))
         pieces.append(self._piece(torch.stack([*self._given.values()]), len(self._given)))
+        pieces.append(self._piece(torch.cat([*self._sinks.values()]), 2 * len(self._sinks)))
         pieces.append(self._piece(None, 1) + float(error is not None))
         table = torch.cat(pieces)
         if self._distributed:
@@ -144,8 +148,15 @@ class PendingReadings:
     def _read_back(self, numbers: list[float]) -> Readings:
         both = (*self._names.items(), *self._mean_names.items())
         columns = [(source, layer, name) for (source, layer), names in both for name in names]
-        given = {layer: int(number) for layer, number in zip(self._given, numbers[len(columns) :], strict=True)}
-        readings = Readings({}, {}, self._gathered.failed, given, {})
+        of_layers = numbers[len(columns) :]
+        given = {layer: int(number) for layer, number in zip(self._given, of_layers, strict=False)}
+        pairs = zip(of_layers[len(given) :: 2], of_layers[len(given) + 1 :: 2], strict=True)
+        sinks = {
+            layer: (int(number), math.exp(logs / number))
+            for layer, (number, logs) in zip(self._sinks, pairs, strict=True)
+            if number
+        }
+        readings = Readings({}, {}, self._gathered.failed, given, sinks, {})
         for (source, layer, name), number in zip(columns, numbers[: len(columns)], strict=True):
             values = readings.values.setdefault(layer, {})
             if name == NONFINITE:
@@ -172,19 +183,24 @@ class _Gathered(NamedTuple):
     unlike: str = ""
 
 
-def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
+def _gather(
+    accumulators: Mapping[str, LayerAccumulator], failed: Collection[str], wanted: frozenset[Source]
+) -> _Gathered:
     statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
-    matrices = _matrices(statistics, next(iter(accumulators.values())).device)
+    matrices = _matrices(statistics, wanted, next(iter(accumulators.values())).device)
     widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
     return _Gathered(widths, matrices, _means(statistics), set(failed))
 
 
-def _matrices(statistics: Mapping[str, Sequence[Statistic]], device: torch.device) -> dict[Unit, Matrix | Discriminant]:
+def _matrices(
+    statistics: Mapping[str, Sequence[Statistic]], wanted: frozenset[Source], device: torch.device
+) -> dict[Unit, Matrix | Discriminant]:
     return {
-        (source, layer): matrix.to(device)
+        (source, layer): statistic.matrix(source).to(device)
         for layer, own in statistics.items()
         for statistic in own
-        for source, matrix in statistic.matrices().items()
+        for source in statistic.decomposed
+        if source in wanted
     }
 
 
@@ -240,13 +256,16 @@ def _gather_over_ranks(
             whole[layer].append(type(statistic)(states))
     means = _means({layer: a.statistics for layer, a in used.items()})
     common_means = all_reduce_sequence_means(list(means.values()), group)
-    decomposed = {(source, layer) for layer, statistic in spectral for source in statistic.decomposed}
+    wanted = sources_of(settings["metrics"])
+    agreed = {unit: width for unit, width in zip(units, widths, strict=True) if width is not None}
     known = {
-        unit: width.num_features
-        for unit, width in zip(units, widths, strict=True)
-        if width is not None and unit in decomposed
+        (source, layer): agreed[statistic.sources[0], layer].num_features
+        for layer, statistic in spectral
+        for source in statistic.decomposed
+        if source in wanted and (statistic.sources[0], layer) in agreed
     }
-    return _Gathered(known, _matrices(whole, device), dict(zip(means, common_means, strict=True)), everywhere)
+    matrices = _matrices(whole, wanted, device)
+    return _Gathered(known, matrices, dict(zip(means, common_means, strict=True)), everywhere)
 
 
 def _prefix(source: Source) -> str:
@@ -267,7 +286,11 @@ def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:
     value = torch.where(mean.num_sequences > 0, mean.mean, torch.nan)
     counts = {COUNTED: mean.num_sequences, NONFINITE: mean.num_nonfinite}
     numbers = [
-        counts[name].to(value.dtype) if name in counts else value if name == _WITHIN else CATALOGUE[name].of_mean(value)
+        counts[name].to(value.dtype)
+        if name in counts
+        else value
+        if name == _WITHIN
+        else CATALOGUE[name].of_mean(value, mean.num_sequences)
         for name in names
     ]
     return torch.stack(numbers)

@@ -22,7 +22,7 @@ def test_a_row_names_statistics_and_a_formula_that_are_there(name):
     assert {row.source, *row.further} <= STATISTICS.keys()
     is_mean = issubclass(STATISTICS[row.source], Average)
     assert (row.solver == "none") == is_mean
-    assert is_mean or name == "spectrum" or quantity(name) in _SUMMARY
+    assert is_mean or name in ("spectrum", "top_dimension_share") or quantity(name) in _SUMMARY
 
 
 def test_the_monitor_and_the_page_of_quantities_give_the_units_of_the_table():

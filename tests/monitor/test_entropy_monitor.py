@@ -45,12 +45,24 @@ def test_every_name_of_the_catalogue_is_what_its_metric_or_summary_says(make_lla
         "raw": raw,
         "embedding": spectral_summary(spectrum(centred - centred.mean(0), center=False, normalize=False)),
         "raw_embedding": spectral_summary(spectrum(vectors, center=False, normalize=False)),
+        "embedding_covariance": spectral_summary(spectrum(vectors - vectors.mean(0), center=False, normalize=False)),
     }
+    units = nn.functional.normalize(own_centre, dim=-1)
+    scaled = units / units.norm(dim=0)
+    of["correlation"] = spectral_summary(spectrum(scaled, center=False, normalize=False))
     expected = {
-        name: of[row.source][name.removeprefix("embedding_")]
+        name: of[row.source][row.quantity or name]
         for name, row in CATALOGUE.items()
-        if row.source in of and name not in ("spectrum", "holevo_information")
+        if row.source in of and name not in ("spectrum", "holevo_information", "top_dimension_share")
     }
+    expected["top_dimension_share"] = units.square().sum(0).max() / units.square().sum()
+    lengths = rows.norm(dim=1)
+    expected["token_norm"] = lengths.square().mean().sqrt()
+    logs = [h[m.bool()].double().norm(dim=1).log() for h, m in zip(hidden, mask, strict=True)]
+    expected["max_norm_ratio"] = torch.stack([(own.max() - own.mean()).exp() for own in logs]).mean()
+    expected["sink_tokens"] = torch.zeros(())
+    cosines = nn.functional.cosine_similarity(rows[None], rows[:, None], dim=-1)
+    expected["anisotropy"] = (cosines.sum() - len(rows)) / (len(rows) * (len(rows) - 1))
     expected |= {name: spectrum(own_centre, center=False)[:k].sum() for name, k in shares.items()}
     for name, cls in [
         ("sequence_matrix_entropy", SequenceMatrixEntropy),
