@@ -237,7 +237,7 @@ def _gather_over_ranks(
     for layer, statistic in spectral:
         states = {source: totals[source, layer] for source in statistic.tokens() if (source, layer) in totals}
         if states and layer not in everywhere:
-            whole[layer].append(type(statistic)(states))
+            whole[layer].append(type(statistic)(states, statistic.settings))
     means = _means({layer: a.statistics for layer, a in used.items()})
     common_means = all_reduce_sequence_means(list(means.values()), group)
     decomposed = {(source, layer) for layer, statistic in spectral for source in statistic.decomposed}
