@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding, Source
+from matent_callbacks.accumulate.catalogue import Embedding, Source, sources_of
 from matent_callbacks.accumulate.moments import empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequences import Sequences, Vectors, in_groups, log_norms_in_pieces
@@ -18,15 +18,15 @@ from matent_callbacks.accumulate.statistics import (
     OF_WHOLE_SEQUENCES,
     STATISTICS,
     Average,
+    Settings,
     State,
     Statistic,
-    kinds_of,
 )
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 from matent_callbacks.functional.sinks import TokenNorms, may_have_sinks, token_norms
 
-__all__ = ["OF_VECTORS", "OF_WHOLE_SEQUENCES", "LayerAccumulator"]
+__all__ = ["OF_VECTORS", "LayerAccumulator", "check_split"]
 
 _OF_ENTROPIES: frozenset[Source] = frozenset({"sequence", "sequence_by_tokens"})
 
@@ -67,10 +67,11 @@ class LayerAccumulator:
         self.dtype = dtype
         self._sources = sources
         self._max_tokens = max_tokens
-        self._embedding = embedding
+        self._settings = Settings(sources, embedding)
+        self._kinds = tuple(dict.fromkeys(kind for source, kind in STATISTICS.items() if source in sources))
         self._has_entropies = bool(sources & _OF_ENTROPIES)
         self._exclude_sinks = exclude_sinks
-        self._logs_norms = any(kind.needs_norms for kind in kinds_of(sources))
+        self._logs_norms = any(kind.needs_norms for kind in self._kinds)
         double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
         self._zero = torch.zeros((), dtype=torch.int64, device=device)
         by_dtype = {d: empty_moments(dtype=d, device=device) for d in (dtype, double)}
@@ -92,7 +93,7 @@ class LayerAccumulator:
         """``()``: tokens that the masks have in, whether they hold NaN or not, without sinks that are left out."""
         self.sinks = self._no_sinks
         """``(2,)``: sinks that were left out, and the sum of the logarithms of how many times as long as others."""
-        self.statistics: list[Statistic] = [kind(self._start, self._embedding) for kind in kinds_of(self._sources)]
+        self.statistics: list[Statistic] = [kind(self._start, self._settings) for kind in self._kinds]
 
     def empty(self) -> LayerAccumulator:
         """Return one for another layer, which has seen nothing."""
@@ -286,3 +287,11 @@ class LayerAccumulator:
         before = self._counted.to(mask.device)
         self._counted = (before + mask.sum()).to(self.device)
         return mask & (position <= budget - before)
+
+
+def check_split(metrics: Iterable[str]) -> None:
+    """Raise ``ValueError`` if one of ``metrics`` cannot be computed where ranks hold parts of sequences."""
+    for name in metrics:
+        if sources_of([name]) & OF_WHOLE_SEQUENCES:
+            what = "is of whole sequences, and there is a `context_group`"
+            raise ValueError(f"`metrics` asks for {name!r}, which {what}.")

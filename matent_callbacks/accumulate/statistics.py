@@ -6,13 +6,13 @@ A new one is a class here, listed in ``_KINDS``. Its metrics are rows of :data:`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import Embedding, Source, sources_of
+from matent_callbacks.accumulate.catalogue import Embedding, Source
 from matent_callbacks.accumulate.documents import VIEWS, Discriminant, views_at_a_time
 from matent_callbacks.accumulate.embeddings import embeddings
 from matent_callbacks.accumulate.moments import Center, Moments
@@ -33,12 +33,21 @@ State = Moments | SequenceMean
 """What a statistic knows of the tokens that it has seen. States of one source merge, over batches and over ranks."""
 
 
+class Settings(NamedTuple):
+    """What is asked of the statistics of a layer."""
+
+    wanted: frozenset[Source]
+    """The sources that metrics are computed from: a class that keeps several may leave others out."""
+    embedding: Embedding
+    """Which vector stands for a sequence."""
+
+
 class Statistic(ABC):
     """One statistic of the tokens of a layer.
 
     Args:
         states: What it begins with, for each source that it keeps.
-        embedding: Which vector stands for a sequence.
+        settings: What is asked of it.
     """
 
     sources: ClassVar[tuple[Source, ...]]
@@ -59,8 +68,12 @@ class Statistic(ABC):
     """Whether its metrics take roots or logarithms of the smallest eigenvalues, or divide by them. In float32 these
     would be rounding errors. Such statistics hold few vectors, so float64 costs little."""
 
+    def __init__(self, states: Mapping[Source, State], settings: Settings) -> None:
+        self.settings = settings
+        self._begin(states)
+
     @abstractmethod
-    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None: ...
+    def _begin(self, states: Mapping[Source, State]) -> None: ...
 
     @abstractmethod
     def add(self, sequences: Sequences) -> None:
@@ -85,8 +98,8 @@ class Statistic(ABC):
 
     @property
     def decomposed(self) -> tuple[Source, ...]:
-        """The sources that :meth:`matrix` takes."""
-        return (*self.tokens(), *self.derived)
+        """The sources that :meth:`matrix` takes, of those that are wanted."""
+        return tuple(source for source in (*self.tokens(), *self.derived) if source in self.settings.wanted)
 
     def matrix(self, source: Source) -> Matrix | Discriminant:
         """Return what is decomposed."""
@@ -99,9 +112,8 @@ class Covariance(Statistic):
     center: ClassVar[Center]
     normalize: ClassVar[bool]
 
-    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+    def _begin(self, states: Mapping[Source, State]) -> None:
         self._tokens = _pooled(self.center, states[self.sources[0]])
-        self._embedding = embedding
 
     def add(self, sequences: Sequences) -> None:
         self._tokens.update(sequences, normalize=self.normalize)
@@ -142,7 +154,7 @@ class EmbeddingCovariance(Covariance):
     of_whole_sequences = of_vectors = True
 
     def add(self, sequences: Sequences) -> None:
-        for some in embeddings(sequences, self._embedding):
+        for some in embeddings(sequences, self.settings.embedding):
             vectors = some.values.unsqueeze(1)
             piece = _prepared(vectors, some.valid.unsqueeze(1), self._tokens, center=False, normalize=self.normalize)
             found = piece.tokens
@@ -173,7 +185,7 @@ class Documents(Statistic):
     takes, fewest = (2, f"sequence of {VIEWS} tokens or more"), 2
     of_whole_sequences = in_float64 = True
 
-    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+    def _begin(self, states: Mapping[Source, State]) -> None:
         # In this order over ranks, too: one rank owns both.
         self._within = _pooled("sequence", states["within_documents"])
         self._between = _pooled("global", states["between_documents"])
@@ -220,7 +232,7 @@ class Average(Statistic):
         nothing = empty_sequence_mean(dtype=dtype, device=device)
         return nothing._replace(mean=nothing.mean.new_zeros(0)) if cls.of_vector else nothing
 
-    def __init__(self, states: Mapping[Source, State], embedding: Embedding = "mean") -> None:
+    def _begin(self, states: Mapping[Source, State]) -> None:
         mean = states[self.sources[0]]
         assert isinstance(mean, SequenceMean)
         self.mean = mean
@@ -373,19 +385,6 @@ STATISTICS: dict[Source, type[Statistic]] = {
 
 OF_VECTORS = frozenset(source for source, kind in STATISTICS.items() if kind.of_vectors)
 OF_WHOLE_SEQUENCES = frozenset(source for source, kind in STATISTICS.items() if kind.of_whole_sequences)
-
-
-def check_split(metrics: Iterable[str]) -> None:
-    """Raise ``ValueError`` if one of ``metrics`` cannot be computed where ranks hold parts of sequences."""
-    for name in metrics:
-        if sources_of([name]) & OF_WHOLE_SEQUENCES:
-            what = "is of whole sequences, and there is a `context_group`"
-            raise ValueError(f"`metrics` asks for {name!r}, which {what}.")
-
-
-def kinds_of(sources: frozenset[Source]) -> Iterator[type[Statistic]]:
-    """Yield the classes that keep ``sources``, each once."""
-    yield from dict.fromkeys(kind for source, kind in STATISTICS.items() if source in sources)
 
 
 def _pooled(center: Center, state: State) -> PooledTokens:

@@ -11,8 +11,9 @@ import torch
 from rich.table import Table
 from rich.text import Text as Cell
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import CATALOGUE, sources_of
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.cli._state import REPLICATES, Floats, State
 from matent_callbacks.monitor.readings import PendingReadings
 
@@ -121,7 +122,8 @@ def _pooled_values(state: State, names: Sequence[str], *, without: int | None) -
     accumulators = {}
     parts = [pooled for group, pooled in state.pooled.items() if group != without]
     for layer in state.widths:
-        sources = frozenset(s for part in parts for s in (*part.moments.get(layer, {}), *part.means.get(layer, {})))
+        kept = {s for part in parts for s in (*part.moments.get(layer, {}), *part.means.get(layer, {}))}
+        sources = frozenset(source for source in sources_of(names) if kept & {*STATISTICS[source].sources})
         accumulators[layer] = LayerAccumulator(
             sources, max_tokens=None, dtype=torch.float32, device=torch.device("cpu")
         )

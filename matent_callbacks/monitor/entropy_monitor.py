@@ -19,9 +19,8 @@ from matent_callbacks.accumulate.catalogue import (
     check_solver,
     sources_of,
 )
-from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
+from matent_callbacks.accumulate.layer_statistics import LayerAccumulator, check_split
 from matent_callbacks.accumulate.reduction import check_groups
-from matent_callbacks.accumulate.statistics import check_split
 from matent_callbacks.capture.batches import check_batch
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source, sources_of
+from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
@@ -88,7 +88,7 @@ class PendingReadings:
         if self._distributed:
             gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
         else:
-            gathered = _gather(accumulators, failed, sources_of(metrics))
+            gathered = _gather(accumulators, failed)
         self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
         self._names = {
             unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
@@ -183,24 +183,19 @@ class _Gathered(NamedTuple):
     unlike: str = ""
 
 
-def _gather(
-    accumulators: Mapping[str, LayerAccumulator], failed: Collection[str], wanted: frozenset[Source]
-) -> _Gathered:
+def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
     statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
-    matrices = _matrices(statistics, wanted, next(iter(accumulators.values())).device)
+    matrices = _matrices(statistics, next(iter(accumulators.values())).device)
     widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
     return _Gathered(widths, matrices, _means(statistics), set(failed))
 
 
-def _matrices(
-    statistics: Mapping[str, Sequence[Statistic]], wanted: frozenset[Source], device: torch.device
-) -> dict[Unit, Matrix | Discriminant]:
+def _matrices(statistics: Mapping[str, Sequence[Statistic]], device: torch.device) -> dict[Unit, Matrix | Discriminant]:
     return {
         (source, layer): statistic.matrix(source).to(device)
         for layer, own in statistics.items()
         for statistic in own
         for source in statistic.decomposed
-        if source in wanted
     }
 
 
@@ -253,19 +248,17 @@ def _gather_over_ranks(
     for layer, statistic in spectral:
         states = {source: totals[source, layer] for source in statistic.tokens() if (source, layer) in totals}
         if states and layer not in everywhere:
-            whole[layer].append(type(statistic)(states))
+            whole[layer].append(type(statistic)(states, statistic.settings))
     means = _means({layer: a.statistics for layer, a in used.items()})
     common_means = all_reduce_sequence_means(list(means.values()), group)
-    wanted = sources_of(settings["metrics"])
     agreed = {unit: width for unit, width in zip(units, widths, strict=True) if width is not None}
     known = {
         (source, layer): agreed[statistic.sources[0], layer].num_features
         for layer, statistic in spectral
         for source in statistic.decomposed
-        if source in wanted and (statistic.sources[0], layer) in agreed
+        if (statistic.sources[0], layer) in agreed
     }
-    matrices = _matrices(whole, wanted, device)
-    return _Gathered(known, matrices, dict(zip(means, common_means, strict=True)), everywhere)
+    return _Gathered(known, _matrices(whole, device), dict(zip(means, common_means, strict=True)), everywhere)
 
 
 def _prefix(source: Source) -> str:
