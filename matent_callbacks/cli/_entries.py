@@ -1,15 +1,12 @@
-"""Turns the statistics of a model into its entry in the results, and prints the table of all entries."""
+"""Turns the statistics of a model into the quantities of its layers, with intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from rich.table import Table
-from rich.text import Text as Cell
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, sources_of
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
@@ -21,23 +18,6 @@ LEVEL = 0.95
 GROUPS = 10
 """Of documents, whose moments are kept apart for the intervals of pooled quantities: memory grows with their number,
 and so do the decompositions. With ten, Student's quantile is 2.26 instead of 1.96."""
-
-TROUBLE = {
-    "empty": "documents are empty",
-    "one_token": "documents have fewer than two tokens and so no covariance",
-    "damaged": "lines are not JSON with a string in that field",
-    "not_utf8": "lines are not UTF-8 text",
-    "unreadable": "files cannot be read",
-    "nonfinite": "sequences gave NaN or Inf",
-}
-_HEADS = {
-    "sequence_matrix_entropy": "entropy (nats)",
-    "normalized_sequence_matrix_entropy": "/ log d",
-    "sequence_effective_rank": "eRank",
-    "untrained_sequence_matrix_entropy": "untrained entropy",
-    "untrained_sequence_effective_rank": "untrained eRank",
-    "diff_erank": "Diff-eRank",
-}
 
 
 def layer_samples(trained: State, untrained: State | None, metrics: Sequence[str]) -> dict[str, dict[str, Floats]]:
@@ -137,73 +117,3 @@ def _pooled_values(state: State, names: Sequence[str], *, without: int | None) -
         layer: {name: values.get(name, math.nan) for name in dict.fromkeys([*given, *values])}
         for layer, values in readings.values.items()
     }
-
-
-def notes(state: State) -> list[str]:
-    """One sentence for each kind of document that was left out."""
-    return [
-        f"{count:,} {TROUBLE[kind]} and are left out (first: {state.places[kind]})."
-        for kind, count in sorted(state.skipped.items())
-    ]
-
-
-def table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each model and layer."""
-    names = _names(models)
-    made = Table(caption=f"below each value: its {LEVEL:.0%} bootstrap interval over sequences", caption_justify="left")
-    for head in ("model", "layer"):
-        made.add_column(head, overflow="fold")
-    for head in ("parameters", "sequences", *names.values()):
-        made.add_column(head, justify="right")
-    for entry in models:
-        about = [entry["model"], f"{entry['parameters']:,}", f"{entry['num_sequences']:,}"]
-        for layer, quantities in entry["layers"].items():
-            cells = [about[0], layer, *about[1:], *(_cell(quantities.get(name)) for name in names)]
-            # As text, so that a name is shown as it is: rich would interpret markup in it.
-            made.add_row(*map(Cell, cells))
-            about = [""] * 3
-        made.add_section()
-    return made
-
-
-def differences(models: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each layer of each model that was compared with the baseline."""
-    compared = [entry for entry in models if "baseline" in entry]
-    names = _names(compared)
-    made = Table(
-        title=Cell(f"minus {compared[0]['baseline']}, the baseline, on the same documents"),
-        title_justify="left",
-        caption=f"below each difference: its {LEVEL:.0%} interval, of the paired bootstrap over sequences; of the "
-        f"jackknife over {GROUPS} groups of documents for what is pooled; * where 0 is not in it",
-        caption_justify="left",
-    )
-    for head in ("model", "layer"):
-        made.add_column(head, overflow="fold")
-    for head in names.values():
-        made.add_column(head, justify="right")
-    for entry in compared:
-        name = entry["model"]
-        for layer, quantities in entry["layers"].items():
-            found = {key: of["baseline_difference"] for key, of in quantities.items() if "baseline_difference" in of}
-            if found:
-                made.add_row(*map(Cell, [name, layer, *(_cell(found.get(key), is_difference=True) for key in names)]))
-                name = ""
-        made.add_section()
-    return made
-
-
-def _names(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the quantities of all models and layers with their headings."""
-    found = dict.fromkeys(name for entry in models for layer in entry["layers"].values() for name in layer)
-    return {name: _HEADS.get(name, name.replace("_", " ")) for name in found}
-
-
-def _cell(quantity: Mapping[str, float | None] | None, *, is_difference: bool = False) -> str:
-    if quantity is None or quantity["value"] is None:
-        return "-"
-    shown = "{:+.3g}" if is_difference else "{:.4g}"
-    value, low, high = quantity["value"], quantity["low"], quantity["high"]
-    if low is None or high is None:
-        return shown.format(value)
-    mark = "*" if is_difference and (low > 0 or high < 0) else ""
-    return f"{shown.format(value)}{mark}\n{shown.format(low)} to {shown.format(high)}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import sources_of
@@ -20,13 +17,14 @@ from matent_callbacks.capture.layers import resolve_layers
 from matent_callbacks.cli._adapters import ModelError
 from matent_callbacks.cli._baseline import compare, kept
 from matent_callbacks.cli._documents import Text, TextError
-from matent_callbacks.cli._entries import GROUPS, differences, interval, layer_samples, notes, table
+from matent_callbacks.cli._entries import GROUPS, interval, layer_samples
 from matent_callbacks.cli._models import LayersError, Loaded, first_sentence, load, training_progress
 from matent_callbacks.cli._progress import with_bar
 from matent_callbacks.cli._ranks import OtherRankError, Ranks
 from matent_callbacks.cli._request import check_paths, checked_device, checked_settings, models_of
 from matent_callbacks.cli._results import Results, ResultsError
 from matent_callbacks.cli._saving import Interruption
+from matent_callbacks.cli._shown import draw, notes, print_tables, say
 from matent_callbacks.cli._state import State
 from matent_callbacks.cli._stream import stream
 from matent_callbacks.cli.measure import Request
@@ -80,33 +78,10 @@ def _run(request: Request, ranks: Ranks) -> int:
             code = 130
     shown = [entry for entry in results.models if entry["model"] in models]
     if shown:
-        _print(shown)
+        print_tables(shown)
         if request.plot is not None:
-            code = max(code, _draw(shown, results.settings["metrics"], request.plot))
+            code = max(code, draw(shown, results.settings["metrics"], request.plot))
     return code or int(run.unsaved)
-
-
-def _print(models: list[dict[str, Any]]) -> None:
-    # Without a terminal there is no width to keep to.
-    console = Console(width=None if sys.stdout.isatty() else 240)
-    console.print(table(models))
-    if any("baseline" in entry for entry in models):
-        console.print(differences(models))
-
-
-def _draw(models: list[dict[str, Any]], metrics: list[str], path: Path) -> int:
-    """Draw the effective rank of sequences and the metrics that each layer has one number of; returns the exit code."""
-    from matent_callbacks.plot import measured_layers
-
-    there = {name for entry in models for quantities in entry["layers"].values() for name in quantities}
-    names = [name for name in dict.fromkeys(("sequence_effective_rank", *metrics)) if name in there]
-    try:
-        measured_layers(models, names).savefig(path, dpi=130)
-    except OSError as error:
-        _say(f"--plot {path} cannot be written ({error.strerror}).")
-        return 1
-    _say(f"picture: {path}")
-    return 0
 
 
 class _Run:
@@ -124,7 +99,7 @@ class _Run:
     def say(self, message: str) -> None:
         """Print one sentence on stderr, on the first rank only."""
         if self._ranks.is_first:
-            _say(message)
+            say(message)
 
     def measure(self, name: str, interruption: Interruption) -> int:
         """Measure one model. If that fails, print one sentence on stderr; returns the exit code."""
@@ -136,13 +111,13 @@ class _Run:
             self.say(str(error))
             return 2
         except (ModelError, TextError) as error:
-            _say(str(error))
+            say(str(error))
             return 1
         except torch.OutOfMemoryError:
-            _say(f"{name} runs out of memory with --batch-tokens {self._request.batch_tokens}: give a smaller number.")
+            say(f"{name} runs out of memory with --batch-tokens {self._request.batch_tokens}: give a smaller number.")
             return 1
         except Exception as error:
-            _say(f"{name} cannot be measured: {first_sentence(error)}")
+            say(f"{name} cannot be measured: {first_sentence(error)}")
             return 1
         return 0
 
@@ -306,7 +281,7 @@ class _Run:
             self._results.save(name, states)
         except OSError as error:
             if not self.unsaved:
-                _say(f"--out {self._request.out} cannot be written ({error.strerror}); measuring goes on.")
+                say(f"--out {self._request.out} cannot be written ({error.strerror}); measuring goes on.")
             self.unsaved = True
         else:
             self.unsaved = False
@@ -318,7 +293,3 @@ def _hidden_size(model: Any) -> int | None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     size = getattr(config, "hidden_size", None)
     return size if isinstance(size, int) else None
-
-
-def _say(message: str) -> None:
-    print(f"matent: {message}", file=sys.stderr, flush=True)

@@ -90,7 +90,7 @@ def load(
         except ModelError:
             raise
         except Exception as error:
-            of = f"{name} is an adapter. " if adapter else ""
+            of = f"{name} is an adapter, whose base may be given as --baseline. " if adapter else ""
             raise ModelError(of + _why(base, error, trust_remote_code=trust_remote_code)) from error
     notes = [adapter.note] if adapter and adapter.note else []
     if missing:

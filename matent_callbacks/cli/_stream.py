@@ -98,7 +98,8 @@ def stream(
                 own = start + rank
                 if own < len(waiting):
                     batch = window.batches[waiting[own]]
-                    group_numbers = [group_of(seed, sequence.document, groups) for sequence in batch]
+                    numbers = [sequence.document for sequence in batch]
+                    group_numbers = [group_of(seed, n, groups) if groups > 1 else 0 for n in numbers]
                     with hold():
                         found = reader.read(batch, group_numbers, pad=tokenizer.pad_token_id or 0)
                         _add(state, batch, found, reader, seed)
