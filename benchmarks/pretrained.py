@@ -80,26 +80,25 @@ def text(tokenizer: Any, count: int, length: int) -> dict[str, Tensor]:
 
 def compare_ranks(name: str, model: Any, tokenizer: Any, batches: Iterable[tuple[int, int]]) -> None:
     """Print the effective rank with all tokens, without the first one, and without sinks."""
-    columns: dict[str, dict[str, float]] = {}
+    layers = [*(f"layer_{number:02d}" for number in SHOWN[name]), "last"]
     for count, length in batches:
         batch = text(tokenizer, count, length)
         without_first = batch["attention_mask"].clone()
         without_first[:, 0] = 0
-        size = f"{count} x {length}"
         everything = EntropyMonitor(
             model, layers="all", metrics=(RANK, "max_norm_ratio", "sink_tokens"), exclude_sinks=False
         )
         left_out = EntropyMonitor(model, layers="all", metrics=(RANK, "sink_tokens"))
         found = read(everything, batch)
-        columns[f"longest, {size}"] = part(found, "max_norm_ratio")
-        columns[f"all tokens, {size}"] = part(found, RANK)
-        columns[f"without the first, {size}"] = part(read(everything, batch, without_first), RANK)
+        columns = {
+            "longest": part(found, "max_norm_ratio"),
+            "all tokens": part(found, RANK),
+            "without the first": part(read(everything, batch, without_first), RANK),
+        }
         found = read(left_out, batch)
-        columns[f"without sinks, {size}"] = part(found, RANK)
-        columns[f"sinks a sequence, {size}"] = part(found, "sink_tokens")
-    layers = [*(f"layer_{number:02d}" for number in SHOWN[name]), "last"]
-    rows = [[layer, *(number(column[layer]) for column in columns.values())] for layer in layers]
-    table([f"{name}, effective rank", *columns], rows)
+        columns |= {"without sinks": part(found, RANK), "sinks a sequence": part(found, "sink_tokens")}
+        rows = [[layer, *(number(column[layer]) for column in columns.values())] for layer in layers]
+        table([f"{name}, effective rank, {count} x {length}", *columns], rows)
 
 
 def read(monitor: EntropyMonitor, batch: dict[str, Tensor], mask: Tensor | None = None) -> dict[str, float]:

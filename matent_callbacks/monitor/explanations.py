@@ -75,7 +75,7 @@ def messages(
         yield f"Left out, since ranks failed to read them or differ in their width: {names}."
     with_sinks = remembered.untold("sinks", readings.sinks)
     if with_sinks:
-        yield _left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks})
+        yield _left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks}, list(readings.given))
     for cause, undefined in _undefined_by_cause(readings, seen).items():
         new = remembered.untold(cause, undefined)
         # What broke off was told with its own error.
@@ -187,15 +187,26 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
-def _left_out_sinks(sinks: Mapping[str, tuple[int, float]]) -> str:
-    """Say in which layers attention sinks were left out, and how long they are."""
+def _left_out_sinks(sinks: Mapping[str, tuple[int, float]], layers: Sequence[str]) -> str:
+    """Say in which of ``layers`` attention sinks were left out, and how long they are."""
     least, most = min(ratio for _, ratio in sinks.values()), max(ratio for _, ratio in sinks.values())
     times = f"{most:.0f}" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f}"
     return (
         f"Attention sinks, a few tokens that are {times} times as long as the others of their sequence, are left out "
-        f"of the numbers of {_listed(list(sinks))}: these would describe them and nothing else. `exclude_sinks=False` "
-        "includes them. See the page on pretrained models in the documentation."
+        f"of the numbers of {_listed(_in_ranges(sinks, layers))}: these would describe them and nothing else. "
+        "`exclude_sinks=False` includes them. See the page on pretrained models in the documentation."
     )
+
+
+def _in_ranges(some: Collection[str], layers: Sequence[str]) -> list[str]:
+    """Name layers, in the order of all ``layers``, three or more in a row by the first and the last of them."""
+    rows: list[list[str]] = [[]]
+    for layer in layers:
+        if layer in some:
+            rows[-1].append(layer)
+        else:
+            rows.append([])
+    return [name for row in rows for name in ([f"{row[0]} to {row[-1]}"] if len(row) > 2 else row)]
 
 
 def _counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
