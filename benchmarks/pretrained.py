@@ -29,6 +29,16 @@ BATCHES = ((8, 128), (8, 256))
 LENGTHS = (16, 32, 128, 512, 2048)
 TOKENS = 2048
 RANK = "effective_rank"
+PROFILE = (
+    "correlation_effective_rank",
+    "top_dimension_share",
+    "anisotropy",
+    "token_norm",
+    "max_norm_ratio",
+    "sequence_effective_rank",
+    "rankme",
+)
+DOCS = Path(__file__).parent.parent / "docs"
 SHOWN = {
     "SmolLM2-135M": (0, 3, 6, 9, 11, 12, 16, 20, 24, 28, 29),
     "Gemma 3 270M": (0, 1, 2, 3, 6, 9, 12, 15, 16, 17),
@@ -56,6 +66,9 @@ def main() -> None:
     for name, loaded in models.items():
         model, tokenizer = loaded()
         compare_ranks(name, model, tokenizer, BATCHES[:1] if quick else BATCHES)
+        profile = show_profile(name, model, tokenizer, BATCHES[-1])
+        if not quick:
+            draw(name, profile)
         count_long_tokens(name, model, tokenizer, LENGTHS[:2] if quick else LENGTHS)
 
 
@@ -112,6 +125,44 @@ def part(values: dict[str, float], metric: str) -> dict[str, float]:
 
 def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def show_profile(name: str, model: Any, tokenizer: Any, size: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Print what a layer is like apart from its effective rank, and return all by metric and layer."""
+    monitor = EntropyMonitor(model, layers="all", metrics=(RANK, *PROFILE))
+    found = read(monitor, text(tokenizer, *size))
+    profile = {metric: part(found, metric) for metric in (RANK, *PROFILE)}
+    everything = EntropyMonitor(model, layers="all", metrics=RANK, exclude_sinks=False)
+    profile["all tokens"] = part(read(everything, text(tokenizer, *size)), RANK)
+    layers = [*(f"layer_{number:02d}" for number in SHOWN[name]), "last"]
+    rows = [[layer, *(f"{profile[metric][layer]:.3g}" for metric in (RANK, *PROFILE))] for layer in layers]
+    table([f"{name}, without sinks, {size[0]} x {size[1]}", *(f"`{metric}`" for metric in (RANK, *PROFILE))], rows)
+    return profile
+
+
+def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
+    """Draw the ranks by depth, and below them the lengths of tokens and the largest dimension."""
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    shown = {
+        "effective rank, without sinks": (RANK, "-"),
+        "with sinks": ("all tokens", ":"),
+        "of the correlations, without sinks": ("correlation_effective_rank", "--"),
+    }
+    for label, (metric, style) in shown.items():
+        above.plot([*profile[metric].values()], style, label=label)
+    above.set(yscale="log", ylabel="dimensions", title=name)
+    above.legend(frameon=False)
+    below.plot([*profile["max_norm_ratio"].values()], color="#D55E00")
+    below.set(
+        yscale="log", ylabel="longest token / geometric mean", xlabel="layer; 0: embeddings, the last: after the norm"
+    )
+    share = below.twinx()
+    share.plot([*profile["top_dimension_share"].values()], "--", color="#0072B2")
+    share.set(ylim=(0, 1), ylabel="share of the largest dimension (dashed)")
+    figure.savefig(DOCS / f"pretrained_{name.split()[0].partition('-')[0].lower()}.png", dpi=110)
+    plt.close(figure)
 
 
 @torch.no_grad()

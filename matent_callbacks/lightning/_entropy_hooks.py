@@ -110,7 +110,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
-        >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last")]).fit(module, data)
+        >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last", mode="max")]).fit(module, data)
     """
 
     def __init__(
