@@ -136,9 +136,9 @@ class LayerAccumulator:
             TypeError: If ``hidden_states`` is not a floating point tensor.
             ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
-        states, given = check_hidden_states(hidden_states, attention_mask)
-        norms = self._norms(states, given)
-        given = self._without_sinks(given, norms)
+        states, told = check_hidden_states(hidden_states, attention_mask)
+        norms = self._norms(states, told)
+        given = self._without_sinks(told, norms)
         mask = given
         is_one_row = hidden_states is not None and hidden_states.ndim == 2
         if is_one_row:
@@ -156,7 +156,9 @@ class LayerAccumulator:
         self._check_width(states.shape[-1], states.shape[-1] if vectors is None else vectors.shape[-1])
         standing = None
         if vectors is not None and self._sources & OF_VECTORS:
-            counts = mask if whole is None else mask & whole.unsqueeze(1)
+            # A vector that stands for a sequence is no token that others attend to, however long it is.
+            counts = mask | (told & ~given)[: len(mask)]
+            counts = counts if whole is None else counts & whole.unsqueeze(1)
             counts = counts[0] if is_one_row else counts.any(1)
             standing = Vectors(vectors[: len(counts)], counts)
         self._give(mask)

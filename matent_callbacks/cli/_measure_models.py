@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from matent_callbacks.cli._ranks import OtherRankError, Ranks
 from matent_callbacks.cli._request import check_paths, checked_device, checked_settings, models_of
 from matent_callbacks.cli._results import Results, ResultsError
 from matent_callbacks.cli._saving import Interruption
-from matent_callbacks.cli._shown import draw, notes, print_tables, say
+from matent_callbacks.cli._shown import about_sinks, draw, notes, print_tables, say
 from matent_callbacks.cli._state import State
 from matent_callbacks.cli._stream import stream
 from matent_callbacks.cli.measure import Request
@@ -79,6 +80,8 @@ def _run(request: Request, ranks: Ranks) -> int:
     shown = [entry for entry in results.models if entry["model"] in models]
     if shown:
         print_tables(shown)
+        for note in about_sinks(shown):
+            run.say(note)
         if request.plot is not None:
             code = max(code, draw(shown, results.settings["metrics"], request.plot))
     return code or int(run.unsaved)
@@ -168,6 +171,10 @@ class _Run:
             "num_tokens": trained.tokens,
             "skipped": trained.skipped,
             **training_progress(name),
+            "left_out_sinks": {
+                layer: {"tokens": round(number), "times_as_long": math.exp(logs / number)}
+                for layer, (number, logs) in trained.sinks.items()
+            },
             "layers": {
                 layer: {name: interval(values) for name, values in quantities.items()}
                 for layer, quantities in samples.items()
@@ -218,6 +225,7 @@ class _Run:
             sources=sources if which == "trained" else frozenset(),
             embedding=request.embedding,
             takes_vectors=bool(sources & OF_VECTORS),
+            exclude_sinks=not request.include_sinks,
             max_length=bound,
             batch_tokens=request.batch_tokens,
             max_sequences=request.max_sequences,

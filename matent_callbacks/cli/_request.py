@@ -17,7 +17,7 @@ from matent_callbacks.cli._ranks import Ranks
 from matent_callbacks.cli._state import REPLICATES
 from matent_callbacks.cli.measure import Request
 
-_NUMBERS_DEPEND_ON = ("max_length", "max_sequences", "batch_tokens", "untrained", "seed", "dtype")
+_NUMBERS_DEPEND_ON = ("max_length", "max_sequences", "batch_tokens", "include_sinks", "untrained", "seed", "dtype")
 
 
 def checked_settings(request: Request, text: Text) -> dict[str, Any]:

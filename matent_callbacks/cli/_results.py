@@ -19,6 +19,8 @@ from matent_callbacks.cli._saving import write_atomically
 from matent_callbacks.cli._state import Pooled, State
 
 FORMAT, VERSION = "matent-measure", 1
+# Settings that results of earlier releases lack, as they were then.
+_BEFORE = {"include_sinks": True}
 
 
 class ResultsError(ValueError):
@@ -83,7 +85,7 @@ class Results:
             raise ResultsError(f"--out is {out}, which is there and was not written by `matent measure`.")
         if content.get("version") != VERSION:
             raise ResultsError(f"--out has version {content.get('version')} of the format, this is version {VERSION}.")
-        before = content.get("settings", {})
+        before = _BEFORE | content.get("settings", {})
         other = [
             f"--{name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
             for name, value in self.settings.items()

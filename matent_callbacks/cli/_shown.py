@@ -13,6 +13,7 @@ from rich.text import Text as Cell
 
 from matent_callbacks.cli._entries import GROUPS, LEVEL
 from matent_callbacks.cli._state import State
+from matent_callbacks.monitor.explanations import left_out_sinks
 
 _TROUBLE = {
     "empty": "documents are empty",
@@ -42,6 +43,25 @@ def notes(state: State) -> list[str]:
     return [
         f"{count:,} {_TROUBLE[kind]} and are left out (first: {state.places[kind]})."
         for kind, count in sorted(state.skipped.items())
+    ]
+
+
+def about_sinks(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say in which layers sinks were left out: one sentence for all models in which these are the same."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entry in models:
+        # Results of earlier releases know of none.
+        if sinks := entry.get("left_out_sinks"):
+            alike.setdefault(tuple(layer for layer in entry["layers"] if layer in sinks), []).append(entry)
+    return [
+        f"{', '.join(entry['model'] for entry in entries)}: "
+        + left_out_sinks(
+            layers,
+            list(entries[0]["layers"]),
+            [of["times_as_long"] for entry in entries for of in entry["left_out_sinks"].values()],
+            switch="--include-sinks",
+        )
+        for layers, entries in alike.items()
     ]
 
 

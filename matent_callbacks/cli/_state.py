@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -100,6 +100,8 @@ class State:
     widths: dict[str, int] = field(default_factory=dict)
     means: dict[str, Floats] = field(default_factory=dict)
     """The entropies of sequences by layer, as :func:`weighted_sums`; these are added up."""
+    sinks: dict[str, list[float]] = field(default_factory=dict)
+    """By layer with any: sinks left out, and the sum of the logarithms of how many times as long as others they are."""
     pooled: dict[int, Pooled] = field(default_factory=dict)
     """By the group of the documents; a single one, 0, unless models are compared with a baseline."""
 
@@ -128,12 +130,20 @@ class State:
         self.widths.update(other.widths)
         for layer, sums in other.means.items():
             self.add_means(layer, sums)
+        self.add_sinks(other.sinks)
         for group, pooled in other.pooled.items():
             self.add_pooled(group, pooled)
 
     def add_means(self, layer: str, sums: Floats) -> None:
         """Add the entropies of other sequences."""
         self.means[layer] = self.means.get(layer, 0) + sums
+
+    def add_sinks(self, sinks: Mapping[str, Sequence[float]]) -> None:
+        """Add the sinks of other sequences."""
+        for layer, (number, logs) in sinks.items():
+            if number:
+                before = self.sinks.get(layer, (0, 0))
+                self.sinks[layer] = [before[0] + number, before[1] + logs]
 
     def add_pooled(self, group: int, pooled: Pooled) -> None:
         """Add the statistics of other documents of a group."""

@@ -57,6 +57,7 @@ def stream(
     sources: frozenset[Source] = frozenset(),
     embedding: Embedding = "mean",
     takes_vectors: bool = False,
+    exclude_sinks: bool = False,
     max_length: int,
     batch_tokens: int,
     max_sequences: int | None = None,
@@ -72,7 +73,7 @@ def stream(
     cannot, ``hold`` is entered.
 
     With ``takes_vectors`` the output of a layer may be one vector per sequence instead of one hidden state per token.
-    These vectors have no entropies of sequences.
+    These vectors have no entropies of sequences, and none of them is a sink.
 
     What is pooled over documents is kept apart for that many ``groups`` of them.
 
@@ -84,7 +85,9 @@ def stream(
         ModelError: If a layer has no output that can be measured.
     """
     device = next(model.parameters()).device
-    reader = _Reader(model, layers, sources, embedding, device, takes_vectors=takes_vectors)
+    reader = _Reader(
+        model, layers, sources, embedding, device, takes_vectors=takes_vectors, exclude_sinks=exclude_sinks
+    )
     state.pooled = state.on(device).pooled
     documents = enumerate(text.documents())
     _go_to(documents, state)
@@ -161,6 +164,8 @@ class _Found(NamedTuple):
     """``(B,)`` by layer; NaN where a hidden state is not finite."""
     pooled: dict[int, Pooled]
     """By group of documents."""
+    sinks: dict[str, list[float]]
+    """By layer, as those of :class:`.LayerAccumulator`."""
 
 
 class _Reader:
@@ -175,6 +180,7 @@ class _Reader:
         device: torch.device,
         *,
         takes_vectors: bool,
+        exclude_sinks: bool,
     ) -> None:
         self.widths: dict[str, int] = {}
         self._target = runnable(model)
@@ -182,10 +188,12 @@ class _Reader:
         self._sources = sources
         self._embedding = embedding
         self._takes_vectors = takes_vectors
+        self._exclude_sinks = exclude_sinks
         self._device = device
         self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
+        self._sinks: dict[str, Tensor] = {}
         self._rows: dict[int, list[int] | slice] = {}
         self._pooled: dict[int, Pooled] = {}
 
@@ -194,7 +202,7 @@ class _Reader:
         length = len(batch[0].ids)
         ids = torch.tensor([sequence.ids + [pad] * (length - len(sequence.ids)) for sequence in batch])
         mask = torch.arange(length) < torch.tensor([[len(sequence.ids)] for sequence in batch])
-        self._shape, self.widths, self._entropies = ids.shape, {}, {}
+        self._shape, self.widths, self._entropies, self._sinks = ids.shape, {}, {}, {}
         several = sorted(set(groups))
         # A slice selects without a copy.
         self._rows = {g: [i for i, own in enumerate(groups) if own == g] for g in several}
@@ -212,7 +220,7 @@ class _Reader:
         entropies = {
             layer: self._entropies[layer].double().cpu().numpy() for layer in self._layers if layer in self._entropies
         }
-        return _Found(entropies, self._pooled)
+        return _Found(entropies, self._pooled, {layer: sinks.tolist() for layer, sinks in self._sinks.items()})
 
     def _record(self, layer: str, states: Tensor | None, attention_mask: Tensor | None, vectors: Tensor | None) -> None:
         if states is not None and states.ndim == 2:  # experts and their like see one long row of tokens
@@ -234,6 +242,7 @@ class _Reader:
             found = own.update(states[rows], mask[rows], None if vectors is None else vectors[rows])
             assert found is not None  # no batch is empty
             entropies[rows] = found
+            self._sinks[layer] = self._sinks.get(layer, 0) + own.sinks
             self._keep(layer, states, own, group)
         self._entropies[layer] = torch.where(finite, entropies, torch.nan)
 
@@ -250,7 +259,14 @@ class _Reader:
 
     def _accumulator(self, sources: frozenset[Source], states: Tensor) -> LayerAccumulator:
         dtype = statistics_dtype(states)
-        return LayerAccumulator(sources, max_tokens=None, dtype=dtype, device=self._device, embedding=self._embedding)
+        return LayerAccumulator(
+            sources,
+            max_tokens=None,
+            dtype=dtype,
+            device=self._device,
+            embedding=self._embedding,
+            exclude_sinks=self._exclude_sinks and states.ndim == 3,  # a vector of a document is no token
+        )
 
     def _keep(self, layer: str, states: Tensor, own: LayerAccumulator, group: int) -> None:
         self.widths[layer] = states.shape[-1]
@@ -273,6 +289,7 @@ def _add(state: State, batch: Sequence[Tokenized], found: _Found, reader: _Reade
     finite = np.all([np.ones(len(batch)), *(np.isfinite(values) for values in found.entropies.values())], axis=0)
     for layer, values in found.entropies.items():
         state.add_means(layer, weighted_sums(np.where(finite, values, np.nan), counts))
+    state.add_sinks(found.sinks)
     for group, pooled in found.pooled.items():
         state.add_pooled(group, pooled)
     for sequence, good in zip(batch, finite, strict=True):

@@ -47,6 +47,13 @@ class Request:
         Literal["mean", "last", "first"],
         typer.Option(help="Which vector stands for a document in embedding_...: of its tokens."),
     ] = "mean"
+    include_sinks: Annotated[
+        bool,
+        typer.Option(
+            "--include-sinks",
+            help="Count attention sinks: a few tokens many times as long as the others, which are left out otherwise.",
+        ),
+    ] = False
     baseline: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Compare each model with this one, on the same documents."),
@@ -98,7 +105,8 @@ def measure(**arguments: Any) -> int:
 
     For each model and layer: the mean entropy of the sequences in nats, that over log d, and the effective rank
     exp(mean entropy), each with a 95 % bootstrap interval; with --untrained also Diff-eRank. What is read is the last
-    hidden state of `AutoModel` (of an encoder-decoder: its encoder), or the layers asked for.
+    hidden state of `AutoModel` (of an encoder-decoder: its encoder), or the layers asked for. Attention sinks are left
+    out, as the callbacks leave them out.
 
     Two checkpoints over the documents of a file, into a file for `matent scaling`:
 

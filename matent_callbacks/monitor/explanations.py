@@ -75,7 +75,7 @@ def messages(
         yield f"Left out, since ranks failed to read them or differ in their width: {names}."
     with_sinks = remembered.untold("sinks", readings.sinks)
     if with_sinks:
-        yield _left_out_sinks({layer: readings.sinks[layer] for layer in with_sinks}, list(readings.given))
+        yield left_out_sinks(with_sinks, list(readings.given), [readings.sinks[layer][1] for layer in with_sinks])
     for cause, undefined in _undefined_by_cause(readings, seen).items():
         new = remembered.untold(cause, undefined)
         # What broke off was told with its own error.
@@ -187,14 +187,16 @@ def _names_that_would_work(silent: Iterable[str], seen: Seen, layers: Layers, mo
     yield from (clean_name(names[module]) for module in dict.fromkeys(around) if module is not inner)
 
 
-def _left_out_sinks(sinks: Mapping[str, tuple[int, float]], layers: Sequence[str]) -> str:
-    """Say in which of ``layers`` attention sinks were left out, and how long they are."""
-    least, most = min(ratio for _, ratio in sinks.values()), max(ratio for _, ratio in sinks.values())
-    times = f"{most:.0f}" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f}"
+def left_out_sinks(
+    some: Collection[str], layers: Sequence[str], ratios: Collection[float], *, switch: str = "`exclude_sinks=False`"
+) -> str:
+    """Say in which of ``layers`` sinks were left out, how many times as long they are, and what includes them."""
+    least, most = f"{min(ratios):.0f}", f"{max(ratios):.0f}"
+    times = most if least == most else f"{least} to {most}"
     return (
         f"Attention sinks, a few tokens that are {times} times as long as the others of their sequence, are left out "
-        f"of the numbers of {_listed(_in_ranges(sinks, layers))}: these would describe them and nothing else. "
-        "`exclude_sinks=False` includes them. See the page on pretrained models in the documentation."
+        f"of the numbers of {_listed(_in_ranges(some, layers))}: these would describe them and nothing else. {switch} "
+        "includes them. See the page on pretrained models in the documentation."
     )
 
 

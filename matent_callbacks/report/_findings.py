@@ -75,7 +75,7 @@ def _by_topic(run: Run) -> dict[str, list[str]]:
         "Spectrum": _spectrum(run),
         "Image and text": _pairs(run),
         "Stages": _stages(run),
-        "Left out": _nonfinite(run),
+        "Left out": [_sinks(run), *_nonfinite(run)],
     }
 
 
@@ -222,6 +222,24 @@ def _plateau(run: Run) -> list[str]:
                 f"{number(since.values[-1])} observations had passed since progress."
             )
     return found
+
+
+def _sinks(run: Run) -> str:
+    """Say which layers have attention sinks, and whether these are left out of the layers' other numbers."""
+    source, layers = run.shown("sink_tokens")
+    counts = {layer: run.curve(Quantity("sink_tokens", layer, source)).finite().values[-1] for layer in layers}
+    found = [f"{place_name(layer)} ({number(count)} a sequence)" for layer, count in counts.items() if count]
+    if not found:
+        return ""
+    data = "" if source is None else f" ({held_out_name(source)})"
+    told = {"True": "leave them out", "False": "include them"}.get(
+        run.settings.get("exclude_sinks", ""),
+        "leave them out, unless `exclude_sinks=False` was given, which the log does not say",
+    )
+    return (
+        f"At the last reading{data} there are attention sinks in {len(found)} of {len(layers)} layers: "
+        f"{listed(found)}; entropies and ranks {told}."
+    )
 
 
 def _nonfinite(run: Run) -> list[str]:

@@ -156,3 +156,22 @@ def test_of_all_entropies_only_those_of_the_middle_move():
         found = measure(model, inputs, metrics="sink_tokens")
     for number, layer in enumerate(("layer_00", "layer_01", "layer_02", "last")):
         assert found[f"sink_tokens/{layer}"] == sink_tokens(states[number]).sum() / 4
+
+
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_a_vector_of_a_sequence_is_no_sink(max_tokens):
+    """Layers that output one vector per sequence, such as poolers: ``(B, d)``."""
+    pooler = nn.Identity()
+    vectors = torch.randn(20, 8)
+    vectors[3] *= LENGTH
+    found = {}
+    for exclude in (True, False):
+        monitor = EntropyMonitor(
+            nn.Sequential(pooler), "0", metrics="embedding_rankme", exclude_sinks=exclude, max_tokens=max_tokens
+        )
+        with monitor:
+            monitor.model(vectors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[exclude] = monitor.compute()
+    assert found[True] == found[False]

@@ -98,6 +98,28 @@ def test_nonfinite_tokens_are_counted() -> None:
     }
 
 
+def test_attention_sinks_are_told_with_whether_they_are_left_out() -> None:
+    values = {"layer_00": 0.0, "layer_03": 2.5, "layer_12": 1.0, "last": 0.0}
+    born = {"step": 1, **{f"eval_sink_tokens/{layer}": 0.0 for layer in values}}
+    grown = {"step": 2, **{f"eval_sink_tokens/{layer}": value for layer, value in values.items()}}
+
+    def told(settings: dict[str, str]) -> list[str]:
+        return summary(Run("a", "b", [born, grown], settings=settings))["Left out"]
+
+    where = (
+        "At the last reading (held out) there are attention sinks in 2 of 4 layers: layer_03 (2.5 a sequence), "
+        "layer_12 (1 a sequence); entropies and ranks "
+    )
+    assert told({"exclude_sinks": "True"}) == [f"{where}leave them out."]
+    assert told({"exclude_sinks": "False"}) == [f"{where}include them."]
+    unknown = "leave them out, unless `exclude_sinks=False` was given, which the log does not say."
+    assert told({}) == [where + unknown]
+    assert "Left out" not in summary(Run("a", "b", [born]))
+    probe = {key.replace("eval_", "code/"): value for key, value in grown.items()}
+    (*_, sentence) = summary(Run("a", "b", [probe]))["Readings named code"]
+    assert sentence == where.replace(" (held out)", "") + unknown
+
+
 def test_thinning_keeps_peaks_and_ends() -> None:
     values = [math.sin(i / 1e4) for i in range(100_000)]
     values[31_415], values[92_653] = 50.0, -50.0
