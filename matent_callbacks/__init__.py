@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from matent_callbacks.callbacks.measure_alignment import measure_alignment
     from matent_callbacks.capture.meshes import parallel_groups
     from matent_callbacks.collapse import CollapseDetector
+    from matent_callbacks.loop import LoopMonitor
     from matent_callbacks.metrics import (
         EffectiveRank,
         ImageTextAlignment,
@@ -25,6 +26,7 @@ __all__ = [
     "EffectiveRank",
     "EntropyMonitor",
     "ImageTextAlignment",
+    "LoopMonitor",
     "MatrixEntropy",
     "PlateauDetector",
     "SequenceEffectiveRank",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "CollapseDetector": "collapse",
     "EntropyMonitor": "monitor",
+    "LoopMonitor": "loop",
     "PlateauDetector": "plateau",
     "measure_alignment": "callbacks.measure_alignment",
     "parallel_groups": "capture.meshes",

@@ -11,14 +11,14 @@ from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_reading import Stages
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.measure_alignment import measure_alignment
 from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import first_batch, prefix_of
 
 
 @with_arguments_of(measure_alignment)
-class SharedAlignmentCallback(GuardedHooks):
+class SharedAlignmentCallback:
     """Arguments of ``AlignmentCallback`` and their checks; the adapters translate events and log.
 
     Args:
@@ -88,7 +88,7 @@ class SharedAlignmentCallback(GuardedHooks):
         self.start_over()
 
     def start_over(self) -> None:
-        super().start_over()
+        super().start_over()  # type: ignore[misc]  # that of the adapter
         self._alignment = self._alignment.renewed()
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.collapse import CollapseDetector
 
@@ -34,7 +34,7 @@ Action: TypeAlias = Literal["warn", "stop"] | Callable[[Alarm], Any]
 
 
 @with_arguments_of(CollapseDetector)
-class SharedCollapseAlarm(GuardedHooks):
+class SharedCollapseAlarm:
     """Arguments of ``CollapseAlarm`` and its detectors; the adapters observe what is logged, save and stop.
 
     Args:
@@ -75,16 +75,18 @@ class SharedCollapseAlarm(GuardedHooks):
         self.start_over()
 
     def start_over(self) -> None:
-        super().start_over()
+        super().start_over()  # type: ignore[misc]  # that of the adapter
         self._detectors: dict[str, CollapseDetector] = {}
         self._raised: set[str] = set()
         self.unlogged = Unlogged(self.monitor, "no collapse of it could be told")
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
         detectors = {key: detector.state_dict() for key, detector in self._detectors.items()}
         return {"detectors": detectors, "raised": sorted(self._raised), "warmup_steps": self._warmup_steps}
 
+    @guarded
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; other settings judge the observations of before, too."""
         detectors = {key: self._new_detector() for key in state_dict["detectors"]}

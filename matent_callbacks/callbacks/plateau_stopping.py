@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.needed_arguments import needs_arguments
 from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.plateau import PlateauDetector
@@ -18,7 +18,7 @@ _KEPT = 500
 
 
 @with_arguments_of(PlateauDetector)
-class SharedPlateauStopping(GuardedHooks):
+class SharedPlateauStopping:
     """Arguments of ``PlateauStopping`` and its detector; the adapters observe what is logged, and stop.
 
     Args:
@@ -54,7 +54,7 @@ class SharedPlateauStopping(GuardedHooks):
         self.start_over()
 
     def start_over(self) -> None:
-        super().start_over()
+        super().start_over()  # type: ignore[misc]  # that of the adapter
         self.detector = PlateauDetector(**self.settings)
         self.unlogged = Unlogged(self.monitor, "training could not stop on it")
         self._history: deque[tuple[int, float]] = deque(maxlen=_KEPT)
@@ -68,11 +68,13 @@ class SharedPlateauStopping(GuardedHooks):
             self._history.append((step, value))
         return self.detector.update(step, value)
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, and what a report of the run needs, as JSON types."""
         history = [list(observation) for observation in self._history]
         return {**self.detector.state_dict(), "monitor": self.monitor, "settings": self.settings, "history": history}
 
+    @guarded
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; with other settings the observations are judged by the new ones."""
         detector = PlateauDetector(**self.settings)

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
-from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
 
 _OF_EVALUATION = re.compile(r"(eval|val|valid|validation|test)[_/]")
 # Parts of the names that callbacks log at each of their readings.
@@ -78,13 +76,7 @@ class Unlogged:
 
 def had_first_readings(callbacks: Iterable[Any], start: int, step: int) -> bool:
     """Whether callbacks measure in training, and each has logged its first reading of a run that began at ``start``."""
-    intervals: list[int] = []
-    for callback in callbacks:
-        if isinstance(callback, SharedEntropyCallback):
-            # A reading in the background is logged at the next one.
-            intervals.append(callback.every_n_steps * (2 if callback._measurement.background else 1))
-        elif isinstance(callback, SharedAlignmentCallback):
-            intervals.append(callback.every_n_steps)
+    intervals = [callback.steps_until_logged for callback in callbacks if hasattr(callback, "steps_until_logged")]
     return bool(intervals) and all(start // interval < step // interval for interval in intervals)
 
 

@@ -12,7 +12,7 @@ except ImportError:
 
 from matent_callbacks.lightning._alignment_hooks import AlignmentCallback
 from matent_callbacks.lightning._collapse_hooks import CollapseAlarm
-from matent_callbacks.lightning._entropy_hooks import MatrixEntropyCallback
+from matent_callbacks.lightning._matrix_entropy import MatrixEntropyCallback
 from matent_callbacks.lightning._plateau_hooks import PlateauStopping
 
 __all__ = ["AlignmentCallback", "CollapseAlarm", "MatrixEntropyCallback", "PlateauStopping"]

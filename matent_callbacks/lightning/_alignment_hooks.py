@@ -6,7 +6,7 @@ from typing import Any
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
 from matent_callbacks.callbacks.docstrings import with_arguments_of
-from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loggers import summarize_by_maximum
@@ -28,12 +28,10 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         >>> # Trainer(callbacks=[callback]).fit(module_with_a_clip_model, data)
     """
 
-    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.join(trainer, trainer.callbacks)
 
-    @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         if self.off:
@@ -47,9 +45,11 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         return self._measure_or_warn(trainer, pl_module) if due or last else None
 
+    @guarded
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val")
 
+    @guarded
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "test")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.unlogged import Unlogged, had_first_readings
 from matent_callbacks.lightning._trainer import GuardedCallback
 
@@ -55,22 +56,27 @@ class ObservingCallback(GuardedCallback):
         """Called where values may have been logged."""
         raise NotImplementedError
 
+    @guarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin_at(trainer.global_step)
 
+    @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.look(trainer)
         if not self.unlogged.settled:
             self._tell_of_unlogged(trainer)
 
+    @guarded
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self.look(trainer)
             self._evaluated = True
 
+    @guarded
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.look(trainer)
 
+    @guarded
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.warn_if_never_logged(trainer.callback_metrics)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks, unguarded
+from matent_callbacks.callbacks.guard import Guard, without_run
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ __all__ = [
 ]
 
 
-class GuardedCallback(GuardedHooks, Callback):
+class GuardedCallback(Callback):
     """A Lightning ``Callback`` whose hooks never end a run, and whose copies have nothing of a run."""
 
+    guard: Guard
     trainer: Any = None
 
     state_key = StateKey()
@@ -51,7 +52,6 @@ class GuardedCallback(GuardedHooks, Callback):
         """The callbacks of the Trainer, once it is known."""
         return [] if self.trainer is None else list(self.trainer.callbacks)
 
-    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
 
@@ -59,10 +59,12 @@ class GuardedCallback(GuardedHooks, Callback):
         # Also where there is none, so that Lightning asks each callback for its key when the Trainer is made.
         return {}
 
+    def start_over(self) -> None:
+        """Replace everything that comes from a run by new objects, so that only the arguments are left."""
+
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer gives its callbacks methods of the LightningModule.
-        of_run = ("log", "log_dict", "trainer")
-        return {name: value for name, value in super().__getstate__().items() if name not in of_run}
+        return {name: value for name, value in without_run(self).items() if name not in ("log", "log_dict")}
 
 
 def draws_its_batches(step: Any) -> bool:

@@ -9,7 +9,7 @@ except ImportError as error:  # pragma: no cover - the tests have it
 
 from matent_callbacks.transformers._alignment_events import AlignmentCallback
 from matent_callbacks.transformers._collapse_events import CollapseAlarm
-from matent_callbacks.transformers._entropy_events import MatrixEntropyCallback
+from matent_callbacks.transformers._matrix_entropy import MatrixEntropyCallback
 from matent_callbacks.transformers._plateau_events import PlateauStopping
 from matent_callbacks.transformers._reading_printer import ReadingPrinter
 

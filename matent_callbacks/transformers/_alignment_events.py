@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
 from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
@@ -67,6 +68,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     def begin(self, state: TrainerState) -> None:
         warn_if_never_due(self.every_n_steps, state.max_steps, at_end=True)
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,

@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.collapse_alarm import SharedCollapseAlarm
 from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.transformers._observing import ObservingCallback
 from matent_callbacks.transformers._reporters import alert
 
@@ -31,6 +32,7 @@ class CollapseAlarm(SharedCollapseAlarm, ObservingCallback):
         >>> # Trainer(..., callbacks=callbacks).train()
     """
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.unlogged import Unlogged, had_first_readings
 from matent_callbacks.transformers._attach import AttachedCallback
 
@@ -30,9 +31,11 @@ class ObservingCallback(AttachedCallback):
     def begin(self, state: TrainerState) -> None:
         self._start = state.global_step
 
+    @guarded
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated = True
 
+    @guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -49,6 +52,7 @@ class ObservingCallback(AttachedCallback):
             self._recorded = True
             self.unlogged.after_record(_names(state))
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

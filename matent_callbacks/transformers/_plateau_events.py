@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
 from matent_callbacks.transformers._observing import ObservingCallback
 
@@ -30,6 +31,7 @@ class PlateauStopping(SharedPlateauStopping, ObservingCallback):
         >>> stopping = PlateauStopping("eval_effective_rank/last", min_delta=0.5, patience=5, mode="any")
     """
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,

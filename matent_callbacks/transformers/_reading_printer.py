@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.reading_line import reading_line
 from matent_callbacks.transformers._attach import AttachedCallback
 
@@ -49,6 +49,7 @@ class ReadingPrinter(AttachedCallback):
                 printer.on_log = functools.partial(self._print, printer)
                 self._quiet.append(printer)
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

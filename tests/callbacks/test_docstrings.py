@@ -45,7 +45,7 @@ def test_what_is_the_same_is_told_with_the_same_words():
         arguments, others = told(callback), told(source)
         same = [name for name in others if arguments.get(name) == others[name]]
         assert len(same) >= 5
-        assert set(others) - set(same) <= {"model", "probe", "on_error", "process_group", "context_group"}
+        assert set(others) - set(same) <= {"model", "metrics", "probe", "on_error", "process_group", "context_group"}
 
 
 def test_own_words_and_errors_go_first():

@@ -1,0 +1,344 @@
+"""Matrix entropy in PyTorch Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from matent_callbacks.accumulate.catalogue import Embedding, Solver
+from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
+from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.lightning._loggers import show, takes_pictures
+from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._padding_samples import counted_samples
+from matent_callbacks.lightning._trainer import (
+    compiled_whole,
+    draws_its_batches,
+    log,
+    logging_step,
+    planned_steps,
+    publish,
+    takes_names_with_a_loader,
+)
+
+
+class MatrixEntropyCallback(MeasuringCallback):
+    """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
+
+    The values are logged with the module's own ``log``, so that every logger, the progress bar,
+    ``ModelCheckpoint(monitor=...)``, ``EarlyStopping(monitor=...)`` and ``trainer.callback_metrics`` have them.
+
+    ============================================  ===================================================================
+    ``<metric>/<layer>``                          at each monitored step
+    ``val_<metric>/<layer>``, ``test_...``        over each validation or test epoch; with several loaders one each,
+                                                  with ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind it
+    ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
+    ``nonfinite_tokens/<layer>``                  in training, where tokens were left out because they held NaN or Inf
+    ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
+    ============================================  ===================================================================
+
+    The transformer is found inside the LightningModule: a Hugging Face model, or else the outermost stack of blocks
+    (``nn.TransformerEncoder``, a vision transformer, a module of your own); ``module`` selects one if there are
+    several. Without ``probe`` the training forward is read as it happens, over all batches of the optimizer step, with
+    the weights before the update; with it the probe's batches are run in evaluation mode after the update. Either way
+    training is bitwise what it is without the callback. ``Trainer(barebones=True)`` logs nothing and is not read.
+
+    In a distributed run every rank logs the reading over the tokens of all ranks. Padding samples that a
+    ``DistributedSampler`` repeats in evaluation count once; those of other samplers, and in batches of no fixed size,
+    count as often as they come. If reading fails on one rank, only its share is missing; but under FSDP a probe whose
+    forward fails on one rank leaves the others waiting in theirs.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
+            (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
+            module names or globs (``"*.mlp"``), or a list of these.
+        metrics: One or several names of the catalogue, as :class:`~matent_callbacks.EntropyMonitor` lists them.
+        probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
+            in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
+            separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT
+            included. A module of your own around a Hugging Face model is run by its own ``forward`` if that takes the
+            names in the batch, all of them, and needs no others; or else the model inside is run.
+        during_eval: Also read the forwards of evaluation.
+        max_tokens: Upper bound on the tokens that one reading accumulates per layer; the first ones count, and padding
+            is none of them.
+        embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
+            that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
+            ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
+            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
+        mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, for models that are not given one;
+            it overrides their own.
+        prog_bar: Show the values in the progress bar.
+        module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder of
+            an encoder-decoder.
+        layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
+            selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
+        dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
+        solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
+            is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
+            is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
+            ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
+        background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
+            values are logged under their own step, but only at the next measurement, checkpoint, or end of training.
+        name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
+            callback with the same layers.
+        window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
+            it. Metrics of one vector per sequence need more sequences than one step has.
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
+            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
+            dimensions of the Trainer's device mesh, or else all.
+        context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
+            ``process_group``: those of the mesh. Packed batches are refused with such ranks.
+
+    Raises:
+        ValueError: Here for an argument out of range, an unknown metric, or a probe that holds no batch (rows of a data
+            set, text, a loader); before training for an unknown layer, with near matches, and for a second callback
+            that would log the same names.
+
+    Example:
+        >>> from matent_callbacks.lightning import MatrixEntropyCallback
+        >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
+        >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last")]).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        layers: LayerSpec = "last",
+        *,
+        metrics: str | Iterable[str] = ("matrix_entropy", "effective_rank"),
+        probe: Any = None,
+        during_eval: bool = True,
+        max_tokens: int | None = None,
+        embedding: Embedding = "mean",
+        on_error: Literal["warn", "raise"] = "warn",
+        reference: Literal["start"] | nn.Module | None = None,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        prog_bar: bool = False,
+        module: str | None = None,
+        layer_offset: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        solver: Solver = "exact",
+        background: bool = False,
+        name: str | None = None,
+        window_steps: int = 1,
+        pictures: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        given = locals()
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self._run = RunMonitor.from_arguments(self.guard, given)
+        self.start_over()
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._run = self._run.renewed(self.guard)
+        self._draws: bool | None = None
+
+    @property
+    def steps_until_logged(self) -> int:
+        """The number of steps until values are logged."""
+        return self._run.steps_until_logged
+
+    @guarded
+    def state_dict(self) -> dict[str, Any]:
+        return self._run.state_dict()
+
+    @guarded
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run.load_state_dict(state_dict)
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        self._find_layers(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._draws = None
+        self._find_layers(trainer, pl_module)
+        if not self.off:
+            self._run.run_begins(
+                pl_module,
+                step=trainer.global_step,
+                last_step=planned_steps(trainer, pl_module),
+                around=trainer.precision_plugin.forward_context,
+            )
+
+    @guarded
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # An accumulation may have been cut short by an exception or a loader that ended early: its gradients are
+        # discarded as well.
+        if not self.off:
+            self._run.discard_step()
+
+    @guarded
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.off:
+            return
+        if self._draws is None:
+            self._draws = draws_its_batches(pl_module.training_step)
+        given = None if self._draws else batch
+        any_steps = not pl_module.automatic_optimization
+        step = trainer.global_step
+        self._run.batch_begins(pl_module, given, step=step, any_steps=any_steps, own_mask=_own_mask(given))
+
+    @guarded
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with self.guard("the end of reading a batch"):
+            self._run.batch_ends()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @guarded
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # A module that skips the rest of an epoch does so after a batch began, and that batch never ends.
+        with self.guard("the end of reading a batch"):
+            self._run.batch_ends()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
+        here = logging_step(trainer)
+        values = self._run.step_ends(pl_module, trainer.global_step, at=here, last=last)
+        if values is None:
+            return None
+        own = values.pop(here, {})
+        self._publish(trainer, values)
+        return own
+
+    def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
+        self._run.remember(step, values)
+        self._show_pictures(trainer)
+
+    @guarded
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # So that a run that resumes from here has the values until then.
+        self._publish(trainer, self._run.late_values())
+
+    @guarded
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.off:
+            self._publish(trainer, self._run.late_values())
+            self._show_pictures(trainer, last=True)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._begin_evaluation(trainer, pl_module, alone=trainer.state.fn == "validate")
+
+    @guarded
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @guarded
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._run.batch_ends()
+
+    @guarded
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "val", len(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._begin_evaluation(trainer, pl_module, alone=True)
+
+    @guarded
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @guarded
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._run.batch_ends()
+
+    @guarded
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "test", len(trainer.num_test_batches))
+
+    @guarded
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._run.batch_ends()
+
+    # Internals
+
+    def _find_layers(self, trainer: Any, pl_module: Any) -> None:
+        """Set up the monitor before the first batch, so that a wrong configuration raises before training."""
+        # Not in `setup`: that of the module, and its `configure_model`, come after it and may make the model.
+        if self.off:
+            return
+        others = [callback._run for callback in trainer.callbacks if isinstance(callback, MatrixEntropyCallback)]
+        self._run.watch(pl_module, owner=trainer, others=others)
+        if not self._run.has_probe and compiled_whole(pl_module):
+            self.off = True
+            warnings.warn(
+                "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
+                "beside the graph, or compile the transformer in it instead. No readings are taken.",
+                stacklevel=2,
+            )
+
+    def _publish(self, trainer: Any, values: Logged) -> None:
+        """Log values from the background, each under its step."""
+        for step, own in values.items():
+            with self.guard("the log of a background reading"):
+                publish(trainer, own, self.guard, step=step)
+                self.was_logged(trainer, own, step=step)
+
+    def _show_pictures(self, trainer: Any, *, last: bool = False) -> None:
+        with self.guard("pictures"):
+            if self._run.has_pictures and takes_pictures(trainer):
+                show(trainer, self._run.pictures(last=last), self.guard, step=logging_step(trainer))
+
+    def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
+        return self.during_eval and not (self.off or trainer.sanity_checking or compiled_whole(pl_module))
+
+    def _begin_evaluation(self, trainer: Any, pl_module: Any, *, alone: bool) -> None:
+        if alone:
+            self._find_layers(trainer, pl_module)
+        with self.guard("the reset of the reading before an evaluation"):
+            self._run.evaluation_begins()
+
+    def _begin_evaluation_batch(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        draws = draws_its_batches(pl_module.test_step if trainer.testing else pl_module.validation_step)
+        given = None if draws else batch
+        samples = None if draws else counted_samples(trainer, batch_idx, dataloader_idx)
+        self._run.evaluation_batch_begins(
+            pl_module, given, data_set=dataloader_idx, own_mask=_own_mask(given), samples=samples
+        )
+
+    def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        for index in range(num_loaders):
+            suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
+            values = self._run.evaluation_ends(pl_module, data_set=index)
+            named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
+            with self.guard("the readings of an evaluation"):
+                if suffix and not takes_names_with_a_loader(trainer):
+                    publish(trainer, named, self.guard)
+                else:
+                    log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+
+
+def _own_mask(batch: Any) -> Tensor | None:
+    """Return the mask in a batch, which the module may not have passed on to the model."""
+    own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return own if isinstance(own, Tensor) and own.ndim == 2 else None
