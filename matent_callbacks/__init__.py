@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.measure_alignment import measure_alignment
+    from matent_callbacks.callbacks.alignment_callback import measure_alignment
     from matent_callbacks.capture.meshes import parallel_groups
+    from matent_callbacks.capture.vision_language import Stage
     from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.loop import LoopMonitor
     from matent_callbacks.metrics import (
@@ -31,6 +32,7 @@ __all__ = [
     "PlateauDetector",
     "SequenceEffectiveRank",
     "SequenceMatrixEntropy",
+    "Stage",
     "measure_alignment",
     "parallel_groups",
     "untrained_like",
@@ -41,7 +43,8 @@ _MODULES = {
     "EntropyMonitor": "monitor",
     "LoopMonitor": "loop",
     "PlateauDetector": "plateau",
-    "measure_alignment": "callbacks.measure_alignment",
+    "Stage": "capture.vision_language",
+    "measure_alignment": "callbacks.alignment_callback",
     "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }

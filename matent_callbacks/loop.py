@@ -43,7 +43,8 @@ class LoopMonitor:
             module names or globs (``"*.mlp"``), or a list of these.
         log: A function of values and step, an Accelerator, Fabric, a run of W&B or a SummaryWriter, used on every rank;
             ``None``: nothing is logged. Pictures go to all of these but a function.
-        metrics: One or several names of the catalogue, as :class:`~matent_callbacks.EntropyMonitor` lists them.
+        metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
+            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
             in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
             separately and logged as ``<probe>/<metric>/<layer>``.

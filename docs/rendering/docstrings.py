@@ -12,8 +12,6 @@ from typing import Any
 
 import griffe
 
-from matent_callbacks.callbacks.docstrings import completed
-
 PUBLIC = ("functional", "transformers", "lightning", "plot", "report", "scaling_law")
 # A bar as such would end a cell of a table.
 SYMBOLS = {
@@ -30,8 +28,6 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Called once a package."""
         places = dict(_places(pkg))
-        for obj in list(_objects(pkg)):
-            _complete(obj)
         for obj in _objects(pkg):
             if obj.docstring:
                 obj.docstring.value = to_markdown(obj.docstring.value, places)
@@ -46,20 +42,6 @@ def _places(package: griffe.Module) -> Iterator[tuple[str, str]]:
             found = member[name] if member.is_module and name in member.members else member
             yield name, found.canonical_path
             yield f"{module.path}.{name}", found.canonical_path
-
-
-def _complete(obj: griffe.Object) -> None:
-    """Do what the decorator ``with_arguments_of`` does when the code runs."""
-    for decorator in getattr(obj, "decorators", ()):
-        call = decorator.value
-        if isinstance(call, griffe.ExprCall) and call.canonical_name == "with_arguments_of":
-            source = obj.package[obj.module.resolve(str(call.arguments[0])).partition(".")[2]]
-            source = source.final_target if source.is_alias else source
-            _complete(source)
-            function = obj if obj.is_function else obj.all_members["__init__"]
-            obj.docstring.value = completed(
-                obj.docstring.value, source.docstring.value, [p.name for p in function.parameters]
-            )
 
 
 def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:

@@ -1,66 +1,251 @@
-"""The base class of both frameworks' ``AlignmentCallback``: arguments and state."""
+"""Measures image-text alignment of a model on a probe of pairs: once, or for both frameworks' callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from matent_callbacks.accumulate.reduction import check_groups
-from matent_callbacks.callbacks.alignment_measurement import SUMMARIZED_BY_MAXIMUM, AlignmentMeasurement
-from matent_callbacks.callbacks.alignment_reading import Stages
-from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.accumulate.gathering import held_first
+from matent_callbacks.accumulate.reduction import agree, agreed_failures, check_groups, is_distributed
+from matent_callbacks.callbacks.alignment_statistics import (
+    EXCHANGED,
+    TOWERS,
+    PairStatistics,
+    Stages,
+    merged,
+    over_ranks,
+    read_dual_encoder,
+    read_vision_language,
+)
+from matent_callbacks.callbacks.alignment_values import SUMMARIZED_BY_MAXIMUM, AlignmentValues
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.measure_alignment import measure_alignment
+from matent_callbacks.callbacks.influence import Influence, sample_of_weights
 from matent_callbacks.callbacks.measurement import check_every_n_steps
-from matent_callbacks.callbacks.probe import first_batch, prefix_of
+from matent_callbacks.callbacks.probe import fingerprint, first_batch, prefix_of, probes_by_prefix
+from matent_callbacks.capture.dual_encoder import is_dual_encoder
+from matent_callbacks.capture.in_parts import in_parts
+from matent_callbacks.capture.inference import device_of, quiet
+from matent_callbacks.capture.meshes import parallel_groups
+from matent_callbacks.functional.alignment import STAGES
+
+_Result = TypeVar("_Result")
 
 
-@with_arguments_of(measure_alignment)
-class SharedAlignmentCallback:
-    """Arguments of ``AlignmentCallback`` and their checks; the adapters translate events and log.
+def measure_alignment(
+    model: nn.Module,
+    probe: Any,
+    *,
+    basis: Literal["effective_rank", "entropy"] = "effective_rank",
+    metrics: str | Iterable[str] = "effective_rank",
+    pair_measures: Iterable[str] | None = None,
+    stages: Stages | None = None,
+    towers: tuple[str, str] | None = None,
+    k: int = 10,
+    alpha: float = 1.0,
+) -> dict[str, float]:
+    """Measure once what ``AlignmentCallback`` logs: how well image and text agree inside a model, on a probe of pairs.
+
+    This is side-effect-free inference: evaluation mode, no gradients, and the model is left as it was.
 
     Args:
-        every_n_steps: Optimizer steps between two readings.
-        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
-            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
-            of several named probes; each name is put before the names of its values.
-        num_pairs: How many pairs ``probe=None`` takes.
-        during_eval: Also measure at the end of each evaluation.
-        prog_bar: Show the values in the progress bar.
-        name: Prefix of the names of all values, ``<name>/alignment/...``: for a second callback.
-        process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
-            Trainer's device mesh, or else all.
-        context_group: Those of them that hold parts of the same sequences in every forward of the language model
-            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the whole
-            probe. Cannot be combined with ``stages``; towers of a dual encoder always run whole sequences.
-        on_error: ``"warn"``: an error later in a run is warned about once, and training goes on; ``"raise"``.
+        model: A vision-language model or a dual encoder, wrapped or not.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; or a mapping of
+            several named probes, whose names are put before the names of their values.
+        basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
+        stages: For a model whose stages are not found: a function from (model, batch) to the five
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
+            mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
+        alpha: Order of ``mutual_information``.
+
+    Returns:
+        The values by the names under which the callback logs them.
 
     Raises:
-        ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read,
-            and for a second callback that would log the same names.
+        ValueError: If an argument is out of range, or the probe or the model cannot be read.
+
+    Example:
+        >>> from matent_callbacks import measure_alignment
+        >>> # measure_alignment(clip_model, {"input_ids": ids, "pixel_values": pixels})["alignment/cka"]
     """
+    return AlignmentMeasurement(
+        probe=probe,
+        basis=basis,
+        metrics=metrics,
+        pair_measures=pair_measures,
+        stages=stages,
+        towers=towers,
+        k=k,
+        alpha=alpha,
+    ).measure(model)
+
+
+class AlignmentMeasurement:
+    """Measures a model on probes of pairs, with the arguments of an alignment callback."""
 
     def __init__(
         self,
-        every_n_steps: int = 100,
         *,
-        probe: Any = None,
-        num_pairs: int = 16,
-        during_eval: bool = True,
-        basis: Literal["effective_rank", "entropy"] = "effective_rank",
-        metrics: str | Iterable[str] = "effective_rank",
-        pair_measures: Iterable[str] | None = None,
-        stages: Stages | None = None,
-        towers: tuple[str, str] | None = None,
-        k: int = 10,
-        alpha: float = 1.0,
-        prog_bar: bool = False,
-        name: str | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        probe: Any,
+        stages: Stages | None,
+        towers: tuple[str, str] | None,
+        prefix: str = "",
+        group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
+        **computed: Any,
+    ) -> None:
+        self._computed = AlignmentValues(**computed)
+        if isinstance(stages, Mapping) and set(stages) != set(STAGES):
+            raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
+        if stages is not None and towers is not None:
+            raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
+        if stages is not None and context_group is not None:
+            raise ValueError("`context_group` is for models whose stages are found: pass it or `stages`, not both.")
+        # Functions of the user's may take any batch.
+        self._given_probes = self.probes = probes_by_prefix(probe, prefix, check=stages is None)
+        self._prefix = prefix
+        self._given_group = self._group = group
+        self._context_group = context_group
+        self._stages = stages
+        self._towers = towers
+        self._warned: set[str] = set()
+        self._influences = {own: Influence() for own in self.prefixes}
+
+    def renewed(self) -> AlignmentMeasurement:
+        """Return a copy with the same arguments, but without a probe that was found."""
+        new = copy.copy(self)
+        new.probes, new._group = self._given_probes, self._given_group
+        new._influences = {own: Influence() for own in self.prefixes}
+        return new
+
+    def choose_group(self, owner: Any) -> None:
+        """Find the ranks that belong together from a Trainer's device mesh, unless they were given."""
+        if self._group is None:
+            self._group = parallel_groups(owner).process_group
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The prefixes of the names of the values, one for each probe."""
+        return tuple(self._given_probes) or (self._prefix,)
+
+    def measure(
+        self,
+        model: nn.Module,
+        *,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        find_probe: Callable[[], Any] | None = None,
+    ) -> dict[str, float]:
+        """Measure all values on each probe; forwards run inside ``around()``, ``find_probe`` is used if none was given.
+
+        Raises:
+            Exception: On every rank, if a probe cannot be read on one of them.
+        """
+        values: dict[str, float] = {}
+        for prefix in self.prefixes:
+            statistics = self._statistics(model, prefix, around, find_probe)
+            own = self._computed.compute(statistics, self._warn_once)
+            if self._influences[prefix].is_missing(own, sample_of_weights(model)):
+                warnings.warn(Influence.MISSING.format(probe="`probe`"), stacklevel=2)
+            values |= {f"{prefix}{key}": value for key, value in own.items()}
+        return values
+
+    def _statistics(
+        self,
+        model: nn.Module,
+        prefix: str,
+        around: Callable[[], AbstractContextManager[Any]],
+        find_probe: Callable[[], Any] | None,
+    ) -> PairStatistics:
+        """Read a probe on each rank, and merge what was read from all batches on all ranks."""
+
+        def read() -> tuple[list[PairStatistics], list[int]]:
+            batches, fingerprints = self._found_probe(model, prefix, find_probe)
+            context = None if self._is_dual_encoder(model) else self._context_group
+            with quiet(model), around(), in_parts(model, context):
+                return self._read(model, batches), fingerprints
+
+        of_batches, fingerprints = _on_all_ranks_or_none(read, "read the probe", model, self._group)
+        stages = (*STAGES, *EXCHANGED) if self._computed.needs_exchange else STAGES
+        names = TOWERS if self._is_dual_encoder(model) else stages
+        if not is_distributed(self._group):
+            return merged(of_batches, names, model)
+        # As a rule all ranks are given the same probe: each reads it, and it counts once.
+        mine = held_first(fingerprints, device_of(model), self._group)
+        own = [statistics for statistics, first in zip(of_batches, mine, strict=True) if first]
+        return over_ranks(merged(own, names, model), self._group)
+
+    def _found_probe(
+        self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None
+    ) -> tuple[list[Any], list[int]]:
+        """Return the batches of this rank's probe, with hashes of them in a distributed run.
+
+        On all ranks of a context group they are the same, or all raise.
+        """
+
+        def find() -> tuple[list[Any], list[int]]:
+            if not self.probes and find_probe is not None:
+                self.probes = {self._prefix: find_probe()}
+            probe = self.probes[prefix]
+            batches = [probe] if isinstance(probe, Mapping | Tensor) else list(probe)
+            return batches, [fingerprint(batch) for batch in batches] if is_distributed() else []
+
+        group = self._context_group
+        if group is None or not is_distributed(group):
+            return find()
+        batches, fingerprints = _on_all_ranks_or_none(find, "find the probe", model, group)
+        if agree(str(fingerprints), False, device_of(model), group).descriptions:
+            raise ValueError("`probe` must be the same on all ranks of `context_group`, got unlike batches.")
+        return batches, fingerprints
+
+    def _read(self, model: nn.Module, batches: list[Any]) -> list[PairStatistics]:
+        """Read the batches of this rank's probe."""
+        if not batches and not is_distributed(self._group):
+            raise ValueError("`probe` must hold at least one batch, got none.")
+        if self._is_dual_encoder(model):
+            return [read_dual_encoder(model, batch, self._towers) for batch in batches]
+        exchange = self._computed.needs_exchange
+        return [
+            read_vision_language(model, batch, self._stages, exchange=exchange, warn_once=self._warn_once)
+            for batch in batches
+        ]
+
+    def _is_dual_encoder(self, model: nn.Module) -> bool:
+        return self._towers is not None or (self._stages is None and is_dual_encoder(model))
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            warnings.warn(message, stacklevel=2)
+
+
+class SharedAlignmentCallback:
+    """Arguments of ``AlignmentCallback`` and their checks; the adapters translate events and log."""
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        *,
+        num_pairs: int,
+        during_eval: bool,
+        prog_bar: bool,
+        name: str | None,
+        process_group: dist.ProcessGroup | None,
+        context_group: dist.ProcessGroup | None,
+        on_error: Literal["warn", "raise"],
+        **measured: Any,
     ) -> None:
         check_every_n_steps(every_n_steps)
         check_groups(process_group, context_group)
@@ -73,17 +258,7 @@ class SharedAlignmentCallback:
         self.name = name
         self._num_pairs = num_pairs
         self._alignment = AlignmentMeasurement(
-            probe=probe,
-            basis=basis,
-            metrics=metrics,
-            pair_measures=pair_measures,
-            stages=stages,
-            towers=towers,
-            k=k,
-            alpha=alpha,
-            prefix=prefix_of(name),
-            group=process_group,
-            context_group=context_group,
+            prefix=prefix_of(name), group=process_group, context_group=context_group, **measured
         )
         self.start_over()
 
@@ -100,7 +275,7 @@ class SharedAlignmentCallback:
         """Return the probe to use where none was given."""
         return first_batch(dataset, collate, self._num_pairs)
 
-    def join(self, trainer: Any, callbacks: Iterable[Any]) -> None:
+    def set_up(self, trainer: Any, callbacks: Iterable[Any]) -> None:
         """Find the ranks whose pairs belong together.
 
         Raises:
@@ -116,3 +291,19 @@ class SharedAlignmentCallback:
                     "Two `AlignmentCallback`s would log the same values, one over the other: give one of them a "
                     f"`name`; got `name` {other.name!r} and {self.name!r}."
                 )
+
+
+def _on_all_ranks_or_none(
+    work: Callable[[], _Result], failure: str, model: nn.Module, group: dist.ProcessGroup | None
+) -> _Result:
+    """Return the result of ``work``; if it raises on one rank, raise on all, which would wait for that one."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    if is_distributed(group) and agreed_failures([error is not None], device_of(model), group)[0]:
+        raise error or RuntimeError(f"Another rank failed to {failure}.")
+    if error is not None:
+        raise error
+    return result

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
 
 _OF_EVALUATION = re.compile(r"(eval|val|valid|validation|test)[_/]")
-# Parts of the names that callbacks log at each of their readings.
-_OF_READINGS = (*CATALOGUE, "diff_erank", "alignment")
-_OF_OBSERVATIONS = ("plateau/", "collapse/")
+_OF_OBSERVERS = ("plateau/", "collapse/")
+# Between the slashes of the names that callbacks log of a model.
+_MEASURED = (*CATALOGUE, "diff_erank", "alignment")
 _SIMILAR = 0.75
 
 
@@ -27,41 +27,55 @@ class Unlogged:
 
     def __init__(self, monitor: str, without: str) -> None:
         self.settled = False
-        """Whether the name was logged, or it was told that it was not."""
+        """Whether the name was logged, or a warning said that it was not."""
+        self.begin(0)
         self._monitor = monitor
         self._without = without
-        self._of_evaluation = bool(_OF_EVALUATION.match(monitor))
-        self._of_observations = monitor.startswith(_OF_OBSERVATIONS)
-        parts = monitor.split("/")
-        self._of_readings = len(parts) > 1 and any(_similar(part, _OF_READINGS) for part in parts)
+        self._source = _source_of(monitor)
 
     def found(self) -> None:
         """Called when the name was logged."""
         self.settled = True
 
-    def after_evaluation(self, logged: Iterable[str]) -> None:
-        """Called when all records of an evaluation have been made."""
-        if self._of_evaluation:
-            self._tell(logged, "the first evaluation")
+    def begin(self, step: int) -> None:
+        """Called when training begins, or goes on, at ``step``."""
+        self.start = step
+        self.was_evaluated = self._was_checked = False
 
-    def after_readings(self, logged: Iterable[str]) -> None:
-        """Called when every callback that measures has had its first reading in training."""
-        if self._of_readings and not self._of_evaluation and not self._of_observations:
-            self._tell(logged, "the first readings")
+    def check(
+        self, logged: Callable[[], Iterable[str]], step: int, callbacks: Iterable[Any], *, recorded: bool
+    ) -> None:
+        """Warn if the first record of the name has been due.
 
-    def after_record(self, logged: Iterable[str]) -> None:
-        """Called after a record of the training's own values: the name is misspelled if one of them is much like it."""
-        names = list(logged)
-        elsewhere = self._of_evaluation or self._of_readings or self._of_observations
-        # Lightning logs one value under both names, that of the epoch later.
-        if not elsewhere and not self._monitor.endswith("_epoch") and _similar(self._monitor, names):
-            self._tell(names, "the first record")
+        Args:
+            logged: Returns all names that were logged until ``step``, also by the ``callbacks``.
+            step: The last step of which everything was logged.
+            callbacks: Those of the Trainer.
+            recorded: Whether the training's own values were logged.
+        """
+        if self.settled or self._was_checked:
+            return
+        if self._source == "evaluation":
+            due, after = self.was_evaluated, "the first evaluation"
+        elif self._source == "measurement":
+            due, after = _all_have_measured(callbacks, self.start, step), "the first readings"
+        else:
+            due, after = recorded and self._source == "training", "the first record"
+        if not due:
+            return
+        self._was_checked = True
+        names = list(logged())
+        # A name of training is misspelled if one of the logged ones is much like it. But Lightning logs one value under
+        # two names, that of the epoch later.
+        is_misspelled = not self._monitor.endswith("_epoch") and _similar(self._monitor, names)
+        if self._source != "training" or is_misspelled:
+            self._warn(names, after)
 
     def at_end(self, logged: Iterable[str]) -> None:
         """Called when training ends."""
-        self._tell(logged, "")
+        self._warn(logged, "")
 
-    def _tell(self, logged: Iterable[str], after: str) -> None:
+    def _warn(self, logged: Iterable[str], after: str) -> None:
         if self.settled:
             return
         self.settled = True
@@ -74,8 +88,18 @@ class Unlogged:
         )
 
 
-def had_first_readings(callbacks: Iterable[Any], start: int, step: int) -> bool:
-    """Whether callbacks measure in training, and each has logged its first reading of a run that began at ``start``."""
+def _source_of(monitor: str) -> Literal["evaluation", "observer", "measurement", "training"]:
+    """Return what logs a name, so far as it can be told from the name."""
+    if _OF_EVALUATION.match(monitor):
+        return "evaluation"
+    if monitor.startswith(_OF_OBSERVERS):
+        return "observer"
+    parts = monitor.split("/")
+    return "measurement" if len(parts) > 1 and any(_similar(part, _MEASURED) for part in parts) else "training"
+
+
+def _all_have_measured(callbacks: Iterable[Any], start: int, step: int) -> bool:
+    """Whether callbacks measure in training, and each has logged its first values of a run that began at ``start``."""
     intervals = [callback.steps_until_logged for callback in callbacks if hasattr(callback, "steps_until_logged")]
     return bool(intervals) and all(start // interval < step // interval for interval in intervals)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from matent_callbacks.callbacks.guard import Guard, without_run
+from matent_callbacks.callbacks.guard import Guard, guarded, without_run
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class GuardedCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
         # Also where there is none, so that Lightning asks each callback for its key when the Trainer is made.
         return {}

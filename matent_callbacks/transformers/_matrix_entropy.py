@@ -55,7 +55,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
-        metrics: One or several names of the catalogue, as :class:`~matent_callbacks.EntropyMonitor` lists them.
+        metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
+            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
             in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
             separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from matent_callbacks.callbacks.alignment_statistics import TOWERS
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.reading_line import reading_line
+from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.plot._style import in_order
 from matent_callbacks.transformers._attach import AttachedCallback
 
 
@@ -39,7 +42,7 @@ class ReadingPrinter(AttachedCallback):
         self.start_over()
 
     def start_over(self) -> None:
-        self._quiet: list[Any] = []
+        self._replaced: list[Any] = []
 
     def begin(self, state: TrainerState) -> None:
         for printer in self.trainer.callback_handler.callbacks:
@@ -47,15 +50,15 @@ class ReadingPrinter(AttachedCallback):
             if type(printer).on_log in (ProgressCallback.on_log, PrinterCallback.on_log):
                 # On the instance only: when training is over, it has the method of its class again.
                 printer.on_log = functools.partial(self._print, printer)
-                self._quiet.append(printer)
+                self._replaced.append(printer)
 
     @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for printer in self._quiet:
+        for printer in self._replaced:
             vars(printer).pop("on_log", None)
-        self._quiet = []
+        self._replaced = []
 
     def _print(
         self,
@@ -75,3 +78,28 @@ class ReadingPrinter(AttachedCallback):
                 print(line, flush=True) if bar is None else bar.write(line)
         if line is None or attempt.failed:
             type(printer).on_log(printer, args, state, control, logs=logs, **kwargs)
+
+
+def reading_line(step: int, record: Mapping[str, Any], metric: str) -> str | None:
+    """Format the step, the losses, and the metric in the first, the middle and the last layer, by their logged names.
+
+    ``None`` if the record holds none of these.
+    """
+    losses = [f"{key} {record[key]:.4g}" for key in record if key == "loss" or _is_held_out_loss(key)]
+    layers: dict[str, list[str]] = {}
+    for key in record:
+        prefix, found, layer = key.partition(f"{metric}/")
+        # Also that of an evaluation or of a probe with a name, but no metric that merely ends like this one.
+        if found and (prefix in ("", "eval_") or prefix.endswith("/")) and layer not in (*STAGES, *TOWERS):
+            layers.setdefault(prefix, []).append(layer)
+    readings = []
+    for prefix, names in layers.items():
+        ordered = in_order(names)
+        chosen = dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+        values = ", ".join(f"{name} {record[f'{prefix}{metric}/{name}']:.3g}" for name in chosen)
+        readings.append(f"{prefix}{metric}: {values}")
+    return "  ".join([f"step {step:5}", *losses, *readings]) if losses or readings else None
+
+
+def _is_held_out_loss(key: str) -> bool:
+    return key.startswith("eval_") and key.endswith("_loss") and "/" not in key

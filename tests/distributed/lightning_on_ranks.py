@@ -156,7 +156,7 @@ def train_with_failures(folder: str, rank: int, world_size: int) -> dict[str, An
         "masked": kept.values,
         "seen": seen[:1],
         "stopped": trainer.global_step,
-        "trend": stopping.detector.state_dict(),
+        "trend": stopping.observer.detector.state_dict(),
         "probed": probed.values,
         "weights": {name: value.clone() for name, value in probing.model.state_dict().items()},
         "warnings": [str(w.message) for w in caught],

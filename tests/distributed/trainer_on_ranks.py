@@ -127,7 +127,7 @@ def train_with_failures(folder: str, rank: int) -> dict[str, Any]:
     return {
         "hook": trainer.state.log_history,
         "stopped": trainer.state.global_step,
-        "trend": stopping.detector.state_dict(),
+        "trend": stopping.observer.detector.state_dict(),
         "probe": probing.state.log_history,
         "weights": weights(probing.model),
         "warnings": [str(w.message) for w in caught],

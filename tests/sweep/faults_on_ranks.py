@@ -15,7 +15,7 @@ from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
 from matent_callbacks.callbacks import alignment_callback
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
+from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.functional.alignment import STAGES

@@ -17,30 +17,19 @@ import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
 from matent_callbacks.callbacks import run_monitor
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
-from matent_callbacks.callbacks.collapse_alarm import SharedCollapseAlarm
+from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
-from matent_callbacks.callbacks.plateau_stopping import SharedPlateauStopping
+from matent_callbacks.callbacks.observers import CollapseObserver, PlateauObserver
 from matent_callbacks.callbacks.run_monitor import RunMonitor
+from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.lightning import (
-    _alignment_hooks,
-    _collapse_hooks,
-    _monitored_steps,
-    _plateau_hooks,
-)
-from matent_callbacks.lightning import (
-    _matrix_entropy as lightning_entropy,
-)
-from matent_callbacks.transformers import (
-    _alignment_events,
-    _collapse_events,
-)
-from matent_callbacks.transformers import (
-    _matrix_entropy as trainer_entropy,
-)
+from matent_callbacks.lightning import _alignment as lightning_alignment
+from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
+from matent_callbacks.lightning import _monitored_steps
+from matent_callbacks.transformers import _alignment as trainer_alignment
+from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
 from tests.sweep.runs import EVERY, FRAMEWORKS, STEPS, Record, Way, assert_same, make_callback, train
 
@@ -158,14 +147,14 @@ OF_BOTH = [
     Place(PlateauDetector, "update", stopping),
     Place(PlateauDetector, "state_dict", stopping, RESUMED),
     Place(PlateauDetector, "load_state_dict", stopping, RESUMED),
-    Place(SharedPlateauStopping, "logged_values", stopping),
-    Place(SharedPlateauStopping, "warn_if_never_logged", stopping_on_nothing),
+    Place(PlateauObserver, "logged_values", stopping),
+    Place(Unlogged, "at_end", stopping_on_nothing),
     Place(CollapseDetector, "update", alarmed),
     Place(CollapseDetector, "state_dict", alarmed, RESUMED),
     Place(CollapseDetector, "load_state_dict", alarmed, RESUMED),
-    Place(SharedCollapseAlarm, "note", alarmed),
-    Place(SharedCollapseAlarm, "tell", alarmed),
-    Place(SharedCollapseAlarm, "warn_if_never_logged", alarmed_by_nothing),
+    Place(CollapseObserver, "logged_values", alarmed),
+    Place(CollapseObserver, "report", alarmed),
+    Place(Unlogged, "at_end", alarmed_by_nothing),
 ]
 OF_TRAINER = [
     Place(trainer_entropy, "counted_samples"),
@@ -173,8 +162,8 @@ OF_TRAINER = [
     Place(trainer_entropy, "show", takes_pictures=True),
     Place(trainer_entropy, "log_record", in_background),
     Place(trainer_entropy, "log_record", in_background, RESUMED),
-    Place(_alignment_events, "summarize_by_maximum", alignment),
-    Place(_collapse_events, "alert", alarmed),
+    Place(trainer_alignment, "summarize_by_maximum", alignment),
+    Place(of_transformers._observers, "alert", alarmed),
 ]
 OF_LIGHTNING = [
     Place(lightning_entropy, "counted_samples"),
@@ -188,10 +177,10 @@ OF_LIGHTNING = [
     Place(_monitored_steps, "logging_step"),
     Place(pl.LightningModule, "log_dict"),
     Place(pl.LightningModule, "log_dict", alignment),
-    Place(_alignment_hooks, "summarize_by_maximum", alignment),
-    Place(_plateau_hooks, "publish", stopping),
-    Place(_collapse_hooks, "publish", alarmed),
-    Place(_collapse_hooks, "alert", alarmed),
+    Place(lightning_alignment, "summarize_by_maximum", alignment),
+    Place(of_lightning._observers, "publish", stopping),
+    Place(of_lightning._observers, "publish", alarmed),
+    Place(of_lightning._observers, "alert", alarmed),
     Place(SingleDeviceStrategy, "reduce_boolean_decision", stopping),
     Place(SingleDeviceStrategy, "reduce_boolean_decision", alarmed),
 ]
@@ -250,6 +239,7 @@ def hooks_of(framework: str, cls: type) -> list[str]:
     ours = [c for c in cls.__mro__ if c.__module__.startswith("matent_callbacks.")]
     # Training is told of a wrong configuration in the first ones.
     told = {"on_init_end", "on_train_begin", "on_prediction_step", "setup", "on_train_start"}
+    told |= {"on_sanity_check_start", "on_validation_start", "on_test_start"}
     names = {name for c in ours for name, value in vars(c).items() if callable(value) and hasattr(base, name)}
     return sorted(name for name in names - told if not name.startswith("_"))
 
@@ -365,7 +355,7 @@ def test_a_log_history_that_somebody_keeps_empty(make_trainer):
 
 @TOLD
 @BOTH
-@pytest.mark.parametrize("broken", ["say_stop", "logged_values"])
+@pytest.mark.parametrize("broken", ["report", "logged_values"])
 def test_training_stops_at_the_plateau_though_it_cannot_be_told(framework, broken, tmp_path, monkeypatch):
     def run(folder: str) -> int:
         callbacks = [
@@ -376,6 +366,6 @@ def test_training_stops_at_the_plateau_though_it_cannot_be_told(framework, broke
 
     stopped_at = run("right")
     assert stopped_at < STEPS
-    monkeypatch.setattr(SharedPlateauStopping, broken, fails)
+    monkeypatch.setattr(PlateauObserver, broken, fails)
     with pytest.warns(UserWarning, match="boom Training goes on"):
         assert run("broken") == stopped_at

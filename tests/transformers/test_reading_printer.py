@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from matent_callbacks.callbacks.reading_line import reading_line
 from matent_callbacks.transformers import MatrixEntropyCallback, ReadingPrinter
+from matent_callbacks.transformers._reading_printer import reading_line
 
 LINE = re.compile(r"step +(\d+)  loss ([\d.]+)  effective_rank: layer_00 ([\d.]+), layer_02 ([\d.]+), last ([\d.]+)")
 BOTH = pytest.mark.parametrize("quiet", [True, False], ids=["printed", "progress bar"])

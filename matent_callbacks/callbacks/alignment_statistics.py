@@ -1,4 +1,4 @@
-"""Reads the batches of a probe of image-text pairs, and merges the readings of all batches and ranks."""
+"""Reads the batches of a probe of image-text pairs, and merges the statistics of all batches and ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Counts(NamedTuple):
     moved_nats: Tensor
 
 
-class Reading(NamedTuple):
+class PairStatistics(NamedTuple):
     """What is read from some image-text samples."""
 
     entropies: dict[str, SequenceMean]
@@ -61,60 +61,60 @@ class Reading(NamedTuple):
 
 
 def read_vision_language(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
-) -> Reading:
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
+) -> PairStatistics:
     """Read a batch in a vision-language model; with ``exchange``, also with its images moved on."""
-    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, tell=tell)
+    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, warn_once=warn_once)
     image, text = stages["image"], stages["text"]
     entropies = {name: _entropy(stages[name]) for name in STAGES}
     counts = _counts(exchanged, text_only, device_of(model))
     if exchange:
         entropies |= _exchanged_entropies(stages, exchanged, entropies, model)
     both = text.mask.any(1)  # a sample of an image alone is no pair
-    return Reading(entropies, mean_token(*image)[both], mean_token(*text)[both], counts)
+    return PairStatistics(entropies, mean_token(*image)[both], mean_token(*text)[both], counts)
 
 
-def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | None) -> Reading:
+def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | None) -> PairStatistics:
     """Read a batch in both towers."""
     image, text = dual_encoder_towers(model, batch, towers)
     entropies = {
         name: _entropy(Stage(tower.hidden_states, tower.mask))
         for name, tower in zip(TOWERS, (image, text), strict=True)
     }
-    return Reading(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)))
+    return PairStatistics(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)))
 
 
-def merged(readings: Sequence[Reading], names: Iterable[str], model: nn.Module) -> Reading:
-    """Merge the readings of all batches; without any, an empty reading with entropies of these names."""
-    if not readings:
+def merged(statistics: Sequence[PairStatistics], names: Iterable[str], model: nn.Module) -> PairStatistics:
+    """Merge the statistics of all batches; without any, those of no sample, with entropies of these names."""
+    if not statistics:
         device = device_of(model)
         dtype = statistics_dtype(next(model.parameters(), torch.empty(0)))
         nothing = torch.zeros(0, 0, dtype=dtype, device=device)
         entropies = {name: empty_sequence_mean(dtype=dtype, device=device) for name in names}
-        return Reading(entropies, nothing, nothing, _counts(None, 0, device))
-    entropies = {name: reduce(merge_sequence_means, (r.entropies[name] for r in readings)) for name in names}
+        return PairStatistics(entropies, nothing, nothing, _counts(None, 0, device))
+    entropies = {name: reduce(merge_sequence_means, (each.entropies[name] for each in statistics)) for name in names}
     for name, total in entropies.items():
         if name not in EXCHANGED and total.num_nonfinite:
             count = int(total.num_nonfinite)
             warnings.warn(f"{count} tokens of {name!r} are NaN or Inf; they are left out.", stacklevel=2)
-    return Reading(
+    return PairStatistics(
         entropies,
-        torch.cat([r.image for r in readings]),
-        torch.cat([r.text for r in readings]),
-        Counts(*(torch.stack(parts).sum(0) for parts in zip(*(r.counts for r in readings), strict=True))),
+        torch.cat([each.image for each in statistics]),
+        torch.cat([each.text for each in statistics]),
+        Counts(*(torch.stack(counts).sum(0) for counts in zip(*(each.counts for each in statistics), strict=True))),
     )
 
 
-def over_ranks(reading: Reading, group: dist.ProcessGroup | None) -> Reading:
-    """Merge the readings of all ranks. Every rank calls this, whatever it has read."""
-    means = all_reduce_sequence_means(list(reading.entropies.values()), group)
-    counts = Counts(*all_reduce_sum(torch.stack(reading.counts), group))
-    image, text = (torch.cat(all_gather_ragged(rows, group)) for rows in (reading.image, reading.text))
-    return Reading(dict(zip(reading.entropies, means, strict=True)), image, text, counts)
+def over_ranks(statistics: PairStatistics, group: dist.ProcessGroup | None) -> PairStatistics:
+    """Merge the statistics of all ranks. Every rank calls this, whatever it has read."""
+    means = all_reduce_sequence_means(list(statistics.entropies.values()), group)
+    counts = Counts(*all_reduce_sum(torch.stack(statistics.counts), group))
+    image, text = (torch.cat(all_gather_ragged(rows, group)) for rows in (statistics.image, statistics.text))
+    return PairStatistics(dict(zip(statistics.entropies, means, strict=True)), image, text, counts)
 
 
 def _read_stages(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, tell: Callable[[str, str], None]
+    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
 ) -> tuple[dict[str, Stage], int, Exchange | None]:
     if own is None:
         forward = JointForward(model, batch, with_labels=exchange)
@@ -132,7 +132,7 @@ def _read_stages(
             )
         except Exception as error:
             why, _, _ = str(error).partition(". ")
-            tell("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
+            warn_once("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
     return stages, text_only, exchanged
 
 

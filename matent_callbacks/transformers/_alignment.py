@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
+import torch.distributed as dist
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.docstrings import with_arguments_of
+from matent_callbacks.callbacks.alignment_statistics import Stages
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.measurement import warn_if_never_due
 from matent_callbacks.transformers._log_records import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
 
-@with_arguments_of(SharedAlignmentCallback)
 class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     """Logs how well image and text agree inside a multimodal model while a ``Trainer`` trains it.
 
@@ -44,6 +45,39 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
 
     In evaluation the same values are among the metrics, with the prefix ``eval_`` (or the one given).
 
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
+            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
+            of several named probes; each name is put before the names of its values.
+        num_pairs: How many pairs ``probe=None`` takes.
+        during_eval: Also measure at the end of each evaluation.
+        basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
+        stages: For a model whose stages are not found: a function from (model, batch) to the five
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
+            mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
+        alpha: Order of ``mutual_information``.
+        prog_bar: Show the values in the progress bar.
+        name: Prefix of the names of all values, ``<name>/alignment/...``: for a second callback.
+        process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
+            Trainer's device mesh, or else all.
+        context_group: Those of them that hold parts of the same sequences in every forward of the language model
+            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the whole
+            probe. Cannot be combined with ``stages``; towers of a dual encoder always run whole sequences.
+        on_error: ``"warn"``: an error later in a run is warned about once, and training goes on; ``"raise"``.
+
+    Raises:
+        ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read,
+            and for a second callback that would log the same names.
+
     Example:
         >>> from matent_callbacks.transformers import AlignmentCallback, PlateauStopping
         >>> callbacks = [
@@ -53,13 +87,52 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         >>> # Trainer(model=vision_language_model, ..., callbacks=callbacks).train()
     """
 
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        *,
+        probe: Any = None,
+        num_pairs: int = 16,
+        during_eval: bool = True,
+        basis: Literal["effective_rank", "entropy"] = "effective_rank",
+        metrics: str | Iterable[str] = "effective_rank",
+        pair_measures: Iterable[str] | None = None,
+        stages: Stages | None = None,
+        towers: tuple[str, str] | None = None,
+        k: int = 10,
+        alpha: float = 1.0,
+        prog_bar: bool = False,
+        name: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            probe=probe,
+            num_pairs=num_pairs,
+            during_eval=during_eval,
+            basis=basis,
+            metrics=metrics,
+            pair_measures=pair_measures,
+            stages=stages,
+            towers=towers,
+            k=k,
+            alpha=alpha,
+            prog_bar=prog_bar,
+            name=name,
+            process_group=process_group,
+            context_group=context_group,
+            on_error=on_error,
+        )
+
     def start_over(self) -> None:
         super().start_over()
         self._summarized = False
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        self.join(trainer, trainer.callback_handler.callbacks)
+        self.set_up(trainer, trainer.callback_handler.callbacks)
 
     def check(self) -> None:
         # A probe or a model that cannot be read raises now, not in the middle of the run.

@@ -1,0 +1,155 @@
+"""Image-text alignment in PyTorch Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
+from matent_callbacks.callbacks.alignment_statistics import Stages
+from matent_callbacks.callbacks.guard import guarded
+from matent_callbacks.callbacks.measurement import warn_if_never_due
+from matent_callbacks.capture.stack import hugging_face_models
+from matent_callbacks.lightning._loggers import summarize_by_maximum
+from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._trainer import log, planned_steps
+
+
+class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
+    """Logs how well image and text agree inside a multimodal model while Lightning trains it.
+
+    What is logged, and how it is measured, is described at :class:`matent_callbacks.transformers.AlignmentCallback`;
+    here the values of validation and test epochs have the prefixes ``val_`` and ``test_``. The model is the
+    transformers model inside the LightningModule, or the LightningModule itself.
+
+    Args:
+        every_n_steps: Optimizer steps between two readings.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
+            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
+            of several named probes; each name is put before the names of its values.
+        num_pairs: How many pairs ``probe=None`` takes.
+        during_eval: Also measure at the end of each evaluation.
+        basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
+        metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
+        pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
+            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
+            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
+            has enough pairs and labels. Without the last two there is no second forward.
+        stages: For a model whose stages are not found: a function from (model, batch) to the five
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
+            mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
+        towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
+        k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
+        alpha: Order of ``mutual_information``.
+        prog_bar: Show the values in the progress bar.
+        name: Prefix of the names of all values, ``<name>/alignment/...``: for a second callback.
+        process_group: The ranks whose pairs belong together; ``None``: those of the data-parallel dimensions of the
+            Trainer's device mesh, or else all.
+        context_group: Those of them that hold parts of the same sequences in every forward of the language model
+            (Ulysses, ring attention). Each needs the same probe and runs its part of it. ``None``: each runs the whole
+            probe. Cannot be combined with ``stages``; towers of a dual encoder always run whole sequences.
+        on_error: ``"warn"``: an error later in a run is warned about once, and training goes on; ``"raise"``.
+
+    Raises:
+        ValueError: Here for an argument out of range; when training begins for a probe or a model that cannot be read,
+            and for a second callback that would log the same names.
+
+    Example:
+        >>> from matent_callbacks.lightning import AlignmentCallback
+        >>> callback = AlignmentCallback(every_n_steps=20)
+        >>> # Trainer(callbacks=[callback]).fit(module_with_a_clip_model, data)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        *,
+        probe: Any = None,
+        num_pairs: int = 16,
+        during_eval: bool = True,
+        basis: Literal["effective_rank", "entropy"] = "effective_rank",
+        metrics: str | Iterable[str] = "effective_rank",
+        pair_measures: Iterable[str] | None = None,
+        stages: Stages | None = None,
+        towers: tuple[str, str] | None = None,
+        k: int = 10,
+        alpha: float = 1.0,
+        prog_bar: bool = False,
+        name: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            probe=probe,
+            num_pairs=num_pairs,
+            during_eval=during_eval,
+            basis=basis,
+            metrics=metrics,
+            pair_measures=pair_measures,
+            stages=stages,
+            towers=towers,
+            k=k,
+            alpha=alpha,
+            prog_bar=prog_bar,
+            name=name,
+            process_group=process_group,
+            context_group=context_group,
+            on_error=on_error,
+        )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.set_up(trainer, trainer.callbacks)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.off:
+            return
+        warn_if_never_due(self.every_n_steps, planned_steps(trainer, pl_module), at_end=True)
+        with self.guard("the greatest values in W&B's table of runs"):
+            summarize_by_maximum(trainer, self.guard, *self.summarized_by_maximum)
+        # A probe or a model that cannot be read raises now, not in the middle of the run.
+        self._measure(trainer, pl_module)
+
+    def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
+        return self._measure_or_warn(trainer, pl_module) if due or last else None
+
+    @guarded
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "val")
+
+    @guarded
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._log_evaluation(trainer, pl_module, "test")
+
+    def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str) -> None:
+        if self.off or trainer.sanity_checking or not self.during_eval:
+            return
+        values = {f"{prefix}_{key}": value for key, value in self._measure_or_warn(trainer, pl_module).items()}
+        log(pl_module, values, prog_bar=self.prog_bar, add_dataloader_idx=False)
+
+    def _measure_or_warn(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        return self.guard.values("the readings of the probe", lambda: self._measure(trainer, pl_module))
+
+    def _measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        return self._alignment.measure(
+            _model(pl_module),
+            around=lambda: trainer.precision_plugin.forward_context(),
+            find_probe=lambda: self._first_pairs(trainer),
+        )
+
+    def _first_pairs(self, trainer: Any) -> Any:
+        loaders = trainer.val_dataloaders or trainer.test_dataloaders or trainer.train_dataloader
+        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        return self.first_pairs(loader.dataset, loader.collate_fn)
+
+
+def _model(pl_module: Any) -> Any:
+    """Return the transformers model inside, if there is exactly one, or else the module itself."""
+    found = list(hugging_face_models(pl_module).values())
+    return found[0] if len(found) == 1 else pl_module
