@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.alignment_callback import measure_alignment
+    from matent_callbacks.callbacks.alignment_measurement import measure_alignment
     from matent_callbacks.capture.meshes import parallel_groups
     from matent_callbacks.capture.vision_language import Stage
     from matent_callbacks.collapse import CollapseDetector
@@ -44,7 +44,7 @@ _MODULES = {
     "LoopMonitor": "loop",
     "PlateauDetector": "plateau",
     "Stage": "capture.vision_language",
-    "measure_alignment": "callbacks.alignment_callback",
+    "measure_alignment": "callbacks.alignment_measurement",
     "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }

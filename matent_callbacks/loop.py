@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.loggers import check_log, log_values, takers_of, to_each
+from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
 
@@ -32,8 +33,7 @@ class LoopMonitor:
     Logged are ``<metric>/<layer>`` at each monitored step, ``eval_<metric>/<layer>`` over each evaluation, and whatever
     else :class:`matent_callbacks.transformers.MatrixEntropyCallback` lists.
 
-    In a distributed run every rank has to make the same calls, and has the same values: those of the tokens of all
-    ranks.
+    On several ranks, each has to make the same calls, and has the same values: those of the tokens of all ranks.
 
     Args:
         model: The model as it is trained: plain, or prepared by accelerate or Fabric, compiled, sharded.
@@ -52,8 +52,7 @@ class LoopMonitor:
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler, provides these vectors itself.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
+        reference: For Diff-eRank, measured on the probe: ``"start"``, the model when training begins, or a model.
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, which overrides the model's own.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it.
@@ -119,7 +118,7 @@ class LoopMonitor:
         self.guard = Guard(type(self).__name__, on_error)
         self._model = model
         self._log_to = log
-        self._run = RunMonitor.from_arguments(self.guard, given)
+        self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
         # Where accelerate, Fabric and models have their device meshes.
         owner = SimpleNamespace(accelerator=log, strategy=getattr(log, "strategy", None), model=model)
         self._run.watch(model, owner=owner)

@@ -26,7 +26,18 @@ VOCABULARY = 128
 # Places of the tests that `make check` leaves out: they train, start processes, or open a browser.
 SLOW = (
     *("accumulate/test_reduction.py", "capture/test_vision_language.py", "cli/test_ranks.py", "cli/test_measure.py"),
-    *("distributed/", "docs/", "loggers/", "plot/", "report/", "sweep/", "trl/", "lightning/", "transformers/"),
+    *(
+        "distributed/",
+        "docs/",
+        "loggers/",
+        "loop/",
+        "plot/",
+        "report/",
+        "sweep/",
+        "trl/",
+        "lightning/",
+        "transformers/",
+    ),
     *("test_collapse.py", "test_examples.py", "test_plateau.py", "test_scaling_law.py"),
 )
 

@@ -13,7 +13,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Attempt:
-    """Tells how a guarded block ended."""
+    """How a guarded block ended."""
 
     failed = False
 
@@ -50,11 +50,11 @@ class Guard:
             if work not in self._warned:
                 self._warned.add(work)
                 text = " ".join([str(error), *getattr(error, "__notes__", ())])
-                told = message.format(error=error) or (
+                said = message.format(error=error) or (
                     f"Monitoring failed: {type(error).__name__}: {text} "
                     f"Training goes on without {work} ({self._owner})."
                 )
-                warnings.warn(told, stacklevel=3)
+                warnings.warn(said, stacklevel=3)
 
     def values(self, work: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Return what ``compute`` returns; an empty dict if it fails."""

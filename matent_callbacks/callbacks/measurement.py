@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_s
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.influence import Influence, sample_of_weights
 from matent_callbacks.callbacks.probe import probes_by_prefix
-from matent_callbacks.callbacks.reference import DATA_SET_RANK, Reference
+from matent_callbacks.callbacks.reference import DATA_SET_RANK, Reference, check_reference
 from matent_callbacks.capture.inference import why_unfit
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
@@ -33,6 +33,12 @@ def check_every_n_steps(every_n_steps: int) -> None:
     """Raise ValueError unless it is a whole number above 0."""
     if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
         raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
+
+
+def measured_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the local names of a callback's ``__init__`` that say what is measured, and not when or where."""
+    own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log")
+    return {name: value for name, value in given.items() if name not in own}
 
 
 def warn_if_never_due(every_n_steps: int, last_step: int | None, *, at_end: bool) -> None:
@@ -68,6 +74,7 @@ class Measurement:
         context_group: dist.ProcessGroup | None,
         **settings: Any,
     ) -> None:
+        check_reference(reference, probe)
         self._layers = layers
         self.metrics = check_metrics(metrics)
         check_solver(solver, self.metrics)
@@ -82,7 +89,7 @@ class Measurement:
         self._groups = ParallelGroups(process_group, context_group)
         self._monitors: dict[_Kind, EntropyMonitor] = {}
         self._evaluated: set[int] = set()
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
         self._remembered: dict[tuple[str, ...], Remembered] = {}
 
     def choose_groups(self, owner: Any) -> None:
@@ -199,8 +206,8 @@ class Measurement:
         monitor = self._monitors[data_set] if known else self.evaluation_monitor(model, data_set)
         values = self._computed(monitor, self._prefix)
         bad = {key: number for key, number in values.items() if key.startswith(f"{self._prefix}{NONFINITE}/")}
-        new = [f"{key.partition('/')[2]} ({number:.0f})" for key, number in bad.items() if key not in self._told]
-        self._told.update(bad)
+        new = [f"{key.partition('/')[2]} ({number:.0f})" for key, number in bad.items() if key not in self._warned_of]
+        self._warned_of.update(bad)
         if new:
             warnings.warn(
                 f"Tokens with NaN or Inf were left out of the readings of an evaluation: {', '.join(new)}.",

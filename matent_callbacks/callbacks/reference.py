@@ -20,6 +20,14 @@ DATA_SET_RANK = "sequence_effective_rank"
 _SETTINGS = ("module", "layer_offset", "max_tokens")
 
 
+def check_reference(reference: Any, probe: Any) -> None:
+    """Raise ValueError if it is none of those that :class:`Reference` takes, or there is no probe for it."""
+    if not (reference is None or reference == "start" or isinstance(reference, nn.Module)):
+        raise ValueError(f"`reference` must be 'start', a model or None, got {reference!r}.")
+    if reference is not None and probe is None:
+        raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
+
+
 class Reference:
     """The reference values of a run, measured when it begins or restored from a checkpoint.
 
@@ -37,10 +45,6 @@ class Reference:
         settings: Mapping[str, Any],
         guard: Guard,
     ) -> None:
-        if not (given is None or given == "start" or isinstance(given, nn.Module)):
-            raise ValueError(f"`reference` must be 'start', a model or None, got {given!r}.")
-        if given is not None and not probes:
-            raise ValueError("`reference` needs a `probe`, the batch that both models are measured on; got None.")
         self.given = given
         self._probes = probes
         self._settings = {name: settings.get(name) for name in _SETTINGS}

@@ -89,12 +89,6 @@ class RunMonitor:
         self._late: tuple[Any, Finish] | None = None
         self._reading: EntropyMonitor | None = None
 
-    @classmethod
-    def from_arguments(cls, guard: Guard, given: Mapping[str, Any]) -> RunMonitor:
-        """Return one with the local names of a callback's ``__init__``, those left out that are the adapter's."""
-        own = ("self", "__class__", "model", "log", "during_eval", "prog_bar")
-        return cls(guard, **{name: value for name, value in given.items() if name not in own})
-
     def renewed(self, guard: Guard) -> RunMonitor:
         """Return one with the same arguments, and nothing of a run."""
         return RunMonitor(guard, **self._arguments)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.lightning._loggers import show, takes_pictures
-from matent_callbacks.lightning._monitored_steps import MeasuringCallback
+from matent_callbacks.lightning._measuring import MeasuringCallback
 from matent_callbacks.lightning._padding_samples import counted_samples
 from matent_callbacks.lightning._trainer import (
     compiled_whole,
@@ -24,7 +24,9 @@ from matent_callbacks.lightning._trainer import (
     logging_step,
     planned_steps,
     publish,
+    show,
     takes_names_with_a_loader,
+    takes_pictures,
 )
 
 
@@ -142,7 +144,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self.during_eval = during_eval
         self.prog_bar = prog_bar
         self.name = name
-        self._run = RunMonitor.from_arguments(self.guard, given)
+        self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
         self.start_over()
 
     def start_over(self) -> None:

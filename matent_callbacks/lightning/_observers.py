@@ -21,8 +21,7 @@ from matent_callbacks.callbacks.observers import (
     call_action,
     needs_arguments,
 )
-from matent_callbacks.lightning._loggers import alert
-from matent_callbacks.lightning._trainer import GuardedCallback, publish
+from matent_callbacks.lightning._trainer import GuardedCallback, alert, publish
 
 
 class ObservingCallback(GuardedCallback):

@@ -12,9 +12,10 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.transformers._log_records import MeasuringCallback, Wrapper, log_record
+from matent_callbacks.transformers._measuring import MeasuringCallback, Wrapper, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
 from matent_callbacks.transformers._reporters import show, takes_pictures
 
@@ -138,7 +139,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self.during_eval = during_eval
         self.prog_bar = prog_bar
         self.name = name
-        self._run = RunMonitor.from_arguments(self.guard, given)
+        self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
         self.start_over()
 
     def start_over(self) -> None:
@@ -182,7 +183,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         last = state.global_step == state.max_steps
         values = self._run.step_ends(self.trainer.model, state.global_step, at=here, last=last) or {}
         own = values.pop(here, {})
-        self._log_records(values)
+        self._log_own_records(values)
         return own
 
     def begin_evaluation(self) -> None:
@@ -207,8 +208,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         here = state.global_step, state.epoch
         # Separately: the last step may have values from the background as well.
-        self._log_records(self._run.late_values())
-        self._log_records(self._run.run_ends(self.trainer.model, at=here, replaced=best_was_loaded))
+        self._log_own_records(self._run.late_values())
+        self._log_own_records(self._run.run_ends(self.trainer.model, at=here, replaced=best_was_loaded))
         self._show_pictures(last=True)
 
     @guarded
@@ -233,9 +234,9 @@ class MatrixEntropyCallback(MeasuringCallback):
     @guarded
     def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # So that the values until then are in the checkpoint's log.
-        self._log_records(self._run.late_values())
+        self._log_own_records(self._run.late_values())
 
-    def _log_records(self, values: Logged) -> None:
+    def _log_own_records(self, values: Logged) -> None:
         """Log values in records of their own, each under its step."""
         for (step, epoch), own in values.items():
             with self.guard("the record of a measurement"):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
-from matent_callbacks.lightning._loggers import summarize_by_maximum, takes_pictures
+from matent_callbacks.lightning._trainer import summarize_by_maximum, takes_pictures
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.loggers.libraries import PICTURES, TensorBoard, Wandb, in_csv
 from tests.versions import BOTH_PACKAGES

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
 
 from matent_callbacks import EntropyMonitor, LoopMonitor
 from matent_callbacks.callbacks.run_monitor import RunMonitor
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.conftest import collate, llama, text_examples
+from tests.loggers.libraries import TensorBoard
 from tests.wandb_history import read_history
 
 Logged = list[tuple[int, dict[str, float]]]
@@ -326,3 +331,23 @@ def test_a_run_of_wandb_gets_them_under_the_step_of_the_users_own(own_wandb):
         assert rows[step]["loss"] == 1.0 / step
         assert rows[step]["effective_rank/last"] > 0
     assert any(key.startswith("layers/effective_rank_profile") for key in rows[6])
+
+
+def as_accelerator(folder: Path) -> Any:
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
+    accelerator.init_trackers("run")
+    return accelerator
+
+
+def as_fabric(folder: Path) -> Any:
+    return Fabric(accelerator="cpu", devices=1, loggers=[TensorBoardLogger(folder)])
+
+
+@pytest.mark.parametrize("make", [as_accelerator, as_fabric])
+def test_what_accelerate_and_fabric_log_with_gets_numbers_and_pictures(make, tmp_path):
+    log = make(tmp_path / "logs")
+    train(lambda model, _: LoopMonitor(model, 2, "all", log=log, on_error="raise"))
+    log.end_training() if make is as_accelerator else log.logger.finalize("success")
+    stored = TensorBoard(tmp_path / "logs").stored()
+    assert list(stored.numbers["effective_rank/last"]) == [2, 4, 6]
+    assert list(stored.pictures["layers/effective_rank_profile"])[-1] == 6

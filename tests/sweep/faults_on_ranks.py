@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks import alignment_callback
-from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
+from matent_callbacks.callbacks import alignment_measurement
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.functional.alignment import STAGES
@@ -26,7 +26,7 @@ from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
 from matent_callbacks.transformers import (
     AlignmentCallback,
     MatrixEntropyCallback,
-    _log_records,
+    _measuring,
 )
 from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
@@ -59,7 +59,7 @@ OF_TRAINER = {
     "samples": ([(trainer_entropy, "counted_samples")], {}),
     "evaluation begins": ([(Measurement, "begin_evaluation")], {}),
     "late record": ([(trainer_entropy, "log_record")], {"background": True}),
-    "own record": ([(_log_records, "log_record")], {}),
+    "own record": ([(_measuring, "log_record")], {}),
 }
 OF_LIGHTNING = {
     "reset": ([(Measurement, "reset")], {}),
@@ -145,7 +145,7 @@ def alignment_fails(here: bool, run: Callable[[list[Any]], tuple[int, float]], c
     with broken([], here) as caught, mock.patch.object(AlignmentMeasurement, "_read", fails_later):
         later = run([callback(1, stages=stages, pair_measures=[], probe=probe())])
     told = any("boom" in str(w.message) or "Another rank failed" in str(w.message) for w in caught)
-    with broken([(alignment_callback, "first_batch")], here):
+    with broken([(alignment_measurement, "first_batch")], here):
         try:
             run([callback(1, stages=stages, pair_measures=[])])
             at_start = ""

@@ -17,7 +17,7 @@ import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
 from matent_callbacks.callbacks import run_monitor
-from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
@@ -27,7 +27,7 @@ from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.lightning import _alignment as lightning_alignment
 from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
-from matent_callbacks.lightning import _monitored_steps
+from matent_callbacks.lightning import _measuring
 from matent_callbacks.transformers import _alignment as trainer_alignment
 from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
@@ -174,7 +174,7 @@ OF_LIGHTNING = [
     Place(lightning_entropy, "publish", in_background, RESUMED),
     Place(lightning_entropy, "logging_step", in_background),
     Place(lightning_entropy, "draws_its_batches"),
-    Place(_monitored_steps, "logging_step"),
+    Place(_measuring, "logging_step"),
     Place(pl.LightningModule, "log_dict"),
     Place(pl.LightningModule, "log_dict", alignment),
     Place(lightning_alignment, "summarize_by_maximum", alignment),

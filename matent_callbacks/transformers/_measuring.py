@@ -13,7 +13,6 @@ from transformers import IntervalStrategy, Trainer, TrainerControl, TrainerState
 
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
-from matent_callbacks.transformers._progress_bar import show_in_bar
 
 Wrapper: TypeAlias = tuple[Callable[..., None], Callable[[Any], None] | None]
 """What is called before a method of the Trainer, with the method and its arguments, and after it, with its result.
@@ -21,8 +20,8 @@ Wrapper: TypeAlias = tuple[Callable[..., None], Callable[[Any], None] | None]
 The result is None if the method raised.
 """
 
-# Attribute of a Trainer: the callbacks that have wrapped its methods.
-_AROUND = "_matent_callbacks"
+# Attribute of a Trainer: the callbacks that have wrapped its methods. And of its progress bar: the values beside it.
+_OURS = "_matent_callbacks"
 
 
 def log_record(trainer: Trainer, values: dict[str, float], *, step: int, epoch: float | None) -> None:
@@ -66,7 +65,7 @@ class MeasuringCallback(AttachedCallback):
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
         # Kept at the Trainer itself: as a key it would have to be hashable, and TRL has Trainers that are dataclasses.
-        around_already = vars(trainer).setdefault(_AROUND, [])
+        around_already = vars(trainer).setdefault(_OURS, [])
         if self not in around_already:
             around_already.append(self)
             # There is no event at the start of an evaluation, and none when a step raises.
@@ -82,12 +81,8 @@ class MeasuringCallback(AttachedCallback):
             "_maybe_log_save_evaluate": (self._before_logging, None),
         }
 
-    def is_due(self, state: TrainerState) -> bool:
-        """Whether the step that is over is monitored."""
-        return True
-
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        """Return the readings of that step."""
+        """Return what was measured at the step that is over; empty if it is not due."""
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
@@ -104,7 +99,7 @@ class MeasuringCallback(AttachedCallback):
         """Called when the values of a step or an evaluation are in a log record."""
         if self.prog_bar:
             with self.guard("the progress bar"):
-                show_in_bar(self.trainer, values)
+                _show_in_bar(self.trainer, values)
 
     # Events
 
@@ -116,9 +111,8 @@ class MeasuringCallback(AttachedCallback):
 
     @guarded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_due(state):
-            self._pending_step = state.global_step
-            self._pending.update(self.step_values(state))
+        self._pending_step = state.global_step
+        self._pending.update(self.step_values(state))
 
     @guarded
     def on_train_end(
@@ -257,3 +251,13 @@ def _metric_key_prefix(evaluation_loop: Callable[..., Any], args: tuple[Any, ...
             if "metric_key_prefix" in bound.arguments:
                 return str(bound.arguments["metric_key_prefix"])
     return "eval"
+
+
+def _show_in_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Put values behind the progress bar of training, beside those of other callbacks."""
+    for callback in trainer.callback_handler.callbacks:
+        bar: Any = getattr(callback, "training_bar", None)
+        if hasattr(bar, "set_postfix"):
+            shown = vars(bar).setdefault(_OURS, {})
+            shown.update({key: f"{value:.3g}" for key, value in values.items()})
+            bar.set_postfix(shown)
