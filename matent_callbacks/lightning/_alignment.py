@@ -85,7 +85,7 @@ class AlignmentCallback(MeasuringCallback):
         given = locals()
         check_every_n_steps(every_n_steps)
         self.guard = Guard(type(self).__name__, on_error)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = self.steps_until_logged = every_n_steps
         self.during_eval = during_eval
         self.prog_bar = prog_bar
         self.name = name

@@ -145,17 +145,13 @@ class MatrixEntropyCallback(MeasuringCallback):
         self.prog_bar = prog_bar
         self.name = name
         self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
+        self.steps_until_logged = self._run.steps_until_logged
         self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
         self._draws: bool | None = None
-
-    @property
-    def steps_until_logged(self) -> int:
-        """The number of steps until values are logged."""
-        return self._run.steps_until_logged
 
     @guarded
     def state_dict(self) -> dict[str, Any]:
@@ -242,7 +238,14 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._begin_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        draws = draws_its_batches(pl_module.test_step if trainer.testing else pl_module.validation_step)
+        given = None if draws else batch
+        samples = None if draws else counted_samples(trainer, batch_idx, dataloader_idx)
+        self._run.evaluation_batch_begins(
+            pl_module, given, data_set=dataloader_idx, own_mask=_own_mask(given), samples=samples
+        )
 
     @guarded
     def on_validation_batch_end(
@@ -257,17 +260,8 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin_evaluation(trainer, pl_module, alone=True)
 
-    @guarded
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._begin_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    @guarded
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._run.batch_ends()
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     @guarded
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -314,18 +308,6 @@ class MatrixEntropyCallback(MeasuringCallback):
             self._find_layers(trainer, pl_module)
         with self.guard("the reset of the reading before an evaluation"):
             self._run.evaluation_begins()
-
-    def _begin_evaluation_batch(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        if not self._reads_evaluation(trainer, pl_module):
-            return
-        draws = draws_its_batches(pl_module.test_step if trainer.testing else pl_module.validation_step)
-        given = None if draws else batch
-        samples = None if draws else counted_samples(trainer, batch_idx, dataloader_idx)
-        self._run.evaluation_batch_begins(
-            pl_module, given, data_set=dataloader_idx, own_mask=_own_mask(given), samples=samples
-        )
 
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):

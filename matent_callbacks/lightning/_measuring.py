@@ -13,12 +13,9 @@ class MeasuringCallback(GuardedCallback):
     """Knows which optimizer steps are due, and logs what was read at them."""
 
     every_n_steps: int
+    steps_until_logged: int
+    """The number of steps until values are logged; those from the background are logged late."""
     prog_bar: bool
-
-    @property
-    def steps_until_logged(self) -> int:
-        """The number of steps until values are logged."""
-        return self.every_n_steps
 
     def start_over(self) -> None:
         self.off = False

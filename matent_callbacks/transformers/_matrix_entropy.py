@@ -140,16 +140,12 @@ class MatrixEntropyCallback(MeasuringCallback):
         self.prog_bar = prog_bar
         self.name = name
         self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
+        self.steps_until_logged = self._run.steps_until_logged
         self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
-
-    @property
-    def steps_until_logged(self) -> int:
-        """The number of steps until values are logged."""
-        return self._run.steps_until_logged
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)

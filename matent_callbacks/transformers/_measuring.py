@@ -47,13 +47,10 @@ class MeasuringCallback(AttachedCallback):
     order = 0
 
     every_n_steps: int
+    steps_until_logged: int
+    """The number of steps until values are logged; those from the background are logged late."""
     during_eval: bool
     prog_bar: bool
-
-    @property
-    def steps_until_logged(self) -> int:
-        """The number of steps until values are logged."""
-        return self.every_n_steps
 
     def start_over(self) -> None:
         self._pending: dict[str, float] = {}
