@@ -4,9 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.alignment_callback import measure_alignment
+    from matent_callbacks.callbacks.alignment_measurement import measure_alignment
     from matent_callbacks.capture.meshes import parallel_groups
+    from matent_callbacks.capture.vision_language import Stage
     from matent_callbacks.collapse import CollapseDetector
+    from matent_callbacks.loop import LoopMonitor
     from matent_callbacks.metrics import (
         EffectiveRank,
         ImageTextAlignment,
@@ -25,10 +27,12 @@ __all__ = [
     "EffectiveRank",
     "EntropyMonitor",
     "ImageTextAlignment",
+    "LoopMonitor",
     "MatrixEntropy",
     "PlateauDetector",
     "SequenceEffectiveRank",
     "SequenceMatrixEntropy",
+    "Stage",
     "measure_alignment",
     "parallel_groups",
     "untrained_like",
@@ -37,8 +41,10 @@ __all__ = [
 _MODULES = {
     "CollapseDetector": "collapse",
     "EntropyMonitor": "monitor",
+    "LoopMonitor": "loop",
     "PlateauDetector": "plateau",
-    "measure_alignment": "callbacks.alignment_callback",
+    "Stage": "capture.vision_language",
+    "measure_alignment": "callbacks.alignment_measurement",
     "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }

@@ -27,7 +27,18 @@ VOCABULARY = 128
 SLOW = (
     *("accumulate/test_reduction.py", "capture/test_vision_language.py", "cli/test_ranks.py", "cli/test_measure.py"),
     *("cli/test_adapters.py", "cli/test_baseline.py"),
-    *("distributed/", "docs/", "loggers/", "plot/", "report/", "sweep/", "trl/", "lightning/", "transformers/"),
+    *(
+        "distributed/",
+        "docs/",
+        "loggers/",
+        "loop/",
+        "plot/",
+        "report/",
+        "sweep/",
+        "trl/",
+        "lightning/",
+        "transformers/",
+    ),
     *("test_collapse.py", "test_examples.py", "test_plateau.py", "test_scaling_law.py"),
 )
 

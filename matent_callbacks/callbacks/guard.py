@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 OnError = Literal["warn", "raise"]
-_Result = TypeVar("_Result")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-# Attribute of a hook that is guarded already, or must not be.
-_SETTLED = "_settled"
 
 
 class Attempt:
-    """Tells how a guarded block ended."""
+    """How a guarded block ended."""
 
     failed = False
 
@@ -49,21 +45,16 @@ class Guard:
             yield attempt
         except Exception as error:
             attempt.failed = True
-            if not self.absorbs(error, work, message):
+            if self._on_error == "raise":
                 raise
-
-    def absorbs(self, error: Exception, work: str, message: str = "") -> bool:
-        """Warn of an error, once for each kind of work; return False if it is to be raised instead."""
-        if self._on_error == "raise":
-            return False
-        if work not in self._warned:
-            self._warned.add(work)
-            text = " ".join([str(error), *getattr(error, "__notes__", ())])
-            told = message.format(error=error) or (
-                f"Monitoring failed: {type(error).__name__}: {text} Training goes on without {work} ({self._owner})."
-            )
-            warnings.warn(told, stacklevel=4)
-        return True
+            if work not in self._warned:
+                self._warned.add(work)
+                text = " ".join([str(error), *getattr(error, "__notes__", ())])
+                said = message.format(error=error) or (
+                    f"Monitoring failed: {type(error).__name__}: {text} "
+                    f"Training goes on without {work} ({self._owner})."
+                )
+                warnings.warn(said, stacklevel=3)
 
     def values(self, work: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Return what ``compute`` returns; an empty dict if it fails."""
@@ -72,77 +63,22 @@ class Guard:
             values.update(compute())
         return values
 
-    def run_between(self, work: str, halves: Generator[None, Any, None], call: Callable[[], _Result]) -> _Result:
-        """Return the result of ``call``, run between the two halves of a generator that yields once.
 
-        The generator is sent the result. Its errors are guarded, those of ``call`` are raised.
-        """
-        with self(work):
-            next(halves)
-        try:
-            result = call()
-        except BaseException:
-            with self(work):
-                halves.close()
-            raise
-        with self(work), suppress(StopIteration):
-            halves.send(result)
-        return result
+def guarded(hook: _Method) -> _Method:
+    """Decorate a method of an object with a ``guard``: it runs under that guard, and returns None where it fails."""
 
-
-class GuardedHooks:
-    """Base of the callbacks: each method that overrides one of the framework's runs under the callback's guard.
-
-    This holds for the classes of this package only: methods that a user's subclass overrides are not guarded.
-    """
-
-    guard: Guard
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not _is_ours(cls):
-            return
-        # Also methods of bases outside the framework, which become hooks only in this class.
-        for name in {name for base in cls.__mro__ if _is_ours(base) for name in vars(base)}:
-            hook = inspect.getattr_static(cls, name)
-            if inspect.isfunction(hook) and _is_of_framework(cls, name) and not hasattr(hook, _SETTLED):
-                setattr(cls, name, _guarded(hook))
-
-    def start_over(self) -> None:
-        """Replace everything that comes from a run by new objects, so that only the arguments are left."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Let copies and pickles have the arguments of the callback, and nothing of its run."""
-        clone = object.__new__(type(self))
-        vars(clone).update(vars(self))
-        clone.guard = self.guard.renewed()
-        clone.start_over()
-        return vars(clone)
-
-
-def unguarded(hook: _Method) -> _Method:
-    """Mark a hook that reports a wrong configuration before training: its errors are raised."""
-    setattr(hook, _SETTLED, True)
-    return hook
-
-
-def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(hook)
-    def under_guard(self: GuardedHooks, *args: Any, **kwargs: Any) -> Any:
-        try:
+    def under_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.guard(f"what `{hook.__name__}` does"):
             return hook(self, *args, **kwargs)
-        except Exception as error:
-            if not self.guard.absorbs(error, f"what `{hook.__name__}` does"):
-                raise
 
-    setattr(under_guard, _SETTLED, True)
-    return under_guard
+    under_guard.is_guarded = True  # type: ignore[attr-defined]
+    return under_guard  # type: ignore[return-value]
 
 
-def _is_of_framework(cls: type, name: str) -> bool:
-    bases = [base for base in cls.__mro__ if base is not object and not _is_ours(base)]
-    return not name.startswith("_") and any(name in vars(base) for base in bases)
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+def without_run(callback: Any) -> dict[str, Any]:
+    """Return the attributes of a callback for a copy or a pickle: its arguments, and nothing of its run."""
+    clone: Any = object.__new__(type(callback))
+    vars(clone).update({**vars(callback), "trainer": None, "guard": callback.guard.renewed()})
+    clone.start_over()
+    return dict(vars(clone))

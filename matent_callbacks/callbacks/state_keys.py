@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from matent_callbacks.callbacks.guard import GuardedHooks
-
 _LIGHTNING = ("lightning", "pytorch_lightning")
 _TRAINERS = {"transformers": "Hugging Face's Trainer", "lightning": "Lightning's Trainer"}
 
@@ -69,8 +67,12 @@ def _numbered(callback: Any, callbacks: Iterable[Any]) -> str:
     for other in callbacks:
         if other is callback:
             break
-        before += isinstance(other, GuardedHooks) and _key(other) == key
+        before += _has_key(other) and _key(other) == key
     return f"{key} #{before + 1}" if before else key
+
+
+def _has_key(callback: Any) -> bool:
+    return any(isinstance(vars(cls).get("state_key"), StateKey) for cls in type(callback).__mro__)
 
 
 def _key(callback: Any) -> str:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE
-from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
-from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
 
 _OF_EVALUATION = re.compile(r"(eval|val|valid|validation|test)[_/]")
 _OF_OBSERVERS = ("plateau/", "collapse/")
@@ -102,13 +100,7 @@ def _source_of(monitor: str) -> Literal["evaluation", "observer", "measurement",
 
 def _all_have_measured(callbacks: Iterable[Any], start: int, step: int) -> bool:
     """Whether callbacks measure in training, and each has logged its first values of a run that began at ``start``."""
-    intervals: list[int] = []
-    for callback in callbacks:
-        if isinstance(callback, SharedEntropyCallback):
-            # What is computed in the background is logged at the next due step.
-            intervals.append(callback.every_n_steps * (2 if callback._measurement.background else 1))
-        elif isinstance(callback, SharedAlignmentCallback):
-            intervals.append(callback.every_n_steps)
+    intervals = [callback.steps_until_logged for callback in callbacks if hasattr(callback, "steps_until_logged")]
     return bool(intervals) and all(start // interval < step // interval for interval in intervals)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+_WRAPPER_PARTS = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 _LANGUAGE_MODELS = ("language_model", "text_model", "thinker")
 _HEAD = re.compile("For[A-Z]|LMHead|WithProjection|Backbone$")
 _STATES = {"last_hidden_state", "language_output"}
@@ -32,7 +32,7 @@ class Stack:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module under DDP, FSDP, ``torch.compile`` and PEFT wrappers."""
+    """The user's own module under DDP, FSDP, Fabric, ``torch.compile`` and PEFT wrappers."""
     inner: Any = trained_object(model)
     while hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
         inner = trained_object(inner.get_base_model())
@@ -40,13 +40,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def trained_object(model: nn.Module) -> nn.Module:
-    """What the user trains: the module under DDP, FSDP and ``torch.compile``, with PEFT still around it."""
+    """What the user trains: the module under DDP, FSDP, Fabric and ``torch.compile``, with PEFT still around it."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
             inner = inner.module
+        elif type(inner).__name__ == "_FabricModule":
+            inner = inner._forward_module
         else:
             return inner  # type: ignore[no-any-return]
 

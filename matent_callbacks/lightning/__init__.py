@@ -10,8 +10,8 @@ except ImportError:
             "matent_callbacks.lightning needs lightning: pip install 'matent-callbacks[lightning]'"
         ) from error
 
-from matent_callbacks.lightning._alignment_hooks import AlignmentCallback
-from matent_callbacks.lightning._entropy_hooks import MatrixEntropyCallback
+from matent_callbacks.lightning._alignment import AlignmentCallback
+from matent_callbacks.lightning._matrix_entropy import MatrixEntropyCallback
 from matent_callbacks.lightning._observers import CollapseAlarm, PlateauStopping
 
 __all__ = ["AlignmentCallback", "CollapseAlarm", "MatrixEntropyCallback", "PlateauStopping"]

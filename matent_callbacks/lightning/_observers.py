@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.accumulate.reduction import is_distributed
-from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.observers import (
     Action,
     Alarm,
@@ -21,8 +21,7 @@ from matent_callbacks.callbacks.observers import (
     call_action,
     needs_arguments,
 )
-from matent_callbacks.lightning._loggers import alert
-from matent_callbacks.lightning._trainer import GuardedCallback, publish
+from matent_callbacks.lightning._trainer import GuardedCallback, alert, publish
 
 
 class ObservingCallback(GuardedCallback):
@@ -46,16 +45,20 @@ class ObservingCallback(GuardedCallback):
         """The name or glob that is observed."""
         return self.observer.monitor
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
         return self.observer.state_dict()
 
+    @guarded
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.observer.load_state_dict(state_dict)
 
+    @guarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._last_step = trainer.global_step
         self.observer.unlogged.begin(trainer.global_step)
 
+    @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._observe(trainer)
         # Until the batch before this one: all callbacks have had their turn.
@@ -63,14 +66,17 @@ class ObservingCallback(GuardedCallback):
         recorded = step > unlogged.start
         unlogged.check(lambda: trainer.callback_metrics, step, self.callbacks_of_trainer, recorded=recorded)
 
+    @guarded
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._observe(trainer)
             self.observer.unlogged.was_evaluated = True
 
+    @guarded
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._observe(trainer)
 
+    @guarded
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.observer.unlogged.at_end(trainer.callback_metrics)
 

@@ -1,16 +1,18 @@
-"""What all callbacks need from Lightning: where ``Callback`` is imported from, and how a value is logged now."""
+"""What all callbacks need from Lightning: its ``Callback``, and how numbers, pictures and alerts are logged."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
 
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks, unguarded
+from matent_callbacks.callbacks.guard import Guard, guarded, without_run
+from matent_callbacks.callbacks.loggers import Pictures, experiment, takers, to_each
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ else:
 
 __all__ = [
     "GuardedCallback",
+    "alert",
     "compiled_whole",
     "draws_its_batches",
     "log",
@@ -31,13 +34,17 @@ __all__ = [
     "logging_step",
     "planned_steps",
     "publish",
+    "show",
+    "summarize_by_maximum",
     "takes_names_with_a_loader",
+    "takes_pictures",
 ]
 
 
-class GuardedCallback(GuardedHooks, Callback):
+class GuardedCallback(Callback):
     """A Lightning ``Callback`` whose hooks never end a run, and whose copies have nothing of a run."""
 
+    guard: Guard
     trainer: Any = None
 
     state_key = StateKey()
@@ -51,18 +58,20 @@ class GuardedCallback(GuardedHooks, Callback):
         """The callbacks of the Trainer, once it is known."""
         return [] if self.trainer is None else list(self.trainer.callbacks)
 
-    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
         # Also where there is none, so that Lightning asks each callback for its key when the Trainer is made.
         return {}
 
+    def start_over(self) -> None:
+        """Replace everything that comes from a run by new objects, so that only the arguments are left."""
+
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer gives its callbacks methods of the LightningModule.
-        of_run = ("log", "log_dict", "trainer")
-        return {name: value for name, value in super().__getstate__().items() if name not in of_run}
+        return {name: value for name, value in without_run(self).items() if name not in ("log", "log_dict")}
 
 
 def draws_its_batches(step: Any) -> bool:
@@ -120,3 +129,37 @@ def publish(trainer: Any, values: dict[str, float], guard: Guard, *, step: int |
     log_to_loggers(trainer, values, guard, step=step)
     with guard("`trainer.callback_metrics`"):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def takes_pictures(trainer: Any) -> bool:
+    """Whether any logger takes pictures, in this process."""
+    return bool(takers(_loggers(trainer)))
+
+
+def show(trainer: Any, pictures: Pictures, guard: Guard, *, step: int) -> None:
+    """Send pictures to every logger that takes them."""
+    if pictures:
+        to_each(takers(_loggers(trainer)), pictures, step, guard)
+
+
+def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
+    """Let W&B's table of runs show the maximum of logged keys beside the last value."""
+    for logger in _loggers(trainer):
+        with guard(f"the greatest values in the table of runs of {type(logger).__name__}"):
+            run = experiment(logger)
+            if hasattr(run, "define_metric"):
+                for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
+                    run.define_metric(name, step_metric="trainer/global_step", summary="max,last")
+
+
+def alert(trainer: Any, guard: Guard, title: str, text: str) -> None:
+    """Send an alert to W&B, which forwards it to wherever its user wants."""
+    for logger in _loggers(trainer):
+        with guard(f"the alerts of {type(logger).__name__}"):
+            run = experiment(logger)
+            if hasattr(run, "alert"):
+                run.alert(title, text, level="WARN")
+
+
+def _loggers(trainer: Any) -> Iterable[Any]:
+    return trainer.loggers if trainer.is_global_zero else ()

@@ -7,8 +7,8 @@ except ImportError as error:  # pragma: no cover - the tests have it
         "matent_callbacks.transformers needs transformers: pip install 'matent-callbacks[transformers]'"
     ) from error
 
-from matent_callbacks.transformers._alignment_events import AlignmentCallback
-from matent_callbacks.transformers._entropy_events import MatrixEntropyCallback
+from matent_callbacks.transformers._alignment import AlignmentCallback
+from matent_callbacks.transformers._matrix_entropy import MatrixEntropyCallback
 from matent_callbacks.transformers._observers import CollapseAlarm, PlateauStopping
 from matent_callbacks.transformers._reading_printer import ReadingPrinter
 

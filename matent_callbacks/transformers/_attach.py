@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.guard import GuardedHooks, unguarded
+from matent_callbacks.callbacks.guard import Guard, without_run
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
 from matent_callbacks.report._settings import SETTINGS, flat
 
@@ -17,9 +17,10 @@ from matent_callbacks.report._settings import SETTINGS, flat
 _STATES = "matent_callbacks"
 
 
-class AttachedCallback(GuardedHooks, TrainerCallback):
+class AttachedCallback(TrainerCallback):
     """A callback that knows its Trainer, comes before the reporters, and keeps its state in checkpoints."""
 
+    guard: Guard
     order: ClassVar[int]
     """Rank among the callbacks of this package: those that measure come before those that read what was measured."""
 
@@ -56,11 +57,9 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
         """Whether this is the callback's Trainer; no longer so once the callback was removed from it."""
         return self.trainer is trainer and self in trainer.callback_handler.callbacks
 
-    @unguarded
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.find_trainer()
 
-    @unguarded
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -85,8 +84,11 @@ class AttachedCallback(GuardedHooks, TrainerCallback):
     def begin(self, state: TrainerState) -> None:
         """Called after :meth:`check`, when the state in the checkpoint has been loaded, if there was one."""
 
+    def start_over(self) -> None:
+        """Replace everything that comes from a run by new objects, so that only the arguments are left."""
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "trainer": None}
+        return without_run(self)
 
     def keep_state(self, state: TrainerState) -> None:
         """Put the callback's state where the next checkpoint will save it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.observers import (
     Action,
     CollapseObserver,
@@ -49,6 +49,7 @@ class ObservingCallback(AttachedCallback):
     def begin(self, state: TrainerState) -> None:
         self.observer.unlogged.begin(state.global_step)
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,
@@ -75,9 +76,11 @@ class ObservingCallback(AttachedCallback):
             self.observer.report(alarms, partial(alert, self.trainer, self.guard), stops_now=stops_now)
         call_action(self.observer, alarms, self.guard)
 
+    @guarded
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.observer.unlogged.was_evaluated = True
 
+    @guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -87,6 +90,7 @@ class ObservingCallback(AttachedCallback):
             recorded = bool(state.log_history) and state.log_history[-1].get("step", 0) > unlogged.start
             unlogged.check(lambda: _names(state), state.global_step, self.callbacks_of_trainer, recorded=recorded)
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.alignment_statistics import TOWERS
-from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.plot._style import in_order
 from matent_callbacks.transformers._attach import AttachedCallback
@@ -52,6 +52,7 @@ class ReadingPrinter(AttachedCallback):
                 printer.on_log = functools.partial(self._print, printer)
                 self._replaced.append(printer)
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -16,7 +16,7 @@ from transformers.integrations import (
 )
 
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.image_calls import (
+from matent_callbacks.callbacks.loggers import (
     Pictures,
     Taker,
     to_comet,

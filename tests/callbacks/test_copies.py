@@ -128,7 +128,7 @@ def test_a_copy_holds_no_model_of_a_run():
     callback = of_transformers.MatrixEntropyCallback()
     model = Large()
     model.layers = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)])
-    callback._measurement.monitor(model)
+    callback._run.watch(model)
     pickle.dumps(callback)
 
 

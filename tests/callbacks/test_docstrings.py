@@ -10,7 +10,7 @@ import pytest
 
 import matent_callbacks.lightning
 import matent_callbacks.transformers
-from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector, measure_alignment
+from matent_callbacks import CollapseDetector, EntropyMonitor, LoopMonitor, PlateauDetector, measure_alignment
 
 SHARED = sorted(set(matent_callbacks.lightning.__all__) & set(matent_callbacks.transformers.__all__))
 
@@ -46,3 +46,14 @@ def test_what_is_the_same_is_told_with_the_same_words():
         same = [name for name in others if arguments.get(name) == others[name]]
         assert len(same) >= 4
         assert set(others) - set(same) <= {"model", "metrics", "probe", "on_error", "process_group", "context_group"}
+
+
+def test_the_monitor_of_loops_tells_of_each_argument():
+    assert list(told(LoopMonitor)) == list(inspect.signature(LoopMonitor).parameters)
+
+
+@pytest.mark.parametrize("module", [matent_callbacks.lightning, matent_callbacks.transformers])
+def test_callbacks_are_built_on_two_classes_of_ours_at_most(module):
+    for name in module.__all__:
+        bases = getattr(module, name).__mro__[1:]
+        assert len([base for base in bases if base.__module__.startswith("matent_callbacks.")]) <= 2, name

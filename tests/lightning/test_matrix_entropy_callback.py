@@ -139,7 +139,7 @@ def test_two_pictures_hold_all_layers_also_after_resuming(make_module, make_trai
     assert len(list((tmp_path / "wb").rglob("*profile*.png"))) == 2
     _, callback = fit(6, tmp_path / "saved.ckpt")
     wandb.finish()
-    assert [record["step"] for record in callback._records] == [0, 1, 2, 3, 4, 5]
+    assert [record["step"] for record in callback._run.records] == [0, 1, 2, 3, 4, 5]
     events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent), {"images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["layers/effective_rank_profile", "layers/effective_rank_heatmap"]

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
-from matent_callbacks.lightning._loggers import summarize_by_maximum, takes_pictures
+from matent_callbacks.lightning._trainer import summarize_by_maximum, takes_pictures
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.loggers.libraries import PICTURES, TensorBoard, Wandb, in_csv
 from tests.versions import BOTH_PACKAGES
@@ -152,6 +152,6 @@ def test_a_reporter_of_ones_own_gets_the_numbers_and_nothing_is_drawn_for_it(mak
 
 
 def test_none_of_the_libraries_is_imported_with_the_package():
-    code = "import sys, matent_callbacks.callbacks.image_calls, matent_callbacks.monitor; print(*sys.modules)"
+    code = "import sys, matent_callbacks.callbacks.loggers, matent_callbacks.monitor; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"wandb", "tensorboard", "mlflow", "comet_ml", "trackio", "PIL"}.intersection(loaded)

@@ -14,22 +14,21 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks import alignment_callback
-from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
+from matent_callbacks.callbacks import alignment_measurement
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.lightning import AlignmentCallback as LightningAlignment
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.lightning import PlateauStopping as LightningStopping
-from matent_callbacks.lightning import _entropy_hooks
+from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
 from matent_callbacks.transformers import (
     AlignmentCallback,
     MatrixEntropyCallback,
-    _background_readings,
-    _entropy_events,
-    _log_records,
+    _measuring,
 )
+from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
 from tests.distributed import lightning_on_ranks, trainer_on_ranks
 from tests.distributed.reading import as_if_launched, small_llama
@@ -57,16 +56,16 @@ ENTROPY: dict[str, tuple[list[tuple[Any, str]], dict[str, Any]]] = {
     "pictures": ([(LayerPictures, "draw")], {"layers": "all"}),
 }
 OF_TRAINER = {
-    "samples": ([(_entropy_events, "counted_samples")], {}),
+    "samples": ([(trainer_entropy, "counted_samples")], {}),
     "evaluation begins": ([(Measurement, "begin_evaluation")], {}),
-    "late record": ([(_background_readings, "log_record")], {"background": True}),
-    "own record": ([(_log_records, "log_record")], {}),
+    "late record": ([(trainer_entropy, "log_record")], {"background": True}),
+    "own record": ([(_measuring, "log_record")], {}),
 }
 OF_LIGHTNING = {
     "reset": ([(Measurement, "reset")], {}),
-    "samples": ([(_entropy_hooks, "counted_samples")], {}),
+    "samples": ([(lightning_entropy, "counted_samples")], {}),
     "log": ([(LightningModule, "log_dict")], {}),
-    "publish": ([(_entropy_hooks, "publish")], {"background": True}),
+    "publish": ([(lightning_entropy, "publish")], {"background": True}),
 }
 
 
@@ -146,7 +145,7 @@ def alignment_fails(here: bool, run: Callable[[list[Any]], tuple[int, float]], c
     with broken([], here) as caught, mock.patch.object(AlignmentMeasurement, "_read", fails_later):
         later = run([callback(1, stages=stages, pair_measures=[], probe=probe())])
     told = any("boom" in str(w.message) or "Another rank failed" in str(w.message) for w in caught)
-    with broken([(alignment_callback, "first_batch")], here):
+    with broken([(alignment_measurement, "first_batch")], here):
         try:
             run([callback(1, stages=stages, pair_measures=[])])
             at_start = ""
@@ -179,11 +178,11 @@ def on_rank(rank: int, world_size: int, folder: str, failing_rank: int) -> dict[
     def lightning(callbacks: list[Any]) -> tuple[int, float]:
         return by_lightning(next(folders), world_size, callbacks)
 
-    with mock.patch.object(_entropy_events, "takes_pictures", return_value=True):
+    with mock.patch.object(trainer_entropy, "takes_pictures", return_value=True):
         of_trainer = over_places(
             {**ENTROPY, **OF_TRAINER}, here, lambda given: trainer([MatrixEntropyCallback(1, **given)])
         )
-    with mock.patch.object(_entropy_hooks, "takes_pictures", return_value=True):
+    with mock.patch.object(lightning_entropy, "takes_pictures", return_value=True):
         of_lightning = over_places(
             {**ENTROPY, **OF_LIGHTNING}, here, lambda given: lightning([LightningCallback(1, **given)])
         )

@@ -16,22 +16,20 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks.alignment_callback import AlignmentMeasurement
+from matent_callbacks.callbacks import run_monitor
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.callbacks.observers import CollapseObserver, PlateauObserver
+from matent_callbacks.callbacks.run_monitor import RunMonitor
 from matent_callbacks.callbacks.unlogged import Unlogged
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.lightning import (
-    _alignment_hooks,
-    _entropy_hooks,
-    _monitored_steps,
-)
-from matent_callbacks.transformers import (
-    _alignment_events,
-    _background_readings,
-    _entropy_events,
-)
+from matent_callbacks.lightning import _alignment as lightning_alignment
+from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
+from matent_callbacks.lightning import _measuring
+from matent_callbacks.transformers import _alignment as trainer_alignment
+from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
 from tests.sweep.runs import EVERY, FRAMEWORKS, STEPS, Record, Way, assert_same, make_callback, train
 
@@ -134,7 +132,13 @@ OF_BOTH = [
     Place(EntropyMonitor, "read", on_probe),
     Place(EntropyMonitor, "compute", on_probe),
     Place(Measurement, "begin", on_probe),
+    Place(Measurement, "reset"),
     Place(Measurement, "from_forwards"),
+    Place(Measurement, "begin_evaluation"),
+    Place(Measurement, "evaluation_values"),
+    Place(RunMonitor, "batch_begins"),
+    Place(RunMonitor, "step_ends"),
+    Place(RunMonitor, "late_values", in_background),
     Place(Measurement, "from_probe", on_probe),
     Place(LayerPictures, "draw", takes_pictures=True),
     Place(Measurement, "state_dict", on_probe, RESUMED),
@@ -153,31 +157,27 @@ OF_BOTH = [
     Place(Unlogged, "at_end", alarmed_by_nothing),
 ]
 OF_TRAINER = [
-    Place(Measurement, "begin_evaluation"),
-    Place(Measurement, "evaluation_values"),
-    Place(_entropy_events, "counted_samples"),
-    Place(_entropy_events, "takes_pictures"),
-    Place(_entropy_events, "show", takes_pictures=True),
-    Place(_background_readings.LateReading, "log", in_background),
-    Place(_background_readings.LateReading, "log", in_background, RESUMED),
-    Place(_background_readings.LateReading, "begin", in_background),
-    Place(_alignment_events, "summarize_by_maximum", alignment),
+    Place(trainer_entropy, "counted_samples"),
+    Place(trainer_entropy, "takes_pictures"),
+    Place(trainer_entropy, "show", takes_pictures=True),
+    Place(trainer_entropy, "log_record", in_background),
+    Place(trainer_entropy, "log_record", in_background, RESUMED),
+    Place(trainer_alignment, "summarize_by_maximum", alignment),
     Place(of_transformers._observers, "alert", alarmed),
 ]
 OF_LIGHTNING = [
-    Place(Measurement, "reset"),
-    Place(_entropy_hooks, "counted_samples"),
-    Place(_entropy_hooks, "takes_pictures"),
-    Place(_entropy_hooks, "show", takes_pictures=True),
-    Place(_entropy_hooks, "thinned", takes_pictures=True),
-    Place(_entropy_hooks, "publish", in_background),
-    Place(_entropy_hooks, "publish", in_background, RESUMED),
-    Place(_entropy_hooks, "logging_step", in_background),
-    Place(_entropy_hooks, "draws_its_batches"),
-    Place(_monitored_steps, "logging_step"),
+    Place(lightning_entropy, "counted_samples"),
+    Place(lightning_entropy, "takes_pictures"),
+    Place(lightning_entropy, "show", takes_pictures=True),
+    Place(run_monitor, "thinned", takes_pictures=True),
+    Place(lightning_entropy, "publish", in_background),
+    Place(lightning_entropy, "publish", in_background, RESUMED),
+    Place(lightning_entropy, "logging_step", in_background),
+    Place(lightning_entropy, "draws_its_batches"),
+    Place(_measuring, "logging_step"),
     Place(pl.LightningModule, "log_dict"),
     Place(pl.LightningModule, "log_dict", alignment),
-    Place(_alignment_hooks, "summarize_by_maximum", alignment),
+    Place(lightning_alignment, "summarize_by_maximum", alignment),
     Place(of_lightning._observers, "publish", stopping),
     Place(of_lightning._observers, "publish", alarmed),
     Place(of_lightning._observers, "alert", alarmed),
@@ -206,7 +206,7 @@ def break_place(place: Place, framework: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(place.owner, place.name, broken)
     if place.takes_pictures:
-        adapter = _entropy_events if framework == "Trainer" else _entropy_hooks
+        adapter = trainer_entropy if framework == "Trainer" else lightning_entropy
         monkeypatch.setattr(adapter, "takes_pictures", lambda trainer: True)
     return calls
 
@@ -239,6 +239,7 @@ def hooks_of(framework: str, cls: type) -> list[str]:
     ours = [c for c in cls.__mro__ if c.__module__.startswith("matent_callbacks.")]
     # Training is told of a wrong configuration in the first ones.
     told = {"on_init_end", "on_train_begin", "on_prediction_step", "setup", "on_train_start"}
+    told |= {"on_sanity_check_start", "on_validation_start", "on_test_start"}
     names = {name for c in ours for name, value in vars(c).items() if callable(value) and hasattr(base, name)}
     return sorted(name for name in names - told if not name.startswith("_"))
 
@@ -261,8 +262,9 @@ def test_every_hook_is_guarded(framework, make, tmp_path, alone, recwarn):
             hook.__name__ = name
             return hook
 
-        # As a class of the package, whose hooks are guarded, with the hooks of the one that it is made of.
-        body = {name: failing(name) for name in names}
+        # With the hooks of its class, each of which is guarded.
+        assert all(getattr(cls, name).is_guarded for name in names)
+        body = {name: guarded(failing(name)) for name in names}
         callback.__class__ = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
     watched = train(framework, way, tmp_path, given)
     assert_same(watched, alone(framework, way))

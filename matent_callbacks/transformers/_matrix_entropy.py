@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer callback: translates the Trainer's events and log records; the numbers are the monitor's."""
+"""Matrix entropy in the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
-from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
+from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import measured_arguments
+from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.monitor import EntropyMonitor
-from matent_callbacks.transformers._background_readings import LateReading
-from matent_callbacks.transformers._log_records import Halves, MeasuringCallback, log_record
+from matent_callbacks.transformers._measuring import MeasuringCallback, Wrapper, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
 from matent_callbacks.transformers._reporters import show, takes_pictures
 
 
-class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
+class MatrixEntropyCallback(MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while a ``Trainer`` trains it.
 
     Where the Trainer logs at a monitored step, the values are in its record, beside the loss. Elsewhere they get a
@@ -52,7 +52,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     its share is missing; but under FSDP a probe whose forward fails on one rank leaves the others waiting in theirs.
 
     Args:
-        every_n_steps: Optimizer steps between two readings.
+        every_n_steps: Optimizer steps between two measurements.
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
@@ -69,6 +69,9 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
+            their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
+            numbers would describe this one token. One warning says where they are. ``False``: they count.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
             when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
@@ -85,11 +88,11 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
             ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
         background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
-            values are logged under their own step, but only at the next reading, checkpoint, or end of training.
+            values are logged under their own step, but only at the next measurement, checkpoint, or end of training.
         name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
             callback with the same layers.
-        window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
-            Metrics of one vector per sequence need more sequences than one step has.
+        window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
+            it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
             the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -118,6 +121,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         during_eval: bool = True,
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
+        exclude_sinks: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
         mask: Callable[[Any], Tensor | None] | None = None,
@@ -133,147 +137,114 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            layers,
-            metrics=metrics,
-            probe=probe,
-            during_eval=during_eval,
-            max_tokens=max_tokens,
-            embedding=embedding,
-            on_error=on_error,
-            reference=reference,
-            mask=mask,
-            prog_bar=prog_bar,
-            module=module,
-            layer_offset=layer_offset,
-            dtype=dtype,
-            solver=solver,
-            background=background,
-            name=name,
-            window_steps=window_steps,
-            pictures=pictures,
-            process_group=process_group,
-            context_group=context_group,
-        )
+        given = locals()
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
+        self.steps_until_logged = self._run.steps_until_logged
+        self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
-        self._late = LateReading()
-        self._probed_step = -1
+        self._run = self._run.renewed(self.guard)
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        self.watch(trainer.model, trainer, trainer.callback_handler.callbacks)
-        # Made now: a rank that has no batch to evaluate, or fails to read any, still computes with the others.
-        self._measurement.evaluation_monitor(trainer.model)
+        callbacks = trainer.callback_handler.callbacks
+        others = [callback._run for callback in callbacks if isinstance(callback, MatrixEntropyCallback)]
+        self._run.watch(trainer.model, owner=trainer, others=others)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
-        return self._measurement.state_dict()
+        return self._run.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._measurement.load_state_dict(state)
+        self._run.load_state_dict(state)
 
-    def wrappers(self) -> dict[str, Callable[..., Halves]]:
+    def wrappers(self) -> dict[str, Wrapper]:
         # Around the steps, so that hooks exist only during a monitored forward and are removed whatever happens in it.
         return {
             **super().wrappers(),
-            "training_step": self._around_training_step,
-            "prediction_step": self._around_prediction_step,
-            "_save_checkpoint": self._before_saving,
+            "training_step": (self._before_training_step, self._after_forward),
+            "prediction_step": (self._before_prediction_step, self._after_forward),
+            "_save_checkpoint": (self._before_saving, None),
         }
 
-    def is_due(self, state: TrainerState) -> bool:
-        due = state.global_step % self.every_n_steps == 0
-        return due or (bool(self._measurement.probes) and state.global_step == state.max_steps)
+    def begin(self, state: TrainerState) -> None:
+        self._run.run_begins(self.trainer.model, step=state.global_step, last_step=state.max_steps)
+        self.keep_state(state)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        values = self._probe(state) if self._measurement.probes else self._measurement.from_forwards()
-        if not self._measurement.background:
-            return values()
-        self._log_late()
-        self._late.begin(state, values)
-        return {}
+        here = state.global_step, state.epoch
+        last = state.global_step == state.max_steps
+        values = self._run.step_ends(self.trainer.model, state.global_step, at=here, last=last) or {}
+        own = values.pop(here, {})
+        self._log_own_records(values)
+        return own
 
     def begin_evaluation(self) -> None:
-        self._measurement.begin_evaluation()
+        self._run.evaluation_begins()
 
     def join_evaluation(self, model: nn.Module, batch: Any) -> None:
         # The first batch is over: it is run again, now that the method is wrapped.
         self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
     def evaluation_values(self) -> dict[str, float]:
-        return self._measurement.evaluation_values()
-
-    def begin(self, state: TrainerState) -> None:
-        self.warn_if_never_due(state.max_steps)
-        self._measurement.begin(self.trainer.model, resumed=state.global_step > 0)
-        self.keep_state(state)
+        return self._run.evaluation_ends(self.trainer.model)
 
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
         self._show_pictures()
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        self._log_late()
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        unseen = best_was_loaded or self._probed_step != state.global_step
-        if self._measurement.probes and unseen:
-            values = self._probe(state)()
-            with self.guard("the record of the last reading"):
-                if values:
-                    log_record(self.trainer, values, step=state.global_step, epoch=state.epoch)
+        here = state.global_step, state.epoch
+        # Separately: the last step may have values from the background as well.
+        self._log_own_records(self._run.late_values())
+        self._log_own_records(self._run.run_ends(self.trainer.model, at=here, replaced=best_was_loaded))
         self._show_pictures(last=True)
 
-    def _around_training_step(
+    @guarded
+    def _before_training_step(
         self, training_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
-    ) -> Halves:
-        left = -(self.trainer.state.global_step + 1) % self.every_n_steps
-        if self._measurement.probes or left >= self.window_steps:
-            yield
-        else:
-            yield from self._reading(self._measurement.monitor(model), inputs, training_only=True)
+    ) -> None:
+        # Monitored is the model as it is called: prepared, wrapped, perhaps compiled.
+        self._run.batch_begins(model, inputs, step=self.trainer.state.global_step, training_only=True)
 
-    def _around_prediction_step(
+    @guarded
+    def _before_prediction_step(
         self, prediction_step: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
-    ) -> Halves:
+    ) -> None:
         if self._in_evaluation:
-            monitor = self._measurement.evaluation_monitor(model)
-            yield from self._reading(monitor, inputs, sample_mask=counted_samples(self.trainer, inputs))
-        else:
-            yield
+            samples = counted_samples(self.trainer, inputs)
+            self._run.evaluation_batch_begins(model, inputs, samples=samples)
 
-    def _reading(self, monitor: EntropyMonitor, inputs: Any, **how: Any) -> Halves:
-        """Keep the monitor on in between; it is on the model as it is called: prepared, wrapped, perhaps compiled."""
-        try:
-            monitor.start(same_adapters=True, attention_mask=self.mask_of(inputs), **how)
-            yield
-        finally:
-            monitor.stop()
+    @guarded
+    def _after_forward(self, output: Any) -> None:
+        self._run.batch_ends()
 
-    def _probe(self, state: TrainerState) -> Callable[[], dict[str, float]]:
-        self._probed_step = state.global_step
-        return self._measurement.from_probe(self.trainer.model)
+    @guarded
+    def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        # So that the values until then are in the checkpoint's log.
+        self._log_own_records(self._run.late_values())
 
-    def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
-        # So that the readings until then are in the checkpoint's log.
-        self._log_late()
-        yield
-
-    def _log_late(self) -> None:
-        with self.guard("the record of a background reading"):
-            if self._late.log(self.trainer):
+    def _log_own_records(self, values: Logged) -> None:
+        """Log values in records of their own, each under its step."""
+        for (step, epoch), own in values.items():
+            with self.guard("the record of a measurement"):
+                log_record(self.trainer, own, step=step, epoch=epoch)
                 self._show_pictures()
 
     def _show_pictures(self, *, last: bool = False) -> None:
         with self.guard("pictures"):
-            if self._pictures is None or not takes_pictures(self.trainer):
-                return
-            records = self.trainer.state.log_history
-            pictures = self._pictures.draw(records, self._measurement.layer_names, last=last)
-            show(self.trainer, pictures, self.guard)
+            if self._run.has_pictures and takes_pictures(self.trainer):
+                pictures = self._run.pictures(self.trainer.state.log_history, last=last)
+                show(self.trainer, pictures, self.guard)

@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_statistics import Stages
-from matent_callbacks.callbacks.guard import unguarded
-from matent_callbacks.callbacks.measurement import warn_if_never_due
+from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import check_every_n_steps, measured_arguments, warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models
-from matent_callbacks.lightning._loggers import summarize_by_maximum
-from matent_callbacks.lightning._monitored_steps import MeasuringCallback
-from matent_callbacks.lightning._trainer import log, planned_steps
+from matent_callbacks.lightning._measuring import MeasuringCallback
+from matent_callbacks.lightning._trainer import log, planned_steps, summarize_by_maximum
 
 
-class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
+class AlignmentCallback(MeasuringCallback):
     """Logs how well image and text agree inside a multimodal model while Lightning trains it.
 
     What is logged, and how it is measured, is described at :class:`matent_callbacks.transformers.AlignmentCallback`;
@@ -39,7 +38,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
             ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
             has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
-            :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
         k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
@@ -83,47 +82,43 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         context_group: dist.ProcessGroup | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            probe=probe,
-            num_pairs=num_pairs,
-            during_eval=during_eval,
-            basis=basis,
-            metrics=metrics,
-            pair_measures=pair_measures,
-            stages=stages,
-            towers=towers,
-            k=k,
-            alpha=alpha,
-            prog_bar=prog_bar,
-            name=name,
-            process_group=process_group,
-            context_group=context_group,
-            on_error=on_error,
-        )
+        given = locals()
+        check_every_n_steps(every_n_steps)
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = self.steps_until_logged = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self._alignment = AlignmentMeasurement(**measured_arguments(given))
+        self.start_over()
 
-    @unguarded
+    def start_over(self) -> None:
+        super().start_over()
+        self._alignment = self._alignment.renewed()
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.set_up(trainer, trainer.callbacks)
+        others = [callback._alignment for callback in trainer.callbacks if isinstance(callback, AlignmentCallback)]
+        self._alignment.set_up(trainer, others, self.guard)
 
-    @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         if self.off:
             return
         warn_if_never_due(self.every_n_steps, planned_steps(trainer, pl_module), at_end=True)
         with self.guard("the greatest values in W&B's table of runs"):
-            summarize_by_maximum(trainer, self.guard, *self.summarized_by_maximum)
+            summarize_by_maximum(trainer, self.guard, *self._alignment.summarized_by_maximum)
         # A probe or a model that cannot be read raises now, not in the middle of the run.
         self._measure(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         return self._measure_or_warn(trainer, pl_module) if due or last else None
 
+    @guarded
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val")
 
+    @guarded
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "test")
 
@@ -146,7 +141,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     def _first_pairs(self, trainer: Any) -> Any:
         loaders = trainer.val_dataloaders or trainer.test_dataloaders or trainer.train_dataloader
         loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        return self.first_pairs(loader.dataset, loader.collate_fn)
+        return self._alignment.first_pairs(loader.dataset, loader.collate_fn)
 
 
 def _model(pl_module: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.lightning._trainer import GuardedCallback, log, log_to_loggers, logging_step, publish
 
 
@@ -13,12 +13,13 @@ class MeasuringCallback(GuardedCallback):
     """Knows which optimizer steps are due, and logs what was read at them."""
 
     every_n_steps: int
+    steps_until_logged: int
+    """The number of steps until values are logged; those from the background are logged late."""
     prog_bar: bool
 
     def start_over(self) -> None:
         self.off = False
         self._last_step = 0
-        self._most_steps = 0
         self._logged_step = -1
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
@@ -28,7 +29,6 @@ class MeasuringCallback(GuardedCallback):
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
         """Called when readings are in the loggers, at ``step`` of their x axis."""
 
-    @unguarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.off = trainer.barebones
@@ -36,13 +36,13 @@ class MeasuringCallback(GuardedCallback):
             warnings.warn("Trainer(barebones=True) logs nothing, so no readings are taken.", stacklevel=2)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step, self._most_steps, self._logged_step = trainer.global_step, 0, -1
+        self._last_step, self._logged_step = trainer.global_step, -1
 
+    @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.off or trainer.global_step == self._last_step:
             return
-        due = self._reached(trainer.global_step)
-        self._most_steps = max(self._most_steps, trainer.global_step - self._last_step)
+        due = trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps
         self._last_step = trainer.global_step
         last = 0 <= trainer.max_steps <= trainer.global_step
         values = self.step_values(trainer, pl_module, due=due, last=last)
@@ -58,6 +58,7 @@ class MeasuringCallback(GuardedCallback):
             log_to_loggers(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
 
+    @guarded
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         if self.off or not ends or self._logged_step == trainer.global_step:
@@ -66,16 +67,3 @@ class MeasuringCallback(GuardedCallback):
         if values:
             publish(trainer, values, self.guard)
             self.was_logged(trainer, values, step=logging_step(trainer))
-
-    def may_become_due(self, trainer: Any, pl_module: Any, *, ahead: int) -> bool:
-        """Whether the batch that begins, or ``ahead`` optimizer steps after it, may complete an interval.
-
-        In automatic optimization a batch makes one optimizer step at most. In manual optimization it may make any
-        number (one for each of several optimizers, several for a critic), so the largest number that any batch has made
-        is assumed; before the first step, any number.
-        """
-        most = 1 if pl_module.automatic_optimization else self._most_steps
-        return most == 0 or self._reached(trainer.global_step + most + ahead)
-
-    def _reached(self, step: int) -> bool:
-        return step // self.every_n_steps > self._last_step // self.every_n_steps

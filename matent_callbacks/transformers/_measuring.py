@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import IntervalStrategy, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.guard import unguarded
+from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.transformers._attach import AttachedCallback, running_evaluation
-from matent_callbacks.transformers._progress_bar import show_in_bar
 
-Halves = Generator[None, Any, None]
-"""What is done before and after a method of the Trainer: it yields in between, and is sent what the method returned."""
+Wrapper: TypeAlias = tuple[Callable[..., None], Callable[[Any], None] | None]
+"""What is called before a method of the Trainer, with the method and its arguments, and after it, with its result.
 
-# Attribute of a Trainer: the callbacks that have wrapped its methods.
-_AROUND = "_matent_callbacks"
+The result is None if the method raised.
+"""
+
+# Attribute of a Trainer: the callbacks that have wrapped its methods. And of its progress bar: the values beside it.
+_OURS = "_matent_callbacks"
 
 
 def log_record(trainer: Trainer, values: dict[str, float], *, step: int, epoch: float | None) -> None:
@@ -44,6 +46,9 @@ class MeasuringCallback(AttachedCallback):
 
     order = 0
 
+    every_n_steps: int
+    steps_until_logged: int
+    """The number of steps until values are logged; those from the background are logged late."""
     during_eval: bool
     prog_bar: bool
 
@@ -52,32 +57,29 @@ class MeasuringCallback(AttachedCallback):
         self._pending_step = 0
         self._in_evaluation = False
         self._joined_late = False
+        self._prefix = ""
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
         # Kept at the Trainer itself: as a key it would have to be hashable, and TRL has Trainers that are dataclasses.
-        around_already = vars(trainer).setdefault(_AROUND, [])
+        around_already = vars(trainer).setdefault(_OURS, [])
         if self not in around_already:
             around_already.append(self)
             # There is no event at the start of an evaluation, and none when a step raises.
-            for name, around in self.wrappers().items():
-                setattr(trainer, name, self._wrapped_method(trainer, name, around))
+            for name, wrapper in self.wrappers().items():
+                setattr(trainer, name, self._wrapped_method(trainer, name, *wrapper))
 
     # For subclasses to define
 
-    def wrappers(self) -> dict[str, Callable[..., Halves]]:
-        """Return the Trainer's methods to wrap, each with a generator that is called with it and its arguments."""
+    def wrappers(self) -> dict[str, Wrapper]:
+        """Return the Trainer's methods to wrap, each with what is called around it."""
         return {
-            "evaluation_loop": self._around_evaluation_loop,
-            "_maybe_log_save_evaluate": self._before_logging,
+            "evaluation_loop": (self._before_evaluation, self._after_evaluation),
+            "_maybe_log_save_evaluate": (self._before_logging, None),
         }
 
-    def is_due(self, state: TrainerState) -> bool:
-        """Whether the step that is over is monitored."""
-        raise NotImplementedError
-
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        """Return the readings of that step."""
+        """Return what was measured at the step that is over; empty if it is not due."""
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
@@ -94,25 +96,28 @@ class MeasuringCallback(AttachedCallback):
         """Called when the values of a step or an evaluation are in a log record."""
         if self.prog_bar:
             with self.guard("the progress bar"):
-                show_in_bar(self.trainer, values)
+                _show_in_bar(self.trainer, values)
 
     # Events
 
+    @guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log_pending()  # where a Trainer of the user's does not call what is wrapped
 
+    @guarded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_due(state):
-            self._pending_step = state.global_step
-            self._pending.update(self.step_values(state))
+        self._pending_step = state.global_step
+        self._pending.update(self.step_values(state))
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log_pending()
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,
@@ -134,7 +139,6 @@ class MeasuringCallback(AttachedCallback):
             state.log_history[-1].update(pending)
             self.was_logged(pending)
 
-    @unguarded
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -147,6 +151,7 @@ class MeasuringCallback(AttachedCallback):
             with self.guard("the first batch of the evaluation"):
                 self.join_evaluation(*under_way)
 
+    @guarded
     def on_predict(
         self,
         args: TrainingArguments,
@@ -162,7 +167,8 @@ class MeasuringCallback(AttachedCallback):
 
     # Internals
 
-    def _before_logging(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
+    @guarded
+    def _before_logging(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # Every callback has had its say on whether the Trainer logs now.
         state, control, strategy = self.trainer.state, self.trainer.control, self.trainer.args.logging_strategy
         joins = control.should_log and state.global_step > self.trainer._globalstep_last_logged
@@ -170,7 +176,6 @@ class MeasuringCallback(AttachedCallback):
         ends_epoch = strategy == IntervalStrategy.EPOCH and float(state.epoch or 0.5).is_integer()
         if not joins and (not ends_epoch or control.should_save or control.should_evaluate):
             self._log_pending()
-        yield
 
     def _log_pending(self) -> None:
         pending, self._pending = self._pending, {}
@@ -179,18 +184,19 @@ class MeasuringCallback(AttachedCallback):
                 log_record(self.trainer, pending, step=self._pending_step, epoch=self.trainer.state.epoch)
                 self.was_logged(pending)
 
-    def _around_evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Halves:
-        if not self.during_eval:
-            yield
-            return
-        with self.guard("the reset of the reading before an evaluation"):
-            self.begin_evaluation()
-        self._in_evaluation = True
-        try:
-            output = yield
-        finally:
-            self._in_evaluation = False
-        output.metrics.update(self._prefixed(_metric_key_prefix(evaluation_loop, args, kwargs)))
+    @guarded
+    def _before_evaluation(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.during_eval:
+            with self.guard("the reset of the reading before an evaluation"):
+                self.begin_evaluation()
+            self._in_evaluation = True
+            self._prefix = _metric_key_prefix(evaluation_loop, args, kwargs)
+
+    @guarded
+    def _after_evaluation(self, output: Any) -> None:
+        ended, self._in_evaluation = self._in_evaluation, False
+        if ended and output is not None:
+            output.metrics.update(self._prefixed(self._prefix))
 
     def _finish_late_evaluation(self, logs: dict[str, Any]) -> None:
         self._in_evaluation = self._joined_late = False
@@ -200,7 +206,9 @@ class MeasuringCallback(AttachedCallback):
     def _prefixed(self, prefix: str) -> dict[str, float]:
         return {f"{prefix}_{key}": value for key, value in self.evaluation_values().items()}
 
-    def _wrapped_method(self, trainer: Trainer, name: str, around: Callable[..., Halves]) -> Callable[..., Any]:
+    def _wrapped_method(
+        self, trainer: Trainer, name: str, before: Callable[..., None], after: Callable[[Any], None] | None
+    ) -> Callable[..., Any]:
         own = vars(trainer).get(name)
 
         # With the signature of the method, since several callbacks may wrap it.
@@ -210,11 +218,14 @@ class MeasuringCallback(AttachedCallback):
             method = _method_of_class(trainer, name) if own is None else own
             if not self.is_attached_to(trainer):
                 return method(*args, **kwargs)
-            return self.guard.run_between(
-                f"what is done around `{name}`",
-                around(method, *args, **kwargs),
-                functools.partial(method, *args, **kwargs),
-            )
+            result = None
+            try:
+                before(method, *args, **kwargs)
+                result = method(*args, **kwargs)
+            finally:
+                if after is not None:
+                    after(result)
+            return result
 
         return monitored
 
@@ -237,3 +248,13 @@ def _metric_key_prefix(evaluation_loop: Callable[..., Any], args: tuple[Any, ...
             if "metric_key_prefix" in bound.arguments:
                 return str(bound.arguments["metric_key_prefix"])
     return "eval"
+
+
+def _show_in_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Put values behind the progress bar of training, beside those of other callbacks."""
+    for callback in trainer.callback_handler.callbacks:
+        bar: Any = getattr(callback, "training_bar", None)
+        if hasattr(bar, "set_postfix"):
+            shown = vars(bar).setdefault(_OURS, {})
+            shown.update({key: f"{value:.3g}" for key, value in values.items()})
+            bar.set_postfix(shown)

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch.distributed as dist
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.alignment_callback import SharedAlignmentCallback
+from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.alignment_statistics import Stages
-from matent_callbacks.callbacks.measurement import warn_if_never_due
-from matent_callbacks.transformers._log_records import MeasuringCallback
+from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import check_every_n_steps, measured_arguments, warn_if_never_due
+from matent_callbacks.transformers._measuring import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
 
-class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
+class AlignmentCallback(MeasuringCallback):
     """Logs how well image and text agree inside a multimodal model while a ``Trainer`` trains it.
 
     For a vision-language model these are the readings of the paper (Wei et al., arXiv 2401.17139; NeurIPS 2024 as
@@ -59,7 +60,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
             ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
             has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
-            :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
         k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
@@ -106,32 +107,26 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         context_group: dist.ProcessGroup | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            probe=probe,
-            num_pairs=num_pairs,
-            during_eval=during_eval,
-            basis=basis,
-            metrics=metrics,
-            pair_measures=pair_measures,
-            stages=stages,
-            towers=towers,
-            k=k,
-            alpha=alpha,
-            prog_bar=prog_bar,
-            name=name,
-            process_group=process_group,
-            context_group=context_group,
-            on_error=on_error,
-        )
+        given = locals()
+        check_every_n_steps(every_n_steps)
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = self.steps_until_logged = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self._alignment = AlignmentMeasurement(**measured_arguments(given))
+        self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
+        self._alignment = self._alignment.renewed()
         self._summarized = False
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
-        self.set_up(trainer, trainer.callback_handler.callbacks)
+        callbacks = trainer.callback_handler.callbacks
+        others = [callback._alignment for callback in callbacks if isinstance(callback, AlignmentCallback)]
+        self._alignment.set_up(trainer, others, self.guard)
 
     def check(self) -> None:
         # A probe or a model that cannot be read raises now, not in the middle of the run.
@@ -140,6 +135,7 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     def begin(self, state: TrainerState) -> None:
         warn_if_never_due(self.every_n_steps, state.max_steps, at_end=True)
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,
@@ -150,13 +146,11 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
     ) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
         if not self._summarized and logs is not None:
-            self._summarized = summarize_by_maximum(self.trainer, self.guard, *self.summarized_by_maximum)
-
-    def is_due(self, state: TrainerState) -> bool:
-        return bool(state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps)
+            self._summarized = summarize_by_maximum(self.trainer, self.guard, *self._alignment.summarized_by_maximum)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
-        return self.evaluation_values()
+        due = state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps
+        return self.evaluation_values() if due else {}
 
     def evaluation_values(self) -> dict[str, float]:
         return self.guard.values("the readings of the probe", self._measure)
@@ -169,4 +163,4 @@ class AlignmentCallback(SharedAlignmentCallback, MeasuringCallback):
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        return self.first_pairs(dataset, trainer.data_collator)
+        return self._alignment.first_pairs(dataset, trainer.data_collator)

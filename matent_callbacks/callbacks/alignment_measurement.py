@@ -24,9 +24,8 @@ from matent_callbacks.callbacks.alignment_statistics import (
     read_vision_language,
 )
 from matent_callbacks.callbacks.alignment_values import SUMMARIZED_BY_MAXIMUM, AlignmentValues
-from matent_callbacks.callbacks.guard import Guard, GuardedHooks
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.influence import Influence, sample_of_weights
-from matent_callbacks.callbacks.measurement import check_every_n_steps
 from matent_callbacks.callbacks.probe import fingerprint, first_batch, prefix_of, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.in_parts import in_parts
@@ -65,7 +64,7 @@ def measure_alignment(
             ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
             has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
-            :class:`~matent_callbacks.capture.vision_language.Stage` and the number of samples it left out, or a
+            :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
         towers: Paths of the image tower and the text tower of a dual encoder that is not like CLIP.
         k: Number of neighbours in ``mutual_knn`` and ``mutual_knn_z``.
@@ -102,11 +101,15 @@ class AlignmentMeasurement:
         probe: Any,
         stages: Stages | None,
         towers: tuple[str, str] | None,
-        prefix: str = "",
-        group: dist.ProcessGroup | None = None,
+        num_pairs: int = 16,
+        name: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
         **computed: Any,
     ) -> None:
+        check_groups(process_group, context_group)
+        if num_pairs < 2:
+            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
         self._computed = AlignmentValues(**computed)
         if isinstance(stages, Mapping) and set(stages) != set(STAGES):
             raise ValueError(f"`stages` must have a function for each of {', '.join(STAGES)}, got {sorted(stages)}.")
@@ -114,10 +117,13 @@ class AlignmentMeasurement:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         if stages is not None and context_group is not None:
             raise ValueError("`context_group` is for models whose stages are found: pass it or `stages`, not both.")
+        prefix = prefix_of(name)
         # Functions of the user's may take any batch.
         self._given_probes = self.probes = probes_by_prefix(probe, prefix, check=stages is None)
         self._prefix = prefix
-        self._given_group = self._group = group
+        self._num_pairs = num_pairs
+        self._name = name
+        self._given_group = self._group = process_group
         self._context_group = context_group
         self._stages = stages
         self._towers = towers
@@ -131,10 +137,30 @@ class AlignmentMeasurement:
         new._influences = {own: Influence() for own in self.prefixes}
         return new
 
-    def choose_group(self, owner: Any) -> None:
-        """Find the ranks that belong together from a Trainer's device mesh, unless they were given."""
-        if self._group is None:
-            self._group = parallel_groups(owner).process_group
+    def set_up(self, trainer: Any, others: Iterable[AlignmentMeasurement], guard: Guard) -> None:
+        """Find the ranks whose pairs belong together from a Trainer's device mesh, unless they were given.
+
+        Raises:
+            ValueError: If one of ``others`` logs under the same names.
+        """
+        with guard("the choice of ranks by the Trainer's device mesh"):
+            if self._group is None:
+                self._group = parallel_groups(trainer).process_group
+        for other in others:
+            if other is not self and set(self.prefixes) & set(other.prefixes):
+                raise ValueError(
+                    "Two `AlignmentCallback`s would log the same values, one over the other: give one of them a "
+                    f"`name`; got `name` {other._name!r} and {self._name!r}."
+                )
+
+    def first_pairs(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> Any:
+        """Return the probe to use where none was given."""
+        return first_batch(dataset, collate, self._num_pairs)
+
+    @property
+    def summarized_by_maximum(self) -> list[str]:
+        """The names whose maximum over the run belongs in a run's summary, beside their last value."""
+        return [f"{prefix}{key}" for prefix in self.prefixes for key in SUMMARIZED_BY_MAXIMUM]
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -229,68 +255,6 @@ class AlignmentMeasurement:
         if subject not in self._warned:
             self._warned.add(subject)
             warnings.warn(message, stacklevel=2)
-
-
-class SharedAlignmentCallback(GuardedHooks):
-    """Arguments of ``AlignmentCallback`` and their checks; the adapters translate events and log."""
-
-    def __init__(
-        self,
-        every_n_steps: int,
-        *,
-        num_pairs: int,
-        during_eval: bool,
-        prog_bar: bool,
-        name: str | None,
-        process_group: dist.ProcessGroup | None,
-        context_group: dist.ProcessGroup | None,
-        on_error: Literal["warn", "raise"],
-        **measured: Any,
-    ) -> None:
-        check_every_n_steps(every_n_steps)
-        check_groups(process_group, context_group)
-        if num_pairs < 2:
-            raise ValueError(f"`num_pairs` must be at least 2, got {num_pairs}.")
-        self.guard = Guard(type(self).__name__, on_error)
-        self.every_n_steps = every_n_steps
-        self.during_eval = during_eval
-        self.prog_bar = prog_bar
-        self.name = name
-        self._num_pairs = num_pairs
-        self._alignment = AlignmentMeasurement(
-            prefix=prefix_of(name), group=process_group, context_group=context_group, **measured
-        )
-        self.start_over()
-
-    def start_over(self) -> None:
-        super().start_over()
-        self._alignment = self._alignment.renewed()
-
-    @property
-    def summarized_by_maximum(self) -> list[str]:
-        """The names whose maximum over the run belongs in a run's summary, beside their last value."""
-        return [f"{prefix}{key}" for prefix in self._alignment.prefixes for key in SUMMARIZED_BY_MAXIMUM]
-
-    def first_pairs(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> Any:
-        """Return the probe to use where none was given."""
-        return first_batch(dataset, collate, self._num_pairs)
-
-    def set_up(self, trainer: Any, callbacks: Iterable[Any]) -> None:
-        """Find the ranks whose pairs belong together.
-
-        Raises:
-            ValueError: If another of ``callbacks`` logs under the same names.
-        """
-        with self.guard("the choice of ranks by the Trainer's device mesh"):
-            self._alignment.choose_group(trainer)
-        for other in callbacks:
-            if not isinstance(other, SharedAlignmentCallback) or other is self:
-                continue
-            if set(self._alignment.prefixes) & set(other._alignment.prefixes):
-                raise ValueError(
-                    "Two `AlignmentCallback`s would log the same values, one over the other: give one of them a "
-                    f"`name`; got `name` {other.name!r} and {self.name!r}."
-                )
 
 
 def _on_all_ranks_or_none(

@@ -1,4 +1,4 @@
-"""The Lightning callback: translates Lightning's hooks and logging; the numbers are the monitor's."""
+"""Matrix entropy in PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
-from matent_callbacks.callbacks.entropy_callback import SharedEntropyCallback
-from matent_callbacks.callbacks.guard import unguarded
-from matent_callbacks.callbacks.layer_pictures import thinned
+from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.measurement import measured_arguments
+from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
-from matent_callbacks.lightning._loggers import show, takes_pictures
-from matent_callbacks.lightning._monitored_steps import MeasuringCallback
-from matent_callbacks.lightning._sampler_padding import counted_samples
+from matent_callbacks.lightning._measuring import MeasuringCallback
+from matent_callbacks.lightning._padding_samples import counted_samples
 from matent_callbacks.lightning._trainer import (
     compiled_whole,
     draws_its_batches,
@@ -25,12 +24,13 @@ from matent_callbacks.lightning._trainer import (
     logging_step,
     planned_steps,
     publish,
+    show,
     takes_names_with_a_loader,
+    takes_pictures,
 )
-from matent_callbacks.monitor import EntropyMonitor
 
 
-class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
+class MatrixEntropyCallback(MeasuringCallback):
     """Logs matrix entropy, effective rank and the like of a model's hidden states while Lightning trains it.
 
     The values are logged with the module's own ``log``, so that every logger, the progress bar,
@@ -57,7 +57,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     forward fails on one rank leaves the others waiting in theirs.
 
     Args:
-        every_n_steps: Optimizer steps between two readings.
+        every_n_steps: Optimizer steps between two measurements.
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
@@ -74,6 +74,9 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
+        exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
+            their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
+            numbers would describe this one token. One warning says where they are. ``False``: they count.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
             when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
@@ -90,11 +93,11 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
             is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
             ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
         background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
-            values are logged under their own step, but only at the next reading, checkpoint, or end of training.
+            values are logged under their own step, but only at the next measurement, checkpoint, or end of training.
         name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
             callback with the same layers.
-        window_steps: Number of optimizer steps that a reading covers: the one that is due and the last ones before it.
-            Metrics of one vector per sequence need more sequences than one step has.
+        window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
+            it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
             the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -110,7 +113,8 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
     Example:
         >>> from matent_callbacks.lightning import MatrixEntropyCallback
         >>> callback = MatrixEntropyCallback(every_n_steps=50, layers="all")
-        >>> # Trainer(callbacks=[callback, ModelCheckpoint(monitor="val_effective_rank/last", mode="max")]).fit(module, data)
+        >>> # checkpoints = ModelCheckpoint(monitor="val_effective_rank/last", mode="max")
+        >>> # Trainer(callbacks=[callback, checkpoints]).fit(module, data)
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         during_eval: bool = True,
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
+        exclude_sinks: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
         mask: Callable[[Any], Tensor | None] | None = None,
@@ -138,161 +143,138 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            layers,
-            metrics=metrics,
-            probe=probe,
-            during_eval=during_eval,
-            max_tokens=max_tokens,
-            embedding=embedding,
-            on_error=on_error,
-            reference=reference,
-            mask=mask,
-            prog_bar=prog_bar,
-            module=module,
-            layer_offset=layer_offset,
-            dtype=dtype,
-            solver=solver,
-            background=background,
-            name=name,
-            window_steps=window_steps,
-            pictures=pictures,
-            process_group=process_group,
-            context_group=context_group,
-        )
+        given = locals()
+        self.guard = Guard(type(self).__name__, on_error)
+        self.every_n_steps = every_n_steps
+        self.during_eval = during_eval
+        self.prog_bar = prog_bar
+        self.name = name
+        self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
+        self.steps_until_logged = self._run.steps_until_logged
+        self.start_over()
 
     def start_over(self) -> None:
         super().start_over()
-        self._late: tuple[int, Callable[[], dict[str, float]]] | None = None
-        self._records: list[dict[str, float]] = []
-        self._open: EntropyMonitor | None = None
-        self._skipped = False
-        self._overdue = False
-        self._loaders: dict[int, EntropyMonitor] = {}
+        self._run = self._run.renewed(self.guard)
+        self._draws: bool | None = None
 
+    @guarded
     def state_dict(self) -> dict[str, Any]:
-        return {**self._measurement.state_dict(), "records": self._records}
+        return self._run.state_dict()
 
+    @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._measurement.load_state_dict(state_dict)
-        self._records = list(state_dict["records"])
+        self._run.load_state_dict(state_dict)
 
-    @unguarded
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         self._find_layers(trainer, pl_module)
 
-    @unguarded
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
-        self._late = None
-        self._skipped = self._overdue = False
+        self._draws = None
         self._find_layers(trainer, pl_module)
         if not self.off:
-            self.warn_if_never_due(planned_steps(trainer, pl_module))
-            with self.guard("the reference"):
-                self._measurement.reset()
-                around = trainer.precision_plugin.forward_context
-                self._measurement.begin(pl_module, resumed=trainer.global_step > 0, around=around)
+            self._run.run_begins(
+                pl_module,
+                step=trainer.global_step,
+                last_step=planned_steps(trainer, pl_module),
+                around=trainer.precision_plugin.forward_context,
+            )
 
+    @guarded
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        # Discard an accumulation that was cut short by an exception or a loader that ended early: its gradients are
-        # discarded as well. A window of several steps continues across the end of an epoch.
+        # An accumulation may have been cut short by an exception or a loader that ended early: its gradients are
+        # discarded as well.
         if not self.off:
-            self._skipped = False
-            if self.window_steps == 1:
-                self._measurement.reset()
+            self._run.discard_step()
 
+    @guarded
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.off or self._measurement.probes:
+        if self.off:
             return
-        if self._overdue or self.may_become_due(trainer, pl_module, ahead=self.window_steps - 1):
-            given = None if draws_its_batches(pl_module.training_step) else batch
-            self._start(lambda: self._measurement.monitor(pl_module), given)
-        else:
-            self._skipped = True
+        if self._draws is None:
+            self._draws = draws_its_batches(pl_module.training_step)
+        given = None if self._draws else batch
+        any_steps = not pl_module.automatic_optimization
+        step = trainer.global_step
+        self._run.batch_begins(pl_module, given, step=step, any_steps=any_steps, own_mask=_own_mask(given))
 
+    @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         with self.guard("the end of reading a batch"):
-            self._stop()
+            self._run.batch_ends()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    @guarded
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # A module that skips the rest of an epoch does so after a batch began, and that batch never ends.
         with self.guard("the end of reading a batch"):
-            self._stop()
+            self._run.batch_ends()
         super().on_train_epoch_end(trainer, pl_module)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
-        if not self._measurement.probes:
-            values = self._measurement.from_forwards() if self._is_read(trainer, due=due) else None
-        elif due or last:
-            # Also at the end, so that the last record describes the model that is saved.
-            values = self._measurement.from_probe(pl_module, around=trainer.precision_plugin.forward_context)
-        else:
-            values = None
+        here = logging_step(trainer)
+        values = self._run.step_ends(pl_module, trainer.global_step, at=here, last=last)
         if values is None:
             return None
-        if not self._measurement.background:
-            return values()
-        self._log_late(trainer)
-        self._late = logging_step(trainer), values
-        return {}
+        own = values.pop(here, {})
+        self._publish(trainer, values)
+        return own
 
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
-        if self._pictures is None:
-            return
-        self._records = thinned([*self._records, {"step": step, **self._pictures.shown(values)}])
+        self._run.remember(step, values)
         self._show_pictures(trainer)
 
+    @guarded
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # So that a run that resumes from here has the readings until then.
-        self._log_late(trainer)
+        # So that a run that resumes from here has the values until then.
+        self._publish(trainer, self._run.late_values())
 
+    @guarded
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not self.off:
-            self._log_late(trainer)
+            self._publish(trainer, self._run.late_values())
             self._show_pictures(trainer, last=True)
 
-    @unguarded
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._loaders = {}
-        if trainer.state.fn == "validate":
-            self._find_layers(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module, alone=trainer.state.fn == "validate")
 
+    @guarded
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._start_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if not self._reads_evaluation(trainer, pl_module):
+            return
+        draws = draws_its_batches(pl_module.test_step if trainer.testing else pl_module.validation_step)
+        given = None if draws else batch
+        samples = None if draws else counted_samples(trainer, batch_idx, dataloader_idx)
+        self._run.evaluation_batch_begins(
+            pl_module, given, data_set=dataloader_idx, own_mask=_own_mask(given), samples=samples
+        )
 
+    @guarded
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._stop()
+        self._run.batch_ends()
 
+    @guarded
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "val", len(trainer.num_val_batches))
 
-    @unguarded
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._loaders = {}
-        self._find_layers(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module, alone=True)
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._start_evaluation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._stop()
-
+    @guarded
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log_evaluation(trainer, pl_module, "test", len(trainer.num_test_batches))
 
+    @guarded
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._stop()
+        self._run.batch_ends()
 
     # Internals
 
@@ -301,8 +283,9 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
         # Not in `setup`: that of the module, and its `configure_model`, come after it and may make the model.
         if self.off:
             return
-        self.watch(pl_module, trainer, trainer.callbacks)
-        if not self._measurement.probes and compiled_whole(pl_module):
+        others = [callback._run for callback in trainer.callbacks if isinstance(callback, MatrixEntropyCallback)]
+        self._run.watch(pl_module, owner=trainer, others=others)
+        if not self._run.has_probe and compiled_whole(pl_module):
             self.off = True
             warnings.warn(
                 "The LightningModule is compiled as a whole, and hooks cannot fire inside: pass `probe`, which is run "
@@ -310,90 +293,39 @@ class MatrixEntropyCallback(SharedEntropyCallback, MeasuringCallback):
                 stacklevel=2,
             )
 
-    def _is_read(self, trainer: Any, *, due: bool) -> bool:
-        """Whether a reading of the optimizer step that is over is due and covers all of it.
-
-        One that was not expected to be due, because a batch made more steps than any before it, is taken from the next
-        batch.
-        """
-        due = due or self._overdue
-        skipped, self._skipped = self._skipped, False
-        self._overdue = due and skipped
-        in_window = -trainer.global_step % self.every_n_steps < self.window_steps
-        if not (due or skipped or in_window):
-            self._measurement.reset()
-        return due and not skipped
-
-    def _start(
-        self,
-        monitor: Callable[[], EntropyMonitor],
-        batch: Any,
-        samples: Callable[[], Tensor | None] = lambda: None,
-    ) -> None:
-        # If this fails, the batch is not read, and this rank contributes less to the common reading.
-        with self.guard("batches that no mask could be made of") as making:
-            mask = self.mask_of(batch) if self.mask is not None else _own_mask(batch)
-        if not making.failed:
-            self._open = monitor()
-            self._open.start(same_adapters=True, attention_mask=mask, sample_mask=samples())
-
-    def _stop(self) -> None:
-        monitor, self._open = self._open, None
-        if monitor is not None:
-            monitor.stop()
-
-    def _log_late(self, trainer: Any) -> None:
-        late, self._late = self._late, None
-        if late is None:
-            return
-        # All ranks wait for the values; what can fail on one of them comes after that.
-        step, values = late[0], late[1]()
-        with self.guard("the log of a background reading"):
-            publish(trainer, values, self.guard, step=step)
-            self.was_logged(trainer, values, step=step)
+    def _publish(self, trainer: Any, values: Logged) -> None:
+        """Log values from the background, each under its step."""
+        for step, own in values.items():
+            with self.guard("the log of a background reading"):
+                publish(trainer, own, self.guard, step=step)
+                self.was_logged(trainer, own, step=step)
 
     def _show_pictures(self, trainer: Any, *, last: bool = False) -> None:
         with self.guard("pictures"):
-            if self._pictures is None or not takes_pictures(trainer):
-                return
-            pictures = self._pictures.draw(self._records, self._measurement.layer_names, last=last)
-            show(trainer, pictures, self.guard, step=logging_step(trainer))
+            if self._run.has_pictures and takes_pictures(trainer):
+                show(trainer, self._run.pictures(last=last), self.guard, step=logging_step(trainer))
 
     def _reads_evaluation(self, trainer: Any, pl_module: Any) -> bool:
         return self.during_eval and not (self.off or trainer.sanity_checking or compiled_whole(pl_module))
 
-    def _start_evaluation_batch(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        if not self._reads_evaluation(trainer, pl_module):
-            return
-
-        def monitor() -> EntropyMonitor:
-            if dataloader_idx not in self._loaders:
-                self._loaders[dataloader_idx] = self._measurement.new_monitor(pl_module)
-            return self._loaders[dataloader_idx]
-
-        step = pl_module.test_step if trainer.testing else pl_module.validation_step
-        if draws_its_batches(step):
-            self._start(monitor, None)
-        else:
-            self._start(monitor, batch, lambda: counted_samples(trainer, batch_idx, dataloader_idx))
+    def _begin_evaluation(self, trainer: Any, pl_module: Any, *, alone: bool) -> None:
+        if alone:
+            self._find_layers(trainer, pl_module)
+        with self.guard("the reset of the reading before an evaluation"):
+            self._run.evaluation_begins()
 
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str, num_loaders: int) -> None:
         if not self._reads_evaluation(trainer, pl_module):
             return
-        # Also for a loader without a batch on this rank: the other ranks wait for this one.
         for index in range(num_loaders):
             suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
-            monitor = self._loaders.get(index) or self._measurement.new_monitor(pl_module)
-            values = self._measurement.values(monitor)
+            values = self._run.evaluation_ends(pl_module, data_set=index)
             named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
             with self.guard("the readings of an evaluation"):
                 if suffix and not takes_names_with_a_loader(trainer):
                     publish(trainer, named, self.guard)
                 else:
                     log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
-        self._loaders = {}
 
 
 def _own_mask(batch: Any) -> Tensor | None:
