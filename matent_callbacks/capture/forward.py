@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.callers import functions_running
+from matent_callbacks.capture.labels import Labels, Unlabelled
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing
@@ -32,6 +33,8 @@ class Seen:
     """How many passes each layer was read in."""
     unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The layers whose padding was counted because no mask fitted, with the lengths of mask and hidden states."""
+    unlabelled: dict[str, Unlabelled] = field(default_factory=dict)
+    """The layers of which a forward was left out since labels do not tell which of its tokens count."""
 
 
 class Reading(NamedTuple):
@@ -68,6 +71,8 @@ class Forward:
     masks: Masks
     samples: Tensor | None
     """``(B,)``: which samples count."""
+    labels: Labels | None = None
+    """Tell which tokens count in the loss; None: it does not matter."""
     graph_task: int = -1
     """The backward pass that it runs in, as where a loss embeds again to get its gradients; -1: in none."""
     packing: Packing | None = None
@@ -112,6 +117,12 @@ class Forward:
         is_again = any(call.module is module or call.is_again for call in around)
         return not (is_same and is_again)
 
+    def look(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
+        """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.look`."""
+        self.masks.look(module, arguments, is_given=is_given)
+        if self.labels is not None:
+            self.labels.look(module, arguments)
+
     def find_packing(self, arguments: Mapping[str, Any], *, numbered: bool) -> None:
         """Look whether the batch is packed, unless an outer module was called with the same arguments."""
         by = tuple(arguments.get(name) for name in PACKED_BY)
@@ -129,11 +140,12 @@ class Forward:
             point: Where they were read.
             hidden_states: What was read.
             arguments: Returns what the module was called with; only called if no mask seen so far fits.
-            seen: Where it is recorded if no mask fits.
+            seen: Where it is recorded if no mask fits, or no labels.
         """
         if hidden_states.is_nested:
             padded, mask = _padded(hidden_states)
-            return padded, self._of_samples(mask)
+            mask = self._of_samples(mask)
+            return (padded, mask) if self.labels is None else self._in_loss(point, padded, mask, seen)
         packing = self.packing
         if packing is not None and packing.fits(hidden_states.shape[:-1]):
             packing = packing.of_rows(len(hidden_states))
@@ -142,6 +154,9 @@ class Forward:
                 valid = packing.inside & outer.to(valid.device).flatten()[packing.tokens]
             if samples is not None and len(samples) == packing.shape[0]:
                 valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
+            if self.labels is not None:
+                every = torch.ones(packing.shape, dtype=torch.bool, device=valid.device)
+                valid = valid & self._in_loss(point, hidden_states, every, seen)[1].flatten()[packing.tokens]
             return packing.unpack(hidden_states), valid
         if point.sequence_first and hidden_states.ndim == 3:
             hidden_states = hidden_states.transpose(0, 1)
@@ -153,14 +168,36 @@ class Forward:
             counted = self._of_samples(fitting)
             if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
                 hidden_states = hidden_states.reshape(*counted.shape, -1)
+            if self.labels is not None:
+                return self._in_loss(point, hidden_states, counted, seen)
             return hidden_states, counted
         self.masks.check_outer(hidden_states.shape[:-1])
+        if self.labels is not None:  # which padding has none of
+            return self._in_loss(point, hidden_states, None, seen)
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
         if self.samples is None or hidden_states.ndim not in (2, 3):
             return hidden_states, None
         return hidden_states, self._of_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+
+    def _in_loss(
+        self, point: ReadPoint, hidden_states: Tensor, mask: Tensor | None, seen: Seen
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states and those of their tokens that also count in the loss; none if labels do not tell."""
+        assert self.labels is not None
+        found = self.labels.fitting(point, hidden_states)
+        if not isinstance(found, Unlabelled):
+            states, in_loss = found
+            if states.ndim == 2:
+                states = states.reshape(*in_loss.shape, -1)
+            if mask is None:
+                return states, self._of_samples(in_loss)
+            if mask.shape == in_loss.shape:
+                return states, mask & in_loss.to(mask.device)
+            found = Unlabelled("unfit", tuple(in_loss.shape), tuple(mask.shape))
+        seen.unlabelled.setdefault(point.key, found)
+        return hidden_states, torch.zeros(hidden_states.shape[:-1], dtype=torch.bool, device=hidden_states.device)
 
     def _of_samples(self, mask: Tensor) -> Tensor:
         if self.samples is None or len(self.samples) != len(mask):

@@ -18,9 +18,10 @@ from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
 from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
 from matent_callbacks.capture.inference import preserved, sides
+from matent_callbacks.capture.labels import Labels
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.stack import is_hugging_face
+from matent_callbacks.capture.stack import ancestries, is_hugging_face
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
@@ -53,8 +54,12 @@ class Capture:
         *,
         discard: Callable[[str], None] | None = None,
         whole_sequences: bool = True,
+        only_in_loss: bool = False,
     ) -> None:
-        """``discard(key)`` makes the reader forget what it was called with for a layer."""
+        """``discard(key)`` makes the reader forget what it was called with for a layer.
+
+        ``only_in_loss``: of the tokens of the masks, those whose label says that they count in the loss.
+        """
         self.seen = Seen()
         self._model = model
         self._layers = layers
@@ -62,6 +67,7 @@ class Capture:
         self._guard = guard
         self._discard = discard
         self._whole_sequences = whole_sequences
+        self._only_in_loss = only_in_loss
         self._read_modules = frozenset(point.module for point in layers.points)
         # The layers inside each transformer: its call on other tokens is a new pass over them.
         self._inside_of = {
@@ -75,10 +81,13 @@ class Capture:
         self._adapters: AdapterState | None = None
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
+        self._given_labels: Tensor | None = None
         self._beside = False
         self._sides = 0
         self._has_counted = False
         self._forwards: dict[int, Forward] = {}
+        # By thread: those of modules around the chain, while such a module runs.
+        self._labels: dict[int, Labels] = {}
 
     def open(
         self,
@@ -87,12 +96,18 @@ class Capture:
         same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> None:
-        """Start reading. ``attention_mask`` overrides the masks the model is given; ``sample_mask`` applies as well."""
+        """Start reading.
+
+        ``attention_mask`` overrides the masks the model is given; ``sample_mask`` applies as well. ``labels`` are used
+        where no module is given labels that fit.
+        """
         self.close()
         self._training_only = training_only
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
+        self._given_labels = labels
         self._sides = sides()
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)
@@ -100,6 +115,7 @@ class Capture:
                 self._undo.extend(self._hooks())
             else:
                 self._undo.append(meet(entrance, self._read_beside))
+                self._undo.extend(self._around(ancestries(self._model)[entrance][:-1]))
             # After the hooks: they replace `forward` methods, by which the state of the adapters is recognised.
             self._adapters = AdapterState(self._model) if same_adapters else None
 
@@ -109,18 +125,20 @@ class Capture:
             undo()
         self._undo.clear()
         self._adapters = None
-        self._outer_mask = self._sample_mask = None
+        self._outer_mask = self._sample_mask = self._given_labels = None
         self._has_counted = False
         self._forwards.clear()
+        self._labels.clear()
 
     @contextmanager
     def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
-        """Let ``attention_mask`` override the masks that the model is given; None: they hold."""
-        before, self._outer_mask = self._outer_mask, attention_mask
+        """Let ``attention_mask`` override the masks that the model is given; None: they hold. Its labels hold."""
+        before = self._outer_mask, self._given_labels
+        self._outer_mask, self._given_labels = attention_mask, None
         try:
             yield
         finally:
-            self._outer_mask = before
+            self._outer_mask, self._given_labels = before
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -140,6 +158,7 @@ class Capture:
         """Register hook by hook, yielding how to remove each: if one fails, those before it can still be removed."""
         chain, inside, points = self._layers.chain, self._layers.inside, self._layers.points
         hooked = [module for module in chain if module not in self._layers.unhooked]
+        yield from self._around(self._layers.around)
         for module in hooked:
             enter = functools.partial(self._enter, module)
             yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
@@ -156,6 +175,11 @@ class Capture:
         # Registered after the read points: a module in the chain must be read before its forward ends.
         for module in hooked:
             yield module.register_forward_hook(self._leave, always_call=True).remove
+
+    def _around(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
+        """Look for labels among the arguments of modules around what is hooked."""
+        for module in modules if self._only_in_loss else ():
+            yield around_calls(module, self._call_around, replicas=False)
 
     def _read_hook(self, point: ReadPoint) -> Callable[[], None]:
         if point.module in self._layers.unhooked:
@@ -201,7 +225,7 @@ class Capture:
             if around is not None:
                 around.called.add(watched)
             call.is_again = not self._begins_pass(forward, watched, arguments, forward.calls[:-1])
-            forward.masks.look(watched, arguments, is_given=True)
+            forward.look(watched, arguments, is_given=True)
             if call.counts:
                 forward.find_packing(arguments, numbered=_may_number(watched, arguments))
                 if forward.packing is not None and not self._whole_sequences:
@@ -255,6 +279,18 @@ class Capture:
         finally:
             self._leave(module, args, None)
 
+    def _call_around(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        thread = threading.get_ident()
+        is_outermost = thread not in self._labels
+        try:
+            with self._guard("all"):
+                labels = self._labels.setdefault(thread, Labels(self._model, self._given_labels))
+                labels.look(module, named_arguments(module, args, kwargs))
+            return forward(*args, **kwargs)
+        finally:
+            if is_outermost:
+                self._labels.pop(thread, None)
+
     def _call_inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._look_inside(module, module, args, kwargs)
         return forward(*args, **kwargs)
@@ -279,7 +315,7 @@ class Capture:
             if self._forward is not None:
                 arguments = named_arguments(module, args, kwargs)
                 self._begins_pass(self._forward, watched, arguments, self._forward.calls)
-                self._forward.masks.look(watched, arguments)
+                self._forward.look(watched, arguments)
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
@@ -367,7 +403,10 @@ class Capture:
         return not self._training_only or (module.training and torch.is_grad_enabled())
 
     def _new_forward(self) -> Forward:
-        return Forward(Masks(self._model, self._outer_mask), self._sample_mask)
+        labels = None
+        if self._only_in_loss:
+            labels = self._labels.get(threading.get_ident()) or Labels(self._model, self._given_labels)
+        return Forward(Masks(self._model, self._outer_mask), self._sample_mask, labels)
 
     @property
     def _forward(self) -> Forward | None:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.inference import cheap_arguments, device_of, to_device
+from matent_callbacks.capture.masks import NOT_COUNTED
 from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.capture.values import first_tensor
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional.alignment import STAGES
-
-_NOT_COUNTED = -100
 
 
 class Joint(NamedTuple):
@@ -107,7 +106,7 @@ class JointForward:
 
 def _counted(labels: Tensor) -> Tensor:
     """Which tokens count, ``(B, T - 1)`` bool; the first of a sequence is predicted from nothing and does not."""
-    return labels[:, 1:] != _NOT_COUNTED
+    return labels[:, 1:] != NOT_COUNTED
 
 
 def token_roles(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -35,6 +36,8 @@ class ReadPoint:
     where: Literal["input", "output"]
     masked_by: frozenset[nn.Module] = frozenset()
     """The modules around it, and inside, whose masks describe the tokens of this tensor."""
+    labelled_by: frozenset[nn.Module] = frozenset()
+    """The modules around it whose labels ``(B, T)`` describe its tokens; none for an encoder beside a decoder."""
     sequence_first: bool = False
     """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
 
@@ -48,6 +51,8 @@ class Layers:
     """Modules whose call is a forward of the model, outermost first; the first one to be called begins the forward."""
     inside: tuple[nn.Module, ...]
     """Modules called during a forward that may be given a different mask than the model itself."""
+    around: tuple[nn.Module, ...]
+    """Modules around all these, outermost first: only they may be given the labels."""
     unhooked: frozenset[nn.Module]
     """Those of all these that must have no hooks: a hook would make torch leave its fast path in evaluation."""
     owner: nn.Module | None
@@ -111,17 +116,19 @@ def resolve_layers(
     places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
     inside = [m for place in places.values() for m in _below(root, above[place]) if not _is_container(m)]
     watched = [*chain, *inside, *(point.module for point in points.values())]
+    described = []
+    for point in points.values():
+        path = above[point.module]
+        masked_by = _masked_by(model, path, above[places[point.key]], main)
+        labelled_by = _labelled_by(model, path, masked_by)
+        described.append(
+            replace(point, masked_by=masked_by, labelled_by=labelled_by, sequence_first=sequence_first(path))
+        )
     return Layers(
-        tuple(
-            replace(
-                point,
-                masked_by=_masked_by(model, above[point.module], above[places[point.key]], main),
-                sequence_first=sequence_first(above[point.module]),
-            )
-            for point in points.values()
-        ),
+        tuple(described),
         tuple(dict.fromkeys(chain)),
         tuple(m for m in dict.fromkeys(inside) if m not in chain),
+        tuple(m for m in above.get(root, ()) if m not in chain),
         frozenset(m for m in watched if any(isinstance(a, nn.TransformerEncoderLayer) for a in above.get(m, ()))),
         owner,
         main,
@@ -166,6 +173,20 @@ def _masked_by(
     if nearest is None or (main is not None and main.owner in path[nearest:]):
         return frozenset((model, *path, *place))
     return frozenset((*path[nearest:], *place[nearest:]))
+
+
+def _labelled_by(
+    model: nn.Module, path: tuple[nn.Module, ...], masked_by: frozenset[nn.Module]
+) -> frozenset[nn.Module]:
+    """Modules whose labels describe a read point: where an encoder and a decoder are side by side, the decoder's."""
+    for parent, child in pairwise(path):
+        children = {module: name for name, module in parent.named_children()}
+        kinds = {kind for name in children.values() for kind in ("encoder", "decoder") if name.endswith(kind)}
+        if len(kinds) == 2 and children[child].endswith("encoder"):
+            return frozenset()
+        if len(kinds) == 2 and children[child].endswith("decoder"):
+            return frozenset((model, *path))
+    return masked_by
 
 
 def _matches(spec: str, named: dict[str, nn.Module], root: nn.Module) -> list[str] | None:

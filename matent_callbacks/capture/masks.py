@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,27 @@ from torch import Tensor, nn
 
 # For masks that are added to scores: exp of anything below is 0 in every floating-point type, so no weight is left.
 _HIDES = -1e4
+NOT_COUNTED = -100
+"""The label of a token that does not count in the loss."""
 _PADDING_OF_KEYS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
+
+
+Among = Callable[[nn.Module, Mapping[str, Any]], Iterator[tuple[str, Tensor]]]
 
 
 class Masks:
     """The masks that were given to the modules around and inside a layer during one forward, outermost first."""
 
-    def __init__(self, model: nn.Module, outer: Tensor | None) -> None:
-        """``outer`` ``(B, T)`` holds for every layer, and overrides all masks that ``model`` is given."""
+    def __init__(self, model: nn.Module, outer: Tensor | None, *, among: Among | None = None) -> None:
+        """Start without any.
+
+        Args:
+            model: The model that is watched.
+            outer: ``(B, T)``: holds for every layer, and overrides all masks that ``model`` is given.
+            among: Finds masks among the arguments of a call, with their names; ``None``: those of attention.
+        """
         self._masks: list[_Mask] = []
+        self._among = among or _masks_among
         self._outer = None if outer is None else outer.unsqueeze(0) if outer.ndim == 1 else outer
         if self._outer is not None:
             self._masks.append(_Mask(self._outer, "attention_mask", model, is_given=True, of_any_layer=True))
@@ -29,7 +41,7 @@ class Masks:
 
         ``is_given``: the module is a whole model, whose mask ``(B, T)`` is to multiply by unless it holds negatives.
         """
-        found = list(_masks_among(module, arguments))
+        found = list(self._among(module, arguments))
         for mask in self._masks:
             if not mask.of_any_layer and not any(mask.tensor is tensor for _, tensor in found):
                 mask.give_to(module, no_more=True)
@@ -166,8 +178,10 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
 
 
 def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:
-    """The mask as bool, ``(B, T)``, or ``(B, Q, T)`` for query-key pairs: True where attention is allowed."""
+    """The mask as bool: ``(B, T)``, True where a token counts, or ``(B, Q, T)``, True where a query sees a key."""
     is_flat = mask.ndim == 2
+    if name == "labels":
+        return mask != NOT_COUNTED
     if mask.ndim == 4:
         mask = mask[:, 0]  # heads do not differ in what is padding
     if name in _PADDING_OF_KEYS:

@@ -101,6 +101,12 @@ class EntropyMonitor:
         exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
             their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
             numbers would describe this one token. One warning says where they are. ``False``: they count.
+        tokens: ``"all"``, or ``"labels"``: only those that count in the loss, such as the response in supervised
+            fine-tuning. These have a label other than -100 in the ``labels`` ``(B, T)`` that the model's ``forward`` is
+            given: the label at place t counts the token at place t, as the models of transformers take them, so it is
+            the tokens of the response, not the places that predict them. The attention mask applies as well. In an
+            encoder-decoder labels are of the decoder: ``module="decoder"``, where place t predicts label t. Where
+            labels are missing or have another shape than the hidden states, numbers are NaN, and one warning says why.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
             is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
@@ -142,6 +148,7 @@ class EntropyMonitor:
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
         exclude_sinks: bool = True,
+        tokens: Literal["all", "labels"] = "all",
         dtype: torch.dtype = torch.float32,
         solver: Solver = "exact",
         on_error: Literal["raise", "warn"] = "raise",
@@ -154,6 +161,8 @@ class EntropyMonitor:
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
         self._exclude_sinks = exclude_sinks
+        if tokens not in ("all", "labels"):
+            raise ValueError(f"`tokens` must be 'all' or 'labels', got {tokens!r}.")
         self._solver = solver
         self._max_tokens = max_tokens
         self._dtype = dtype
@@ -170,6 +179,7 @@ class EntropyMonitor:
             self._recording.guarded,
             discard=self._recording.discard,
             whole_sequences=self._recording.has_whole_sequences,
+            only_in_loss=tokens == "labels",
         )
         self.remembered = Remembered()
 
@@ -197,6 +207,7 @@ class EntropyMonitor:
         same_adapters: bool = False,
         attention_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         """Start reading forwards, for where a ``with monitor:`` block cannot be used.
 
@@ -207,12 +218,15 @@ class EntropyMonitor:
             attention_mask: ``(B, T)``, for models that are not given one; it overrides the model's own.
             sample_mask: ``(B,)``, false for samples that do not count, such as the padding samples that a distributed
                 sampler repeats.
+            labels: ``(B, T)``: for ``tokens="labels"``, where the model is not given labels, since the loss is computed
+                outside of it. Labels that a module is given, and that fit, come first.
         """
         self._capture.open(
             training_only=training_only,
             same_adapters=same_adapters,
             attention_mask=attention_mask,
             sample_mask=sample_mask,
+            labels=labels,
         )
         self._recording.begin()
 

@@ -15,6 +15,7 @@ from matent_callbacks.accumulate.catalogue import Source, source_of
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.capture.forward import Seen
+from matent_callbacks.capture.labels import Unlabelled
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
 
-Cause = Literal["unwatched", "silent", "uncounted", "masked", "all NaN", "too few", "not finite"]
+Cause = Literal["unwatched", "silent", "uncounted", "masked", "unlabelled", "all NaN", "too few", "not finite"]
 """Why a number is not defined."""
 
 Undefined = tuple[str, str]
@@ -78,11 +79,13 @@ def messages(
         yield left_out_sinks(with_sinks, list(readings.given), [readings.sinks[layer][1] for layer in with_sinks])
     for cause, undefined in _undefined_by_cause(readings, seen).items():
         new = remembered.untold(cause, undefined)
-        # What broke off was told with its own error.
-        if new and not seen.broken_off:
+        # What broke off was told with its own error, and missing labels are told below.
+        if new and not seen.broken_off and cause != "unlabelled":
             yield _why_undefined(cause, new, readings, seen, layers, model)
     new_layers = remembered.untold("padding", seen.unmasked)
     yield from _counted_padding({layer: seen.unmasked[layer] for layer in new_layers})
+    new_layers = remembered.untold("labels", seen.unlabelled)
+    yield from _without_labels({layer: seen.unlabelled[layer] for layer in new_layers}, model)
 
 
 def _undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:
@@ -102,6 +105,8 @@ def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
             return "unwatched"
         if layer not in seen.called:
             return "silent"
+        if layer in seen.unlabelled:
+            return "unlabelled"
         return "masked" if seen.counted else "uncounted"
     if count == 0 and readings.nonfinite[layer] >= given:
         return "all NaN"
@@ -220,3 +225,31 @@ def _counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
             f"hidden states have {lengths[1]}, and no module around them is handed one that fits. Pass that of the "
             "hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the callback."
         )
+
+
+def _without_labels(unlabelled: Mapping[str, Unlabelled], model: nn.Module) -> Iterator[str]:
+    """Explain why labels do not tell which tokens of layers count, and what to do: one message for each reason."""
+    forward = f"the forward of {type(unwrap(model)).__name__}"
+    instead = (
+        "Where the loss is computed outside of it, pass `labels=` to EntropyMonitor.start. Or pass a mask of the "
+        'tokens to count, `attention_mask=` of EntropyMonitor.start or `mask=` of the callback, with `tokens="all"`.'
+    )
+    for why in dict.fromkeys(unlabelled.values()):
+        reason, advice = {
+            "none": (f"No `labels` came with {forward}", instead),
+            "shifted": (
+                f"Only `shift_labels` came with {forward}, which leave out the first token of a sequence or part",
+                instead,
+            ),
+            "encoder": (
+                "`labels` are of the decoder's tokens, and these layers are in the encoder",
+                'Read the decoder, `module="decoder"`, or all tokens, `tokens="all"`.',
+            ),
+            "unfit": (
+                f"The `labels` that came with {forward} have to be integers of the shape {why.tokens}, one for each "
+                f"token of the hidden states, and are {why.labels}",
+                instead,
+            ),
+        }[why.cause]
+        layers = _listed([layer for layer, own in unlabelled.items() if own == why])
+        yield f'{reason}, so with `tokens="labels"` there is no reading of it in: {layers}. {advice}'

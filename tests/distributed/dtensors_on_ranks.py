@@ -107,12 +107,16 @@ def packed_batch() -> dict[str, torch.Tensor]:
 
 
 def of_model(model: Any) -> list[dict[str, float]]:
-    monitor = EntropyMonitor(model, layers="all", metrics=METRICS, dtype=torch.float64)
+    batches = (collate(text_examples(3)), packed_batch())
+    del batches[0]["labels"]
+    labelled = [batch | {"labels": batch["input_ids"].where(batch["input_ids"] % 4 > 0, -100)} for batch in batches]
+    monitors = [EntropyMonitor(model, "all", metrics=METRICS, dtype=torch.float64, tokens=t) for t in ("all", "labels")]
     found = []
-    for batch in (collate(text_examples(3)), packed_batch()):
-        with monitor:
-            model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-        found.append(monitor.compute())
+    for monitor, own in zip(monitors, (batches, labelled), strict=True):
+        for batch in own:
+            with monitor:
+                model(**batch, use_cache=False)
+            found.append(monitor.compute())
     return found
 
 
