@@ -52,6 +52,7 @@ class LoopMonitor:
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler, provides these vectors itself.
         exclude_sinks: Leave out attention sinks, as :class:`~matent_callbacks.EntropyMonitor` does.
+        tokens: ``"all"``, or ``"labels"``: only those that count in the loss, with labels other than -100.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank, measured on the probe: ``"start"``, the model when training begins, or a model.
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, which overrides the model's own.
@@ -99,6 +100,7 @@ class LoopMonitor:
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
         exclude_sinks: bool = True,
+        tokens: Literal["all", "labels"] = "all",
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
         mask: Callable[[Any], Tensor | None] | None = None,

@@ -26,7 +26,7 @@ VOCABULARY = 128
 # Places of the tests that `make check` leaves out: they train, start processes, or open a browser.
 SLOW = (
     *("accumulate/test_reduction.py", "capture/test_vision_language.py", "cli/test_ranks.py", "cli/test_measure.py"),
-    *("cli/test_adapters.py", "cli/test_baseline.py"),
+    *("cli/test_adapters.py", "cli/test_baseline.py", "monitor/test_pretrained.py"),
     *(
         "distributed/",
         "docs/",

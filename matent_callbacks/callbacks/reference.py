@@ -17,7 +17,7 @@ from matent_callbacks.callbacks.probe import hashes
 
 DATA_SET_RANK = "sequence_effective_rank"
 """The metric that Diff-eRank is a difference of."""
-_SETTINGS = ("module", "layer_offset", "max_tokens")
+_SETTINGS = ("module", "layer_offset", "max_tokens", "exclude_sinks", "tokens")
 
 
 def check_reference(reference: Any, probe: Any) -> None:

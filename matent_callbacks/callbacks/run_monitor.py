@@ -285,7 +285,11 @@ class RunMonitor:
         if not making.failed:
             self._reading = monitor()
             self._reading.start(
-                same_adapters=True, attention_mask=mask, sample_mask=samples, training_only=training_only
+                same_adapters=True,
+                attention_mask=mask,
+                sample_mask=samples,
+                labels=_labels_of(batch),
+                training_only=training_only,
             )
 
     def _is_due(self, step: int) -> bool:
@@ -318,6 +322,12 @@ def _mask_of(batch: Any, mask: Callable[[Any], Tensor | None]) -> Tensor | None:
             "pass `batch`."
         )
     return mask(batch)
+
+
+def _labels_of(batch: Any) -> Tensor | None:
+    """Return the labels in a batch, which a framework may take out before the model is called."""
+    found = batch.get("labels") if isinstance(batch, Mapping) else None
+    return found if isinstance(found, Tensor) else None
 
 
 def _check_window(window_steps: int, every_n_steps: int, probe: Any) -> None:

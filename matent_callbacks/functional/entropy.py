@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.functional._precision import full_precision, statistics_dtype
-from matent_callbacks.functional._tokens import check_hidden_states, prepare_tokens
+from matent_callbacks.functional._tokens import prepare_tokens
+from matent_callbacks.functional.sinks import counted_tokens
 from matent_callbacks.functional.spectrum import second_moment, unit_trace, unit_trace_eigenvalues
 
 
@@ -21,6 +22,7 @@ def matrix_entropy(
     center: bool = True,
     normalize: bool = True,
     alpha: float = 1.0,
+    exclude_sinks: bool = False,
 ) -> Tensor:
     r"""Matrix entropy of each sequence, one number each, in nats; :class:`~matent_callbacks.MatrixEntropy` is pooled.
 
@@ -35,6 +37,7 @@ def matrix_entropy(
         center: Subtract the mean token of each sequence.
         normalize: Scale each token to unit length.
         alpha: Order of the entropy, above 0.
+        exclude_sinks: Leave out attention sinks, see :func:`sink_tokens`.
 
     Returns:
         ``()`` or ``(B,)``, between 0 and ``log min(N - 1, d)`` (N without centring). Tokens without any spread give 0;
@@ -51,7 +54,7 @@ def matrix_entropy(
         1.0986
     """
     check_alpha(alpha)
-    states, mask = check_hidden_states(hidden_states, attention_mask)
+    states, mask = counted_tokens(hidden_states, attention_mask, exclude_sinks=exclude_sinks)
     with full_precision(states.device):
         dtype = statistics_dtype(hidden_states)
         tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=True)
@@ -68,6 +71,7 @@ def effective_rank(
     center: bool = True,
     normalize: bool = True,
     alpha: float = 1.0,
+    exclude_sinks: bool = False,
 ) -> Tensor:
     r"""Effective rank of each sequence, in dimensions: the exponential of :func:`matrix_entropy`.
 
@@ -80,6 +84,7 @@ def effective_rank(
         center: Subtract the mean token of each sequence.
         normalize: Scale each token to unit length.
         alpha: Order of the entropy, above 0.
+        exclude_sinks: Leave out attention sinks, see :func:`sink_tokens`.
 
     Returns:
         ``()`` or ``(B,)``, between 1 and ``min(N - 1, d)`` (N without centring); NaN where the entropy is.
@@ -94,7 +99,10 @@ def effective_rank(
         >>> round(effective_rank(torch.eye(4)).item(), 4)
         3.0
     """
-    return matrix_entropy(hidden_states, attention_mask, center=center, normalize=normalize, alpha=alpha).exp()
+    entropy = matrix_entropy(
+        hidden_states, attention_mask, center=center, normalize=normalize, alpha=alpha, exclude_sinks=exclude_sinks
+    )
+    return entropy.exp()
 
 
 def spectral_summary(eigenvalues: Tensor, *, num_features: int | None = None) -> dict[str, Tensor]:

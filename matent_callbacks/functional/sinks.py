@@ -56,6 +56,16 @@ def sink_tokens(hidden_states: Tensor, attention_mask: Tensor | None = None) -> 
     return sinks[0] if hidden_states.ndim == 2 else sinks
 
 
+def counted_tokens(
+    hidden_states: Tensor, attention_mask: Tensor | None, *, exclude_sinks: bool
+) -> tuple[Tensor, Tensor]:
+    """Return hidden states as ``(B, T, d)`` and as bool ``(B, T)`` which count, or raise naming the argument."""
+    states, mask = check_hidden_states(hidden_states, attention_mask)
+    if exclude_sinks:
+        mask = mask & ~token_norms(log_norms(states, statistics_dtype(states)), mask).sinks
+    return states, mask
+
+
 def log_norms(states: Tensor, dtype: torch.dtype) -> Tensor:
     """Logarithms ``(...)`` of the lengths of ``(..., d)``: -inf for a zero, NaN or inf where a row holds one."""
     x = states.to(dtype)

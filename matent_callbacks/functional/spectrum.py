@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.functional._precision import full_precision, statistics_dtype
-from matent_callbacks.functional._tokens import Tokens, check_hidden_states, prepare_tokens
+from matent_callbacks.functional._tokens import Tokens, prepare_tokens
+from matent_callbacks.functional.sinks import counted_tokens
 
 
 def spectrum(
@@ -17,6 +18,7 @@ def spectrum(
     *,
     center: bool = True,
     normalize: bool = True,
+    exclude_sinks: bool = False,
 ) -> Tensor:
     r"""Eigenvalues of the unit-trace covariance of the tokens of each sequence.
 
@@ -32,6 +34,7 @@ def spectrum(
             Tokens with NaN or Inf are left out as if they were masked.
         center: Subtract the mean token of each sequence.
         normalize: Scale each token to unit length.
+        exclude_sinks: Leave out attention sinks, see :func:`sink_tokens`.
 
     Returns:
         ``(k,)`` or ``(B, k)`` with ``k = min(N or T, d)``: descending, summing to 1, zeros where the rank ends.
@@ -47,7 +50,7 @@ def spectrum(
         >>> spectrum(torch.eye(4))
         tensor([0.3333, 0.3333, 0.3333, 0.0000])
     """
-    states, mask = check_hidden_states(hidden_states, attention_mask)
+    states, mask = counted_tokens(hidden_states, attention_mask, exclude_sinks=exclude_sinks)
     with full_precision(states.device):
         dtype = statistics_dtype(hidden_states)
         tokens = prepare_tokens(states, mask, center=center, normalize=normalize, dtype=dtype, alone=True)

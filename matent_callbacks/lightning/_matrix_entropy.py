@@ -77,6 +77,12 @@ class MatrixEntropyCallback(MeasuringCallback):
         exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
             their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
             numbers would describe this one token. One warning says where they are. ``False``: they count.
+        tokens: ``"all"``, or ``"labels"``: only those that count in the loss, such as the response in supervised
+            fine-tuning. These have a label other than -100 in the ``labels`` ``(B, T)`` that the model's ``forward`` is
+            given: the label at place t counts the token at place t, as the models of transformers take them, so it is
+            the tokens of the response, not the places that predict them. The attention mask applies as well. In an
+            encoder-decoder labels are of the decoder: ``module="decoder"``, where place t predicts label t. Where
+            labels are missing or have another shape than the hidden states, numbers are NaN, and one warning says why.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
             when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
@@ -128,6 +134,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         max_tokens: int | None = None,
         embedding: Embedding = "mean",
         exclude_sinks: bool = True,
+        tokens: Literal["all", "labels"] = "all",
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
         mask: Callable[[Any], Tensor | None] | None = None,

@@ -9,9 +9,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from matent_callbacks.accumulate.sequences import log_norms_in_pieces
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 from matent_callbacks.functional.entropy import check_alpha
+from matent_callbacks.functional.sinks import token_norms
 
 NORMALIZE_BY = (None, "log_d", "log_rank")
 
@@ -116,6 +118,7 @@ class TokenMetric(MergedMetric):
         alpha: float,
         dtype: torch.dtype,
         num_features: int | None,
+        exclude_sinks: bool,
         settings: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> None:
@@ -128,9 +131,12 @@ class TokenMetric(MergedMetric):
         self.normalize = normalize
         self.alpha = alpha
         self.num_features = num_features
+        self.exclude_sinks = exclude_sinks
         # A state, because a `MetricCollection` updates only one of the metrics whose states are equal after the first
         # batch. Metrics with other settings must not have equal states.
-        signature = torch.tensor([center_sequences, normalize, dtype == torch.float64, *settings], dtype=torch.int64)
+        signature = torch.tensor(
+            [center_sequences, normalize, dtype == torch.float64, exclude_sinks, *settings], dtype=torch.int64
+        )
         self.add_state("settings", signature, dist_reduce_fx=None)
 
     def update(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -145,8 +151,11 @@ class TokenMetric(MergedMetric):
             ValueError: If a shape is wrong, or d is not that of the updates before.
         """
         states, mask = self._check(hidden_states, attention_mask)
+        states = states.detach()
         with full_precision(states.device):
-            self._accumulate(states.detach(), mask)
+            if self.exclude_sinks and mask.numel():
+                mask = mask & ~token_norms(log_norms_in_pieces(states, self._state_dtype), mask).sinks
+            self._accumulate(states, mask)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add tokens and return the value of this batch alone."""

@@ -53,6 +53,7 @@ class _PooledMetric(TokenMetric):
         alpha: float = 1.0,
         dtype: torch.dtype = torch.float32,
         num_features: int | None = None,
+        exclude_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         if center not in ("sequence", "global", None):
@@ -63,6 +64,7 @@ class _PooledMetric(TokenMetric):
             alpha=alpha,
             dtype=dtype,
             num_features=num_features,
+            exclude_sinks=exclude_sinks,
             **kwargs,
         )
         self.center = center
@@ -144,6 +146,7 @@ class MatrixEntropy(_PooledMetric):
             divide by the log of the rank that this number of centred tokens can attain, so that 1 can be reached.
         dtype: Of the statistics, float32 or float64, whatever the hidden states come in.
         num_features: d, if it is to be fixed before the first update; otherwise learnt from it.
+        exclude_sinks: Leave out attention sinks, see :func:`~matent_callbacks.functional.sink_tokens`.
         **kwargs: For :class:`torchmetrics.Metric`.
 
     Raises:
@@ -172,12 +175,19 @@ class MatrixEntropy(_PooledMetric):
         normalize_by: Literal["log_d", "log_rank"] | None = None,
         dtype: torch.dtype = torch.float32,
         num_features: int | None = None,
+        exclude_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         if normalize_by not in NORMALIZE_BY:
             raise ValueError(f"`normalize_by` must be one of {NORMALIZE_BY}, got {normalize_by!r}.")
         super().__init__(
-            center=center, normalize=normalize, alpha=alpha, dtype=dtype, num_features=num_features, **kwargs
+            center=center,
+            normalize=normalize,
+            alpha=alpha,
+            dtype=dtype,
+            num_features=num_features,
+            exclude_sinks=exclude_sinks,
+            **kwargs,
         )
         self.normalize_by = normalize_by
 
@@ -203,6 +213,7 @@ class EffectiveRank(_PooledMetric):
         alpha: Order of the Rényi entropy.
         dtype: Of the statistics, float32 or float64.
         num_features: d, if it is to be fixed before the first update.
+        exclude_sinks: Leave out attention sinks, see :func:`~matent_callbacks.functional.sink_tokens`.
         **kwargs: For :class:`torchmetrics.Metric`.
 
     Raises:

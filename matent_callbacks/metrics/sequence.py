@@ -31,6 +31,7 @@ class SequenceMatrixEntropy(TokenMetric):
             divide each sequence by the log of the rank that its tokens can attain.
         dtype: Of the statistics, float32 or float64, whatever the hidden states come in.
         num_features: d, if it is to be fixed before the first update; otherwise learnt from it.
+        exclude_sinks: Leave out attention sinks, see :func:`~matent_callbacks.functional.sink_tokens`.
         **kwargs: For :class:`torchmetrics.Metric`.
 
     Raises:
@@ -66,6 +67,7 @@ class SequenceMatrixEntropy(TokenMetric):
         normalize_by: Literal["log_d", "log_rank"] | None = None,
         dtype: torch.dtype = torch.float32,
         num_features: int | None = None,
+        exclude_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         if normalize_by not in NORMALIZE_BY:
@@ -76,6 +78,7 @@ class SequenceMatrixEntropy(TokenMetric):
             alpha=alpha,
             dtype=dtype,
             num_features=num_features,
+            exclude_sinks=exclude_sinks,
             settings=(hash(alpha), NORMALIZE_BY.index(normalize_by)),
             **kwargs,
         )
@@ -132,6 +135,7 @@ class SequenceEffectiveRank(SequenceMatrixEntropy):
         alpha: Order of the Rényi entropy.
         dtype: Of the statistics, float32 or float64.
         num_features: d, if it is to be fixed before the first update.
+        exclude_sinks: Leave out attention sinks, see :func:`~matent_callbacks.functional.sink_tokens`.
         **kwargs: For :class:`torchmetrics.Metric`.
 
     Raises:
@@ -159,10 +163,17 @@ class SequenceEffectiveRank(SequenceMatrixEntropy):
         alpha: float = 1.0,
         dtype: torch.dtype = torch.float32,
         num_features: int | None = None,
+        exclude_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            center=center, normalize=normalize, alpha=alpha, dtype=dtype, num_features=num_features, **kwargs
+            center=center,
+            normalize=normalize,
+            alpha=alpha,
+            dtype=dtype,
+            num_features=num_features,
+            exclude_sinks=exclude_sinks,
+            **kwargs,
         )
 
     def compute(self) -> Tensor:

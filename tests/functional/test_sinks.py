@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matent_callbacks.functional import sink_tokens
+from matent_callbacks import EffectiveRank, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
+from matent_callbacks.functional import effective_rank, matrix_entropy, sink_tokens, spectrum
 
 
 def tokens(*lengths: float, width: int = 16) -> torch.Tensor:
@@ -57,3 +58,24 @@ def test_the_scale_does_not_matter(scale: float, dtype: torch.dtype):
 def test_half_precision(dtype: torch.dtype):
     # The squares are beyond float16.
     assert sink_tokens(tokens(20000, *[300.0] * 11).to(dtype)).nonzero().tolist() == [[0]]
+
+
+def test_functions_and_metrics_leave_sinks_out_if_asked_to():
+    torch.manual_seed(0)
+    states = torch.randn(3, 20, 16)
+    states[:2, 0] *= 100
+    mask = torch.ones(3, 20)
+    mask[:2, 0] = 0
+    for function in (matrix_entropy, effective_rank, spectrum):
+        assert function(states, exclude_sinks=True).allclose(function(states, mask), atol=1e-6)
+        assert not function(states).allclose(function(states, mask), rtol=0.1)
+    for kind in (MatrixEntropy, EffectiveRank, SequenceMatrixEntropy, SequenceEffectiveRank):
+        without, masked, everything = kind(exclude_sinks=True), kind(), kind()
+        without.update(states)
+        masked.update(states, mask)
+        everything.update(states)
+        assert without.compute() == pytest.approx(masked.compute().item(), rel=1e-6)
+        assert everything.compute() != pytest.approx(masked.compute().item(), rel=0.05)
+        # They are of other tokens.
+        with pytest.raises(ValueError, match="other settings"):
+            without.merge_state(everything)
