@@ -29,7 +29,7 @@ from matent_callbacks.callbacks.influence import Influence, sample_of_weights
 from matent_callbacks.callbacks.probe import fingerprint, first_batch, prefix_of, probes_by_prefix
 from matent_callbacks.capture.dual_encoder import is_dual_encoder
 from matent_callbacks.capture.in_parts import in_parts
-from matent_callbacks.capture.inference import device_of, quiet
+from matent_callbacks.capture.inference import device_of, side_effect_free
 from matent_callbacks.capture.meshes import parallel_groups
 from matent_callbacks.functional.alignment import STAGES
 
@@ -200,7 +200,7 @@ class AlignmentMeasurement:
         def read() -> tuple[list[PairStatistics], list[int]]:
             batches, fingerprints = self._found_probe(model, prefix, find_probe)
             context = None if self._is_dual_encoder(model) else self._context_group
-            with quiet(model), around(), in_parts(model, context):
+            with side_effect_free(model), around(), in_parts(model, context):
                 return self._read(model, batches), fingerprints
 
         of_batches, fingerprints = _on_all_ranks_or_none(read, "read the probe", model, self._group)

@@ -117,11 +117,11 @@ class Forward:
         is_again = any(call.module is module or call.is_again for call in around)
         return not (is_same and is_again)
 
-    def look(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
+    def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
         """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.look`."""
-        self.masks.look(module, arguments, is_given=is_given)
+        self.masks.collect(module, arguments, is_given=is_given)
         if self.labels is not None:
-            self.labels.look(module, arguments)
+            self.labels.collect(module, arguments)
 
     def find_packing(self, arguments: Mapping[str, Any], *, numbered: bool) -> None:
         """Look whether the batch is packed, unless an outer module was called with the same arguments."""
@@ -162,7 +162,7 @@ class Forward:
             hidden_states = hidden_states.transpose(0, 1)
         hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is None:
-            self.masks.look(point.module, arguments())
+            self.masks.collect(point.module, arguments())
             hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is not None:
             counted = self._of_samples(fitting)

@@ -225,7 +225,7 @@ class Capture:
             if around is not None:
                 around.called.add(watched)
             call.is_again = not self._begins_pass(forward, watched, arguments, forward.calls[:-1])
-            forward.look(watched, arguments, is_given=True)
+            forward.collect(watched, arguments, is_given=True)
             if call.counts:
                 forward.find_packing(arguments, numbered=_may_number(watched, arguments))
                 if forward.packing is not None and not self._whole_sequences:
@@ -285,7 +285,7 @@ class Capture:
         try:
             with self._guard("all"):
                 labels = self._labels.setdefault(thread, Labels(self._model, self._given_labels))
-                labels.look(module, named_arguments(module, args, kwargs))
+                labels.collect(module, named_arguments(module, args, kwargs))
             return forward(*args, **kwargs)
         finally:
             if is_outermost:
@@ -315,7 +315,7 @@ class Capture:
             if self._forward is not None:
                 arguments = named_arguments(module, args, kwargs)
                 self._begins_pass(self._forward, watched, arguments, self._forward.calls)
-                self._forward.look(watched, arguments)
+                self._forward.collect(watched, arguments)
 
     def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward

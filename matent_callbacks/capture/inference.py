@@ -19,7 +19,7 @@ _on_the_side: list[object] = []
 
 
 def sides() -> int:
-    """Return how many :func:`quiet` contexts are open.
+    """Return how many :func:`side_effect_free` contexts are open.
 
     A reader must ignore the forwards inside contexts that were opened after it.
     """
@@ -27,7 +27,7 @@ def sides() -> int:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Side-effect-free inference: evaluation mode, inside :func:`preserved`."""
     with preserved(model), _every_module_called():
         # Module by module: `model.eval()` may be overridden to do more.

@@ -32,14 +32,14 @@ class Labels:
     def __init__(self, model: nn.Module, given: Tensor | None) -> None:
         self._masks = Masks(model, None, among=_labels_among)
         self._given = Masks(model, None, among=_labels_among)
-        self._given.look(model, {"labels": given})
+        self._given.collect(model, {"labels": given})
         self._shape: tuple[int, ...] | None = None if given is None else tuple(given.shape)
         self._is_shifted = False
 
-    def look(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def collect(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Collect the labels that ``module`` is called with, in place of those of its last call."""
         labels = _argument("labels", arguments)
-        self._masks.look(module, {"labels": labels})
+        self._masks.collect(module, {"labels": labels})
         if labels is not None:
             self._shape = tuple(labels.shape)
         self._is_shifted |= _argument("shift_labels", arguments) is not None

@@ -36,7 +36,7 @@ class Masks:
         if self._outer is not None:
             self._masks.append(_Mask(self._outer, "attention_mask", model, is_given=True, of_any_layer=True))
 
-    def look(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
+    def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
         """Collect the masks among the arguments that ``module`` is called with, in place of those of its last call.
 
         ``is_given``: the module is a whole model, whose mask ``(B, T)`` is to multiply by unless it holds negatives.

@@ -52,8 +52,8 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     ``image`` and ``text`` are plain forwards of the language model on embeddings: positions from 0, its own attention
     mask, and the features that DeepStack adds to the image in deeper layers.
 
-    Meant to be called in evaluation mode without gradients, as inside :func:`quiet`. Builds no cache, and leaves no
-    hook behind. NaN pixels give NaN states, in their own sample only.
+    Meant to be called in evaluation mode without gradients, as inside :func:`side_effect_free`. Builds no cache, and
+    leaves no hook behind. NaN pixels give NaN states, in their own sample only.
 
     Args:
         model: A vision-language model of transformers, wrapped or not.

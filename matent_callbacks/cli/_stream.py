@@ -17,7 +17,7 @@ from matent_callbacks.accumulate.layer_statistics import OF_VECTORS, LayerAccumu
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.capture.hooks import Capture
-from matent_callbacks.capture.inference import quiet, run
+from matent_callbacks.capture.inference import run, side_effect_free
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.cli._adapters import ModelError
 from matent_callbacks.cli._documents import Document, Text, TextError
@@ -91,7 +91,7 @@ def stream(
     state.pooled = state.on(device).pooled
     documents = enumerate(text.documents())
     _go_to(documents, state)
-    with quiet(model):
+    with side_effect_free(model):
         while not state.complete:
             window = _window(documents, tokenizer, max_length, batch_tokens, left(max_sequences, state.accepted))
             if window is None:

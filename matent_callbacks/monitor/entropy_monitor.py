@@ -24,7 +24,7 @@ from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.batches import check_batch
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
-from matent_callbacks.capture.inference import device_of, quiet, run, to_device
+from matent_callbacks.capture.inference import device_of, run, side_effect_free, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.capture.values import all_modules
 from matent_callbacks.monitor.decomposition import NONFINITE
@@ -252,7 +252,7 @@ class EntropyMonitor:
         """
         device = device_of(self.model)
         try:
-            with quiet(self.model), self._capture.uncompiled():
+            with side_effect_free(self.model), self._capture.uncompiled():
                 for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
                     check_batch(batch)
                     mask = attention_mask(batch) if callable(attention_mask) else attention_mask

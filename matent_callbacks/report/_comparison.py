@@ -51,7 +51,7 @@ class Shared(NamedTuple):
     about: str = ""
 
 
-def look(place: int) -> tuple[str, bool]:
+def line_style(place: int) -> tuple[str, bool]:
     """Colour of the run at a place of the page, and whether its lines are dashed."""
     return _COLOURS[place % len(_COLOURS)], place >= len(_COLOURS)
 
@@ -175,7 +175,7 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
 
 def _draw(ax: Axes, place: int, x: Sequence[float], y: Sequence[float], **style: Any) -> str:
     """Draw a curve of the run at a place of the page, in its look, and return its colour."""
-    colour, dashed = look(place)
+    colour, dashed = line_style(place)
     (line,) = ax.plot(x, y, color=colour, linestyle=_DASHED if dashed else "-", linewidth=1.5, **style)
     line.set_gid(f"run{place}")
     return colour

@@ -103,7 +103,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _described(place: int, run: Run, label: str) -> dict[str, Any]:
-    colour, dashed = _comparison.look(place)
+    colour, dashed = _comparison.line_style(place)
     return {
         "label": label,
         "colour": css_colour(colour),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from matent_callbacks.capture.image_exchange import exchange_images
-from matent_callbacks.capture.inference import quiet
+from matent_callbacks.capture.inference import side_effect_free
 from matent_callbacks.capture.joint_forward import JointForward
 from matent_callbacks.capture.vision_language import Stage, stages_of, vision_language_stages
 from tests.capture.families import FAMILIES, IMAGE, PAD, Probe, Sample, collate, make_probe
@@ -61,7 +61,7 @@ def test_it_is_the_forward_of_a_batch_whose_images_were_moved(name, side, models
     probe = make_probe(family, model, BATCH)
     batch = collate(family, probe, side)
     donors = OF_MANY_SIZES if name in MANY_SIZES else OF_ONE_SIZE
-    with quiet(model):
+    with side_effect_free(model):
         forward = JointForward(model, with_labels(batch), with_labels=True)
         stages, _ = stages_of(forward)
         found = exchange_images(forward)
@@ -86,7 +86,7 @@ def test_all_alike_are_moved_around_once(models):
     probe = make_probe(family, model, [Sample([(24, 24)], [2, 3 + i]) for i in range(5)])
     batch = collate(family, probe)
     donors = {0: 1, 1: 2, 2: 3, 3: 4, 4: 0}
-    with quiet(model):
+    with side_effect_free(model):
         found = exchange_images(JointForward(model, with_labels(batch), with_labels=True))
     loss, _ = explicit(model, collate(family, moved_by_hand(probe, donors)), list(donors))
     assert found.exchanged.all()
@@ -100,7 +100,7 @@ def test_as_many_tokens_in_another_shape_are_no_equal(models):
     probe = make_probe(family, model, [Sample(size, text) for size in (wide, high, wide, wide)])
     assert [row.count(IMAGE) for row in probe.ids] == [6] * 4
     batch = collate(family, probe)
-    with quiet(model):
+    with side_effect_free(model):
         found = exchange_images(JointForward(model, with_labels(batch), with_labels=True))
     assert found.exchanged.tolist() == [True, False, True, True]
     donors = {0: 2, 2: 3, 3: 0}
@@ -121,7 +121,7 @@ def test_only_one_forward_more_and_no_more_logits_than_labels(models):
         model.get_decoder().register_forward_hook(lambda m, args, output: calls.append(1)),
     ]
     try:
-        with quiet(model):
+        with side_effect_free(model):
             forward = JointForward(model, batch, with_labels=True)
             stages_of(forward)
             exchange_images(forward)
@@ -143,7 +143,7 @@ def test_without_labels_only_the_states_are_moved(labels, models):
         batch["labels"][:, 0] = 5
     elif labels == "of another shape":
         batch["labels"] = batch["input_ids"][:, :3]
-    with quiet(model):
+    with side_effect_free(model):
         found = exchange_images(JointForward(model, batch, with_labels=True))
     assert found.num_labels.sum() == found.nats.sum() == found.moved_nats.sum() == 0
     assert found.exchanged.tolist() == [True] * 6
@@ -153,7 +153,7 @@ def test_without_labels_only_the_states_are_moved(labels, models):
 def test_a_model_without_a_head_has_no_losses(models):
     family, model = FAMILIES["llava"], models("llava")
     batch = with_labels(collate(family, make_probe(family, model, BATCH)))
-    with quiet(model):
+    with side_effect_free(model):
         found = exchange_images(JointForward(model.model, batch, with_labels=True))
     assert found.num_labels.sum() == 0
     assert found.exchanged.all()
@@ -167,7 +167,7 @@ def test_reading_of_ones_own(models):
     def read() -> Stage:
         return vision_language_stages(model, batch)[0]["image_text"]
 
-    with quiet(model):
+    with side_effect_free(model):
         expected = exchange_images(JointForward(model, batch, with_labels=True))
         found = exchange_images(JointForward(model, batch, with_labels=True), read)
         assert torch.equal(found.image_text.hidden_states, expected.image_text.hidden_states)
@@ -183,7 +183,7 @@ def test_compiled_models(models):
     family, model = FAMILIES["llava"], models("llava")
     compiled = torch.compile(family.build(), backend="eager")
     batch = with_labels(collate(family, make_probe(family, model, BATCH)))
-    with quiet(model):
+    with side_effect_free(model):
         compiled(**batch)
         expected = exchange_images(JointForward(model, batch, with_labels=True))
         found = exchange_images(JointForward(compiled, batch, with_labels=True))
@@ -199,6 +199,6 @@ def test_the_hook_is_gone_after_an_exception(models):
     def fail() -> Stage:
         raise KeyError("no")
 
-    with pytest.raises(KeyError), quiet(model):
+    with pytest.raises(KeyError), side_effect_free(model):
         exchange_images(JointForward(model, batch), fail)
     assert not any(module._forward_pre_hooks for module in model.modules())

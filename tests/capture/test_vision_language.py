@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from matent_callbacks.capture.inference import quiet
+from matent_callbacks.capture.inference import side_effect_free
 from matent_callbacks.capture.vision_language import vision_language_stages
 from matent_callbacks.functional import matrix_entropy
 from matent_callbacks.functional.alignment import STAGES
@@ -44,7 +44,7 @@ def entropies(stages: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_readings_agree(family: Family, model: Any, probe: Probe, batch: dict[str, Any], read: Any = None) -> None:
-    with quiet(model):
+    with side_effect_free(model):
         stages, skipped = vision_language_stages(model if read is None else read, batch)
         with_image = [i for i, sample in enumerate(probe.samples) if sample.sizes]
         slow = [slow_stages(family, model, probe, i) for i in with_image]
@@ -76,7 +76,7 @@ def test_wrapped_by_peft(models):
     probe = make_probe(family, inner)
     batch = collate(family, probe)
     assert_readings_agree(family, inner, probe, batch, read=wrapped)
-    with quiet(wrapped):
+    with side_effect_free(wrapped):
         adapted = entropies(vision_language_stages(wrapped, batch)[0])
         plain = entropies(vision_language_stages(models("smolvlm"), batch)[0])
     assert all((adapted[name] - plain[name]).abs().max() > 1e-3 for name in STAGES)
@@ -102,7 +102,7 @@ def test_compiled_models_are_read_without_their_graph(compile_it, models):
     compiled = compile_it(family.build())
     probe = make_probe(family, plain)
     batch = collate(family, probe)
-    with quiet(plain):
+    with side_effect_free(plain):
         # The very call that is made to read: its graph is there, and hooks placed later do not fire in it.
         compiled(**batch, use_cache=False, logits_to_keep=1)
     assert_readings_agree(family, plain, probe, batch, read=compiled)
@@ -134,7 +134,7 @@ def test_no_hook_no_cache_and_no_graph_stays(name, models):
     caches = []
     handle = model.get_decoder().register_forward_hook(lambda _, __, output: caches.append(output.past_key_values))
     try:
-        with quiet(model):
+        with side_effect_free(model):
             stages, _ = vision_language_stages(model, batch)
     finally:
         handle.remove()
@@ -153,7 +153,7 @@ def test_the_hook_is_gone_after_an_exception(models):
     family, model = FAMILIES["qwen2 vl"], models("qwen2 vl")
     batch = collate(family, make_probe(family, model))
     before = dict(model.get_decoder()._forward_hooks)
-    with pytest.raises(ValueError, match="mm_token_type_ids"), quiet(model):
+    with pytest.raises(ValueError, match="mm_token_type_ids"), side_effect_free(model):
         vision_language_stages(model, {key: value for key, value in batch.items() if key != "mm_token_type_ids"})
     assert dict(model.get_decoder()._forward_hooks) == before
 
@@ -163,7 +163,7 @@ def test_the_hook_is_gone_after_an_exception(models):
 def test_pixels_that_are_not_finite_stay_in_their_sample(name, models):
     family, model = FAMILIES[name], models(name)
     probe = make_probe(family, model)
-    with quiet(model):
+    with side_effect_free(model):
         clean = entropies(vision_language_stages(model, collate(family, probe))[0])
         probe.images[0][0][..., 0] = torch.nan
         dirty = entropies(vision_language_stages(model, collate(family, probe))[0])
@@ -177,7 +177,7 @@ def test_pixels_that_are_not_finite_stay_in_their_sample(name, models):
 def test_a_sample_of_images_only_has_no_text_row(models):
     family, model = FAMILIES["internvl"], models("internvl")
     probe = make_probe(family, model, [Sample([(24, 24)], [0, 0]), Sample([(24, 24)], [4, 4])])
-    with quiet(model):
+    with side_effect_free(model):
         stages, _ = vision_language_stages(model, collate(family, probe))
     assert {name: stage.mask.sum(1).tolist() for name, stage in stages.items()} == {
         "vision_encoder": [16, 16],
@@ -238,14 +238,17 @@ def set_at(index: Any, value: int) -> Callable[[Tensor], Tensor]:
 def test_batches_that_cannot_be_read_say_why(change, message, models):
     family, model = FAMILIES["llava"], models("llava")
     batch = collate(family, make_probe(family, model))
-    with pytest.raises(ValueError, match=message), quiet(model):
+    with pytest.raises(ValueError, match=message), side_effect_free(model):
         vision_language_stages(model, change(batch))
 
 
 def test_images_without_any_text(models):
     family, model = FAMILIES["llava"], models("llava")
     batch = collate(family, make_probe(family, model, [Sample([(24, 24)], [0, 0])] * 2))
-    with pytest.raises(ValueError, match=r"`input_ids` must hold text .* got image tokens only"), quiet(model):
+    with (
+        pytest.raises(ValueError, match=r"`input_ids` must hold text .* got image tokens only"),
+        side_effect_free(model),
+    ):
         vision_language_stages(model, batch)
 
 
@@ -283,7 +286,7 @@ def test_image_features_without_what_is_read(stage, name, models, monkeypatch):
         return transformers.modeling_outputs.BaseModelOutputWithPooling(**{**fields, name: None})
 
     monkeypatch.setattr(model.model, "get_image_features", without_it)
-    with pytest.raises(ValueError, match=f"Stage '{stage}' was not found in Llava"), quiet(model):
+    with pytest.raises(ValueError, match=f"Stage '{stage}' was not found in Llava"), side_effect_free(model):
         vision_language_stages(model, batch)
 
 
@@ -296,5 +299,5 @@ def test_before_transformers_5_it_is_said_that_this_is_needed(models, monkeypatc
     told = (
         r"'vision_encoder' was not found in Llava.*: it needs transformers 5\.0 or newer, and in 4\.57\.1 .*`stages=`"
     )
-    with pytest.raises(ValueError, match=told), quiet(model):
+    with pytest.raises(ValueError, match=told), side_effect_free(model):
         vision_language_stages(model, batch)
