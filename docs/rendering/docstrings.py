@@ -17,7 +17,7 @@ PUBLIC = ("functional", "transformers", "lightning", "plot", "report", "scaling_
 SYMBOLS = {
     "alpha": "&alpha;", "pi": "&pi;", "sigma": "&sigma;", "sum": "∑", "le": "≤", "ge": "≥", "in": "∈", "cap": "∩",
     "circ": "∘", "otimes": "⊗", "leftarrow": "←", "top": "&#8868;", "lVert": "‖", "rVert": "‖", "lvert": "&#124;",
-    "rvert": "&#124;", ",": " ", "log": "log", "max": "max", "min": "min",
+    "rvert": "&#124;", "cdot": "·", "neq": "≠", "exp": "exp", ",": " ", "log": "log", "max": "max", "min": "min",
 }  # fmt: skip
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|,)|\s+|[^\\\s]")
 

@@ -27,9 +27,9 @@ def sink_tokens(hidden_states: Tensor, attention_mask: Tensor | None = None) -> 
     arXiv:2402.17762). The mean of a sequence is then the direction of its sink, and once that is subtracted all other
     tokens lie almost along one line: their spectrum describes one token.
 
-    The geometric mean :math:`\exp(\frac{1}{N} \sum_i \log \|z_i\|)` is hardly moved by one long token. If more than
-    :math:`\min(\max(8, N / 64), N / 4)` of N tokens are that long, rounded down, none is a sink: then they are a kind
-    of token.
+    The geometric mean :math:`\exp(\frac{1}{N} \sum_i \log \lVert z_i \rVert)` is hardly moved by one long token. If
+    more than :math:`\min(\max(8, N / 64), N / 4)` of N tokens are that long, rounded down, none is a sink: then they
+    are a kind of token.
 
     Args:
         hidden_states: ``(N, d)``, one sequence, or ``(B, T, d)``.

@@ -70,8 +70,9 @@ class MatrixEntropyCallback(MeasuringCallback):
             that count. A layer whose output is ``(B, d)``, such as a pooler or a projection, or has the
             ``sentence_embedding`` of sentence-transformers, provides these vectors itself.
         exclude_sinks: Leave out attention sinks: tokens of a layer that are longer than 4 times the geometric mean of
-            their sequence, if they are few (:func:`.functional.sink_tokens`). In pretrained language models a layer's
-            numbers would describe this one token. One warning says where they are. ``False``: they count.
+            their sequence, if they are few, see :func:`~matent_callbacks.functional.sink_tokens`. In pretrained
+            language models a layer's numbers would describe this one token. One warning says where they are.
+            ``False``: they count.
         tokens: ``"all"``, or ``"labels"``: only those that count in the loss, such as the response in supervised
             fine-tuning. These have a label other than -100 in the ``labels`` ``(B, T)`` that the model's ``forward`` is
             given: the label at place t counts the token at place t, as the models of transformers take them, so it is

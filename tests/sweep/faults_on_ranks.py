@@ -23,6 +23,7 @@ from matent_callbacks.lightning import AlignmentCallback as LightningAlignment
 from matent_callbacks.lightning import MatrixEntropyCallback as LightningCallback
 from matent_callbacks.lightning import PlateauStopping as LightningStopping
 from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
+from matent_callbacks.monitor.recording import Recording
 from matent_callbacks.transformers import (
     AlignmentCallback,
     MatrixEntropyCallback,
@@ -49,7 +50,7 @@ def probe() -> Any:
 ENTROPY: dict[str, tuple[list[tuple[Any, str]], dict[str, Any]]] = {
     "start": ([(EntropyMonitor, "start")], {}),
     "stop": ([(EntropyMonitor, "stop")], {}),
-    "record": ([(EntropyMonitor, "_record")], {}),
+    "record": ([(Recording, "record")], {}),
     "probe": ([(EntropyMonitor, "read")], {"probe": probe(), "reference": "start"}),
     "saved state": ([(Measurement, "state_dict")], {"probe": probe(), "reference": "start"}),
     "loaded state": ([(Measurement, "load_state_dict")], {"probe": probe(), "reference": "start"}),

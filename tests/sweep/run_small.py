@@ -72,7 +72,9 @@ def compare(model: Any, name: str) -> str:
         for parameter in model.parameters():
             # Weights that begin as zeros would make layers alike.
             parameter.add_(0.1 * torch.randn_like(parameter))
-    monitor = EntropyMonitor(model, "all", metrics="matrix_entropy", dtype=torch.float64, on_error="raise")
+    monitor = EntropyMonitor(
+        model, "all", metrics="matrix_entropy", dtype=torch.float64, on_error="raise", exclude_sinks=False
+    )
     with torch.no_grad():
         torch.manual_seed(3)
         model(**inputs, output_hidden_states=True)

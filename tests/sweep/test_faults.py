@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import matent_callbacks.capture.hooks
 import matent_callbacks.monitor.entropy_monitor
-from matent_callbacks import EntropyMonitor
+from matent_callbacks.monitor.recording import Recording
 from tests.sweep.runs import FRAMEWORKS, MONITORED, STEPS, Record, Way, assert_right, assert_same, make_callback, train
 
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -94,7 +94,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
         (matent_callbacks.capture.hooks, "_in_backward"),
         (matent_callbacks.capture.hooks, "compiled_entrance"),
         (matent_callbacks.monitor.entropy_monitor, "PendingReadings"),
-        (EntropyMonitor, "_record"),
+        (Recording, "record"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
