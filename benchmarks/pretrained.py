@@ -143,6 +143,7 @@ def show_profile(name: str, model: Any, tokenizer: Any, size: tuple[int, int]) -
 def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
     """Draw the ranks by depth, and below them the lengths of tokens and the largest dimension."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     shown = {
@@ -158,6 +159,11 @@ def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
     below.set(
         yscale="log", ylabel="longest token / geometric mean", xlabel="layer; 0: embeddings, the last: after the norm"
     )
+    for axis, ticks in ((above.yaxis, (10, 20, 50, 100, 200)), (below.yaxis, (1, 3, 10, 30, 100))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     share = below.twinx()
     share.plot([*profile["top_dimension_share"].values()], "--", color="#0072B2")
     share.set(ylim=(0, 1), ylabel="share of the largest dimension (dashed)")

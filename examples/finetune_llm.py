@@ -120,7 +120,9 @@ def draw(layers: tuple[str, ...], profiles: dict[str, dict[str, float]], log: li
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for (name, profile), style in zip(profiles.items(), ("--", "-", ":"), strict=True):
         left.plot([profile[layer] for layer in layers], style, label=name)
-    left.set(title="Effective rank by depth", xlabel="layer", ylabel="dimensions", yscale="log")
+    left.set(title="Effective rank by depth", xlabel="layer; 0: embeddings, the last: after the norm", yscale="log")
+    left.set_ylabel("dimensions")
+    left.yaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False)
     losses = {"training": curve(log, "loss"), "held out": curve(log, "eval_loss")}
     step_curves(losses, ax=middle, unit="loss (nats per token)", points=["held out"])

@@ -56,6 +56,19 @@ def test_pretrain_text(tmp_path: Path, text: Path):
     assert steps == [2, 4, 5]
 
 
+def test_finetune_llm(tmp_path: Path, text: Path):
+    output = tmp_path / "out"
+    printed = run("finetune_llm.py", text, "--steps", 2, "--every", 1, "--output", output)
+    table = [line.split() for line in printed.splitlines() if re.match(r"(layer_\d\d|last) +\d", line)]
+    assert [row[0] for row in table] == [*(f"layer_{number:02d}" for number in range(30)), "last"]
+    for layer, base, tuned, with_sinks, change in table:
+        assert float(tuned) / float(base) - 1 == pytest.approx(float(change.rstrip("%")) / 100, abs=2e-3)
+        if layer in ("layer_12", "layer_13", "layer_14"):
+            assert float(with_sinks) < 10 < 50 < float(tuned)
+    assert (output / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert {"adapter_config.json", "trainer_state.json"} <= {file.name for file in output.iterdir()}
+
+
 def test_pretrain_lightning(tmp_path: Path, text: Path):
     output = tmp_path / "out"
     printed = run("pretrain_lightning.py", text, "--steps", 4, "--every", 2, "--output", output)

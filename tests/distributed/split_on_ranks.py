@@ -22,7 +22,7 @@ CUTS = (5, 0, 11)
 
 
 def batches(data_rank: int) -> list[Batch]:
-    """Whole sequences: padding on either side, no token at all, tokens that are not finite, means far from 0."""
+    """Whole sequences: padding on either side, no token, tokens that are not finite, means far from 0, and sinks."""
     generator = torch.Generator().manual_seed(data_rank)
     found = []
     for number, length in enumerate((13, 9, 40)):
@@ -31,6 +31,9 @@ def batches(data_rank: int) -> list[Batch]:
         mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
         mask[0, 4:], mask[1, :3], mask[-1] = 0, 0, int(number != 1)
         hidden[1, 5], hidden[0, 1, 3] = torch.inf, torch.nan
+        # A sink in the part of each rank, and in the third batch so many long tokens that they are none.
+        hidden[-1, [1, 12][: 1 + (number == 2)]] *= 20
+        hidden[1, 6 : 6 + (9 if number == 2 else 1)] *= 20
         found.append((hidden, mask))
     return found
 
@@ -44,7 +47,8 @@ def parts(data_rank: int, place: int) -> list[Batch]:
 
 def read(seen: list[Batch], **arguments: Any) -> dict[str, float]:
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Tanh())
-    monitor = EntropyMonitor(model, layers="*", **{"metrics": METRICS, **arguments})
+    metrics = (*METRICS, "sink_tokens", "token_norm", "anisotropy", "top_dimension_share", "correlation_effective_rank")
+    monitor = EntropyMonitor(model, layers="*", **{"metrics": metrics, **arguments})
     for hidden, mask in seen:
         monitor.start(attention_mask=mask)
         model(hidden)

@@ -15,6 +15,7 @@ from tests.ranks import run_on_ranks
 )
 def test_the_numbers_are_those_of_whole_sequences(world_size, small_pieces, dtype):
     whole = read([batch for data_rank in range(world_size // 2) for batch in batches(data_rank)], dtype=torch.float64)
+    assert 0 < whole["sink_tokens/0"] < 1
     # An Inf and a NaN in each batch; tanh leaves the NaN.
     assert (whole["nonfinite_tokens/0"], whole["nonfinite_tokens/1"]) == (3 * world_size, 3 * world_size // 2)
     # What is left of the centre of a few tokens 1,000 lengths away shows in float32 for `rankme`, also in one process.
