@@ -31,9 +31,11 @@ def batches(data_rank: int) -> list[Batch]:
         mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
         mask[0, 4:], mask[1, :3], mask[-1] = 0, 0, int(number != 1)
         hidden[1, 5], hidden[0, 1, 3] = torch.inf, torch.nan
-        # A sink in the part of each rank, and in the third batch so many long tokens that they are none.
-        hidden[-1, [1, 12][: 1 + (number == 2)]] *= 20
-        hidden[1, 6 : 6 + (9 if number == 2 else 1)] *= 20
+        # In the first batch a sink in the part of each rank, in the second so many long tokens that none is a sink.
+        if number == 0:
+            hidden[-1, [1, 12]] *= 20
+        elif number == 1:
+            hidden[1, 6:8] *= 20
         found.append((hidden, mask))
     return found
 
