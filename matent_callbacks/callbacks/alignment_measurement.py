@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
-from matent_callbacks.accumulate.reduction import agree, agreed_failures, check_groups, is_distributed
+from matent_callbacks.accumulate.reduction import AllOrNone, agree, check_groups, is_distributed
 from matent_callbacks.callbacks.alignment_statistics import (
     EXCHANGED,
     TOWERS,
@@ -261,13 +261,6 @@ def _on_all_ranks_or_none(
     work: Callable[[], _Result], failure: str, model: nn.Module, group: dist.ProcessGroup | None
 ) -> _Result:
     """Return the result of ``work``; if it raises on one rank, raise on all, which would wait for that one."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as raised:
-        error = raised
-    if is_distributed(group) and agreed_failures([error is not None], device_of(model), group)[0]:
-        raise error or RuntimeError(f"Another rank failed to {failure}.")
-    if error is not None:
-        raise error
-    return result
+    groups = [group] if is_distributed(group) else []
+    with AllOrNone(device_of(model), groups, f"Another rank failed to {failure}."):
+        return work()
