@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from matent_callbacks.report import Run, Stop, comparison, read_run
-from matent_callbacks.report._comparison import first_at_best, labels, look, pictures, quantities
+from matent_callbacks.report._comparison import first_at_best, labels, line_style, pictures, quantities
 from matent_callbacks.report._settings import differing, flat
 from tests.report.conftest import Logged
 
@@ -69,7 +69,7 @@ def test_a_run_has_its_colour_in_every_picture_whatever_is_drawn_in_it() -> None
             (group,) = re.findall(rf'<g id="{picture.name}-run{i}">(.*?)</g>', picture.svg, flags=re.DOTALL)
             assert f"stroke: var(--{('blue', 'orange', 'five-3')[i]})" in group
             assert f"<title>{runs[i].name}</title>" in group
-    assert len({look(i) for i in range(12)}) == 12
+    assert len({line_style(i) for i in range(12)}) == 12
 
 
 def test_ranks_over_a_decade_are_on_a_logarithmic_axis() -> None:
