@@ -137,15 +137,15 @@ class LayerAccumulator:
             ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
         states, told = check_hidden_states(hidden_states, attention_mask)
-        norms = self._norms(states, told)
-        given = self._without_sinks(told, norms)
-        mask = given
         is_one_row = hidden_states is not None and hidden_states.ndim == 2
         if is_one_row:
             vectors = hidden_states
         elif vectors is not None and len(vectors) != len(states):
             raise ValueError(f"`vectors` must be one for each of {len(states)} sequences, got {tuple(vectors.shape)}.")
         # What counts is decided here, once for all statistics.
+        reads_tokens = vectors is None or not self._sources <= OF_VECTORS
+        norms = self._norms(states, told) if reads_tokens else None
+        mask = given = self._without_sinks(told, norms)
         whole = None
         if self._max_tokens is not None:
             is_whole = attention_mask is None and norms is None

@@ -265,7 +265,7 @@ class _Reader:
             dtype=dtype,
             device=self._device,
             embedding=self._embedding,
-            exclude_sinks=self._exclude_sinks and states.ndim == 3,  # a vector of a document is no token
+            exclude_sinks=self._exclude_sinks,
         )
 
     def _keep(self, layer: str, states: Tensor, own: LayerAccumulator, group: int) -> None:

@@ -173,7 +173,8 @@ def test_a_vector_of_a_sequence_is_no_sink(max_tokens):
         )
         with monitor:
             monitor.model(vectors)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             found[exclude] = monitor.compute()
+        assert not any("sinks" in str(warning.message) for warning in caught)
     assert found[True] == found[False]
