@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks._markdown import begin, table
 from examples.smollm2 import load
 from matent_callbacks import EntropyMonitor
-from matent_callbacks.functional.sinks import log_norms
+from matent_callbacks.functional.sinks import log_norms, long_tokens, most_sinks, sums_of_logs
 
 BATCHES = ((8, 128), (8, 256))
 LENGTHS = (16, 32, 128, 512, 2048)
@@ -180,11 +180,11 @@ def count_long_tokens(name: str, model: Any, tokenizer: Any, lengths: Iterable[i
         states = model(**batch, output_hidden_states=True).hidden_states
         cells = []
         for layers in GROUPS[name].values():
-            norms = torch.stack([log_norms(states[layer], torch.float32) for layer in layers])
-            ratios = (norms - norms.mean(-1, keepdim=True)).exp()
-            longer = (ratios > 4).sum(-1)
+            logs = torch.cat([log_norms(states[layer], torch.float32) for layer in layers])
+            every = torch.ones_like(logs, dtype=torch.bool)
+            longer = long_tokens(logs, every, sums_of_logs(logs, every)).sum(-1)
             cells.append(f"{int(longer.max())} ({longer.double().mean():.1f})")
-        rows.append([str(length), *cells, str(min(max(8, length // 64), length // 4))])
+        rows.append([str(length), *cells, str(int(most_sinks(torch.tensor(length))))])
     header = [f"{name}, tokens of a sequence", *GROUPS[name], "most that are left out"]
     print("The most, and in brackets the mean, of tokens longer than 4 times the geometric mean:\n")
     table(header, rows)

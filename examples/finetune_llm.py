@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from pretrain_text import LENGTH, cut
 from smollm2 import load
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from matent_callbacks import EntropyMonitor
-from matent_callbacks.plot import step_curves
+from matent_callbacks.plot import series, step_curves
 from matent_callbacks.transformers import CollapseAlarm, MatrixEntropyCallback, ReadingPrinter
 
-LENGTH = 128
 RANK = "effective_rank"
 
 
@@ -93,8 +93,7 @@ def main() -> None:
 def tokenize(documents: list[str], tokenizer: Any) -> list[dict[str, Any]]:
     """Cut the documents into sequences of equal length."""
     ids = [i for document in documents for i in tokenizer(document, add_special_tokens=False)["input_ids"]]
-    chunks = (ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH + 1, LENGTH))
-    return [{"input_ids": chunk, "attention_mask": [1] * LENGTH, "labels": chunk} for chunk in chunks]
+    return cut(ids)
 
 
 def measure(monitor: EntropyMonitor, probe: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -124,21 +123,15 @@ def draw(layers: tuple[str, ...], profiles: dict[str, dict[str, float]], log: li
     left.set_ylabel("dimensions")
     left.yaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False)
-    losses = {"training": curve(log, "loss"), "held out": curve(log, "eval_loss")}
+    losses = {"training": series(log, "loss"), "held out": series(log, "eval_loss")}
     step_curves(losses, ax=middle, unit="loss (nats per token)", points=["held out"])
     middle.set_title("Loss")
     middle.legend(frameon=False)
-    ranks = {layer: curve(log, f"{RANK}/{layer}") for layer in sorted(moved[:4])}
+    ranks = {layer: series(log, f"{RANK}/{layer}") for layer in sorted(moved[:4])}
     step_curves(ranks, ax=right, unit="dimensions", ranks=True)
     right.set_title("The four layers that moved most")
     right.legend(frameon=False)
     figure.savefig(picture, dpi=130)
-
-
-def curve(log: list[Any], key: str) -> tuple[list[float], list[float]]:
-    """Return steps and values of one logged key."""
-    steps, values = zip(*((record["step"], record[key]) for record in log if key in record), strict=True)
-    return list(steps), list(values)
 
 
 if __name__ == "__main__":

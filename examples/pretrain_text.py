@@ -124,7 +124,11 @@ def train_tokenizer(documents: list[str], special_tokens: tuple[str, ...] = ()) 
 def tokenize(documents: list[str], tokenizer: Any = None) -> list[dict[str, Any]]:
     """Cut the documents into sequences of equal length; without a tokenizer, one is trained on them."""
     tokenizer = tokenizer or train_tokenizer(documents)
-    ids = [i for document in documents for i in tokenizer.encode(document).ids]
+    return cut([i for document in documents for i in tokenizer.encode(document).ids])
+
+
+def cut(ids: list[int]) -> list[dict[str, Any]]:
+    """Cut the tokens of all documents into sequences of equal length."""
     chunks = (ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH + 1, LENGTH))
     return [{"input_ids": chunk, "attention_mask": [1] * LENGTH, "labels": chunk} for chunk in chunks]
 

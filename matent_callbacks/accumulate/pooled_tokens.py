@@ -101,6 +101,12 @@ class Matrix(NamedTuple):
         return Matrix(self.moments.to(device), gram, self.add_mean, norms, self.as_correlation)
 
 
+def check_width(before: int, width: int) -> None:
+    """Raise ``ValueError`` if tokens had another number of features before; 0: it is not known yet."""
+    if before not in (0, width):
+        raise ValueError(f"it had {before} features before and has {width} now.")
+
+
 def inverse_or_zero(norms: Tensor) -> Tensor:
     """1 over each number, and 0 where that is 0."""
     return torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
@@ -161,8 +167,7 @@ class PooledTokens:
 
     def check_width(self, width: int) -> None:
         """Raise ``ValueError`` if tokens with another number of features were accumulated before."""
-        if self.num_features not in (0, width):
-            raise ValueError(f"it had {self.num_features} features before and has {width} now.")
+        check_width(self.num_features, width)
 
     def reserve(self, states: Tensor) -> None:
         """Decide whether the tokens of ``(B, T, d)`` will be kept, before :meth:`add` is given them piece by piece.

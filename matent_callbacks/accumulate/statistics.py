@@ -17,7 +17,7 @@ from matent_callbacks.accumulate.documents import VIEWS, Discriminant, views_at_
 from matent_callbacks.accumulate.embeddings import embeddings
 from matent_callbacks.accumulate.moments import Center, Moments
 from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
-from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens
+from matent_callbacks.accumulate.pooled_tokens import Matrix, PooledTokens, check_width
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
@@ -343,8 +343,7 @@ class Directions(Average):
     of_vector = in_float64 = True
 
     def check_width(self, width: int) -> None:
-        if self.mean.mean.numel() not in (0, width):
-            raise ValueError(f"it had {self.mean.mean.numel()} features before and has {width} now.")
+        check_width(self.mean.mean.numel(), width)
 
     def of(self, sequences: Sequences) -> SequenceMean:
         total = self.mean.mean.new_zeros(sequences.states.shape[-1]).to(sequences.states.device)

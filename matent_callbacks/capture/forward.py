@@ -118,7 +118,7 @@ class Forward:
         return not (is_same and is_again)
 
     def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
-        """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.look`."""
+        """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.collect`."""
         self.masks.collect(module, arguments, is_given=is_given)
         if self.labels is not None:
             self.labels.collect(module, arguments)

@@ -51,8 +51,7 @@ def sink_tokens(hidden_states: Tensor, attention_mask: Tensor | None = None) -> 
         >>> sink_tokens(hidden_states)
         tensor([ True, False, False, False, False, False])
     """
-    states, mask = check_hidden_states(hidden_states, attention_mask)
-    sinks = token_norms(log_norms(states, statistics_dtype(states)), mask).sinks
+    sinks = _sinks(*check_hidden_states(hidden_states, attention_mask))
     return sinks[0] if hidden_states.ndim == 2 else sinks
 
 
@@ -61,9 +60,11 @@ def counted_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return hidden states as ``(B, T, d)`` and as bool ``(B, T)`` which count, or raise naming the argument."""
     states, mask = check_hidden_states(hidden_states, attention_mask)
-    if exclude_sinks:
-        mask = mask & ~token_norms(log_norms(states, statistics_dtype(states)), mask).sinks
-    return states, mask
+    return states, mask & ~_sinks(states, mask) if exclude_sinks else mask
+
+
+def _sinks(states: Tensor, mask: Tensor) -> Tensor:
+    return token_norms(log_norms(states, statistics_dtype(states)), mask).sinks
 
 
 def log_norms(states: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,10 +113,14 @@ def long_tokens(logs: Tensor, counts: Tensor, sums: Tensor) -> Tensor:
     return long
 
 
+def most_sinks(num_tokens: Tensor) -> Tensor:
+    """How many long tokens a sequence of so many tokens may have for them to be sinks."""
+    return (num_tokens // _ONE_IN).clamp(min=_FEW).minimum(num_tokens // _AT_MOST_ONE_IN)
+
+
 def with_sinks(logs: Tensor, counts: Tensor, sums: Tensor, long: Tensor, num_long: Tensor) -> TokenNorms:
     """Put it together; ``num_long`` ``(B,)`` is the number of long tokens of a whole sequence."""
-    most = (sums[1] // _ONE_IN).clamp(min=_FEW).minimum(sums[1] // _AT_MOST_ONE_IN)
-    are_few: Tensor = num_long <= most
+    are_few: Tensor = num_long <= most_sinks(sums[1])
     num_sinks = (num_long * are_few).to(torch.int64)
     return TokenNorms(logs, counts, sums[1], _mean(sums), long & are_few.unsqueeze(1), num_sinks)
 
