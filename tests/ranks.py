@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seco
 
 def _on_rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # The server that ranks are forked from may have started while a test had a W&B service, which is gone by now.
+    os.environ.pop("WANDB_SERVICE", None)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
