@@ -18,6 +18,7 @@ from matent_callbacks.callbacks.alignment_statistics import (
     TOWERS,
     PairStatistics,
     Stages,
+    distances_by_layer,
     merged,
     over_ranks,
     read_dual_encoder,
@@ -59,10 +60,10 @@ def measure_alignment(
         basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
         pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
-            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
-            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
-            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
-            has enough pairs and labels. Without the last two there is no second forward.
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding``,
+            ``image_text_shift``, ``mir`` and ``mir_by_layer``. ``None``: all of a dual encoder; ``cka_debiased``,
+            ``cka_z``, ``mutual_knn``, ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language
+            model, as far as the probe has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
             :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.
@@ -117,6 +118,10 @@ class AlignmentMeasurement:
             raise ValueError("`stages` is for vision-language models and `towers` for dual encoders: pass one of them.")
         if stages is not None and context_group is not None:
             raise ValueError("`context_group` is for models whose stages are found: pass it or `stages`, not both.")
+        if self._computed.needs_layers and context_group is not None:
+            raise ValueError(
+                "`pair_measures` asks for 'mir', which is of whole sequences, and there is `context_group`."
+            )
         prefix = prefix_of(name)
         # Functions of the user's may take any batch.
         self._given_probes = self.probes = probes_by_prefix(probe, prefix, check=stages is None)
@@ -182,7 +187,10 @@ class AlignmentMeasurement:
         values: dict[str, float] = {}
         for prefix in self.prefixes:
             statistics = self._statistics(model, prefix, around, find_probe)
-            own = self._computed.compute(statistics, self._warn_once)
+            distances: dict[str, Tensor] = {}
+            if self._computed.needs_layers and not self._is_dual_encoder(model):
+                distances = distances_by_layer(statistics.layers, model, self._group)
+            own = self._computed.compute(statistics, distances, self._warn_once)
             if self._influences[prefix].is_missing(own, sample_of_weights(model)):
                 warnings.warn(Influence.MISSING.format(probe="`probe`"), stacklevel=2)
             values |= {f"{prefix}{key}": value for key, value in own.items()}
@@ -242,9 +250,11 @@ class AlignmentMeasurement:
             raise ValueError("`probe` must hold at least one batch, got none.")
         if self._is_dual_encoder(model):
             return [read_dual_encoder(model, batch, self._towers) for batch in batches]
-        exchange = self._computed.needs_exchange
+        exchange, layers = self._computed.needs_exchange, self._computed.needs_layers
         return [
-            read_vision_language(model, batch, self._stages, exchange=exchange, warn_once=self._warn_once)
+            read_vision_language(
+                model, batch, self._stages, exchange=exchange, layers=layers, warn_once=self._warn_once
+            )
             for batch in batches
         ]
 

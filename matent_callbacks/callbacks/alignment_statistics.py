@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import all_gather_ragged
-from matent_callbacks.accumulate.reduction import all_reduce_sequence_means, all_reduce_sum
+from matent_callbacks.accumulate.reduction import AllOrNone, all_reduce_sequence_means, all_reduce_sum, is_distributed
 from matent_callbacks.accumulate.sequence_mean import (
     SequenceMean,
     empty_sequence_mean,
@@ -22,11 +22,13 @@ from matent_callbacks.accumulate.sequence_mean import (
 from matent_callbacks.capture.dual_encoder import dual_encoder_towers, mean_token
 from matent_callbacks.capture.image_exchange import Exchange, exchange_images
 from matent_callbacks.capture.inference import device_of
-from matent_callbacks.capture.joint_forward import JointForward
+from matent_callbacks.capture.joint_forward import JointForward, language_model
+from matent_callbacks.capture.modalities import Modalities, joined, layers_after_embeddings, modalities_of
 from matent_callbacks.capture.vision_language import Stage, StageReader, stages_of
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import check_stage
 from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.modality import modality_distance
 
 Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 
@@ -58,20 +60,33 @@ class PairStatistics(NamedTuple):
     """``(n, d)``: a vector for the image of each pair."""
     text: Tensor
     counts: Counts
+    layers: Mapping[str, Modalities]
+    """The tokens of both in each layer of the language model, if they are asked for."""
 
 
 def read_vision_language(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
+    model: nn.Module,
+    batch: Any,
+    own: Stages | None,
+    *,
+    exchange: bool,
+    layers: bool,
+    warn_once: Callable[[str, str], None],
 ) -> PairStatistics:
-    """Read a batch in a vision-language model; with ``exchange``, also with its images moved on."""
-    stages, text_only, exchanged = _read_stages(model, batch, own, exchange=exchange, warn_once=warn_once)
+    """Read a batch in a vision-language model.
+
+    With ``exchange``, it is read again with its images moved on; with ``layers``, in all layers of the language model.
+    """
+    stages, text_only, exchanged, tokens = _read_stages(
+        model, batch, own, exchange=exchange, layers=layers, warn_once=warn_once
+    )
     image, text = stages["image"], stages["text"]
     entropies = {name: _entropy(stages[name]) for name in STAGES}
     counts = _counts(exchanged, text_only, device_of(model))
     if exchange:
         entropies |= _exchanged_entropies(stages, exchanged, entropies, model)
     both = text.mask.any(1)  # a sample of an image alone is no pair
-    return PairStatistics(entropies, mean_token(*image)[both], mean_token(*text)[both], counts)
+    return PairStatistics(entropies, mean_token(*image)[both], mean_token(*text)[both], counts, tokens)
 
 
 def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | None) -> PairStatistics:
@@ -81,7 +96,7 @@ def read_dual_encoder(model: nn.Module, batch: Any, towers: tuple[str, str] | No
         name: _entropy(Stage(tower.hidden_states, tower.mask))
         for name, tower in zip(TOWERS, (image, text), strict=True)
     }
-    return PairStatistics(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)))
+    return PairStatistics(entropies, image.embedding, text.embedding, _counts(None, 0, device_of(model)), {})
 
 
 def merged(statistics: Sequence[PairStatistics], names: Iterable[str], model: nn.Module) -> PairStatistics:
@@ -91,7 +106,7 @@ def merged(statistics: Sequence[PairStatistics], names: Iterable[str], model: nn
         dtype = statistics_dtype(next(model.parameters(), torch.empty(0)))
         nothing = torch.zeros(0, 0, dtype=dtype, device=device)
         entropies = {name: empty_sequence_mean(dtype=dtype, device=device) for name in names}
-        return PairStatistics(entropies, nothing, nothing, _counts(None, 0, device))
+        return PairStatistics(entropies, nothing, nothing, _counts(None, 0, device), {})
     entropies = {name: reduce(merge_sequence_means, (each.entropies[name] for each in statistics)) for name in names}
     for name, total in entropies.items():
         if name not in EXCHANGED and total.num_nonfinite:
@@ -102,6 +117,7 @@ def merged(statistics: Sequence[PairStatistics], names: Iterable[str], model: nn
         torch.cat([each.image for each in statistics]),
         torch.cat([each.text for each in statistics]),
         Counts(*(torch.stack(counts).sum(0) for counts in zip(*(each.counts for each in statistics), strict=True))),
+        joined([each.layers for each in statistics]),
     )
 
 
@@ -110,30 +126,65 @@ def over_ranks(statistics: PairStatistics, group: dist.ProcessGroup | None) -> P
     means = all_reduce_sequence_means(list(statistics.entropies.values()), group)
     counts = Counts(*all_reduce_sum(torch.stack(statistics.counts), group))
     image, text = (torch.cat(all_gather_ragged(rows, group)) for rows in (statistics.image, statistics.text))
-    return PairStatistics(dict(zip(statistics.entropies, means, strict=True)), image, text, counts)
+    return PairStatistics(dict(zip(statistics.entropies, means, strict=True)), image, text, counts, statistics.layers)
+
+
+def distances_by_layer(
+    layers: Mapping[str, Modalities], model: nn.Module, group: dist.ProcessGroup | None
+) -> dict[str, Tensor]:
+    """Return how far image and text are apart in each layer, with the tokens of all ranks.
+
+    One layer after the other is brought back to the device. Every rank calls this, whatever it has read.
+    """
+    device, groups = device_of(model), [group] if is_distributed(group) else []
+    nothing = Modalities(torch.zeros(0, 0), torch.zeros(0, 0))
+    found: dict[str, Tensor] = {}
+    try:
+        points = layers_after_embeddings(language_model(model))
+    except ValueError:
+        return found  # that was raised, or warned of, when a batch was read
+    for point in points:
+        with AllOrNone(device, groups, f"Another rank failed to bring back the tokens of {point.key!r}."):
+            both = [rows.to(device) for rows in layers.get(point.key, nothing)]
+        if groups:
+            both = [torch.cat(all_gather_ragged(rows, group)) for rows in both]
+        found[point.key] = modality_distance(*both)
+        del both
+    return found
 
 
 def _read_stages(
-    model: nn.Module, batch: Any, own: Stages | None, *, exchange: bool, warn_once: Callable[[str, str], None]
-) -> tuple[dict[str, Stage], int, Exchange | None]:
+    model: nn.Module,
+    batch: Any,
+    own: Stages | None,
+    *,
+    exchange: bool,
+    layers: bool,
+    warn_once: Callable[[str, str], None],
+) -> tuple[dict[str, Stage], int, Exchange | None, dict[str, Modalities]]:
     if own is None:
         forward = JointForward(model, batch, with_labels=exchange)
+        tokens = modalities_of(forward) if layers else {}
         stages, text_only = stages_of(forward)
-        return stages, text_only, exchange_images(forward) if exchange else None
+        return stages, text_only, exchange_images(forward) if exchange else None, tokens
 
     stages, text_only = _read_own(model, batch, own, STAGES)
-    exchanged = None
-    if exchange:
-        # A model that needs functions of its own may lack what the exchange relies on.
+    exchanged, tokens = None, {}
+    if exchange or layers:
+        # A model that needs functions of its own may lack what these rely on.
         try:
-            exchanged = exchange_images(
-                JointForward(model, batch, with_labels=True),
-                lambda: _read_own(model, batch, own, ("image_text",))[0]["image_text"],
-            )
+            forward = JointForward(model, batch, with_labels=exchange)
+            tokens = modalities_of(forward) if layers else {}
+            if exchange:
+                exchanged = exchange_images(
+                    forward, lambda: _read_own(model, batch, own, ("image_text",))[0]["image_text"]
+                )
         except Exception as error:
             why, _, _ = str(error).partition(". ")
-            warn_once("model", f"`alignment/grounding` and `alignment/image_text_shift` are not logged. {why}.")
-    return stages, text_only, exchanged
+            names = [*(("grounding", "image_text_shift") if exchange else ()), *(("mir",) if layers else ())]
+            of_all = " and ".join(f"`alignment/{name}`" for name in names)
+            warn_once("model", f"{of_all} {'are' if len(names) > 1 else 'is'} not logged. {why}.")
+    return stages, text_only, exchanged, tokens
 
 
 def _read_own(model: nn.Module, batch: Any, own: Stages, names: Iterable[str]) -> tuple[dict[str, Stage], int]:

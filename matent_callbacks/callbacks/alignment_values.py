@@ -23,7 +23,9 @@ VECTOR_MEASURES = ("cka", "mutual_knn", "mutual_information", "modality_gap", "c
 """Computed from one vector for the image and one for the text of each pair."""
 EXCHANGE_MEASURES = ("grounding", "image_text_shift")
 """Of vision-language models only: pairs compared with exchanged images."""
-PAIR_MEASURES = (*VECTOR_MEASURES, *EXCHANGE_MEASURES)
+LAYER_MEASURES = ("mir", "mir_by_layer")
+"""Of vision-language models only, on request: image and text tokens compared in all layers of the language model."""
+PAIR_MEASURES = (*VECTOR_MEASURES, *EXCHANGE_MEASURES, *LAYER_MEASURES)
 OF_VISION_LANGUAGE_MODELS = ("cka_debiased", "cka_z", "mutual_knn", "mutual_knn_z", *EXCHANGE_MEASURES)
 OF_DUAL_ENCODERS = VECTOR_MEASURES
 SUMMARIZED_BY_MAXIMUM = ("alignment/image_text", *(f"alignment/{name}" for name in OF_VISION_LANGUAGE_MODELS))
@@ -64,8 +66,20 @@ class AlignmentValues:
         """Whether a vision-language model is to be read with exchanged images, too."""
         return not set(EXCHANGE_MEASURES).isdisjoint(self.measures(dual_encoder=False))
 
-    def compute(self, statistics: PairStatistics, warn_once: Callable[[str, str], None]) -> dict[str, float]:
-        """Compute all values; those that are NaN are left out. ``warn_once`` takes a subject and a message.
+    @property
+    def needs_layers(self) -> bool:
+        """Whether a vision-language model is to be read in all layers of its language model."""
+        return not set(LAYER_MEASURES).isdisjoint(self._pair_measures or ())
+
+    def compute(
+        self, statistics: PairStatistics, distances: Mapping[str, Tensor], warn_once: Callable[[str, str], None]
+    ) -> dict[str, float]:
+        """Compute all values; those that are NaN are left out.
+
+        Args:
+            statistics: What was read, on all ranks.
+            distances: How far image and text are apart in each layer, where that is asked for.
+            warn_once: Takes a subject and a message.
 
         Raises:
             ValueError: If the probe holds too few pairs for what was asked for.
@@ -88,6 +102,10 @@ class AlignmentValues:
         if EXCHANGED[0] in e:
             pairs |= _exchange_measures(statistics.counts, e, measures, warn_once)
         pairs |= self._vector_measures(statistics.image, statistics.text, measures, warn_once)
+        if distances and "mir" in measures:
+            pairs["mir"] = torch.stack(list(distances.values())).sum().log10()
+        if "mir_by_layer" in measures:
+            pairs |= {f"mir/{layer}": distance for layer, distance in distances.items()}
         values |= {f"alignment/{name}": value for name, value in pairs.items()}
         skipped = {"text_only": statistics.counts.text_only, "no_equal": statistics.counts.no_equal}
         values |= {f"alignment/skipped_{name}": count for name, count in skipped.items() if count}

@@ -34,6 +34,8 @@ class AlignmentCallback(MeasuringCallback):
     ``alignment/grounding``                       caption loss with the images moved on by one sample minus the loss as
                                                   it is, nats per token; needs ``labels`` in the probe
     ``alignment/image_text_shift``                ``image_text`` on these exchanged pairs minus on the pairs
+    ``alignment/mir``                             modality integration rate: how far apart image and text tokens are in
+                                                  the layers of the language model; ``alignment/mir/<layer>``: in each
     ``alignment/cka_debiased``                    of the paired vectors: the embeddings of a dual encoder, or the mean
                                                   tokens of ``image`` and ``text``; 0 at chance
     ``alignment/cka_z``, ``mutual_knn_z``         standard deviations above 200 random pairings of them
@@ -55,10 +57,10 @@ class AlignmentCallback(MeasuringCallback):
         basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
         metrics: ``"effective_rank"``, ``"matrix_entropy"``, or both.
         pair_measures: Any of ``cka``, ``cka_debiased``, ``cka_z``, ``mutual_knn``, ``mutual_knn_z``,
-            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding`` and
-            ``image_text_shift``. ``None``: all of a dual encoder; ``cka_debiased``, ``cka_z``, ``mutual_knn``,
-            ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language model, as far as the probe
-            has enough pairs and labels. Without the last two there is no second forward.
+            ``mutual_information``, ``modality_gap`` and, of vision-language models, ``grounding``,
+            ``image_text_shift``, ``mir`` and ``mir_by_layer``. ``None``: all of a dual encoder; ``cka_debiased``,
+            ``cka_z``, ``mutual_knn``, ``mutual_knn_z``, ``grounding`` and ``image_text_shift`` of a vision-language
+            model, as far as the probe has enough pairs and labels. Without the last two there is no second forward.
         stages: For a model whose stages are not found: a function from (model, batch) to the five
             :class:`~matent_callbacks.Stage` and the number of samples it left out, or a
             mapping of five functions from (model, batch) to ``(hidden_states, mask)``.

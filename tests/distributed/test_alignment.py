@@ -14,7 +14,7 @@ from tests.pairs import IMAGE_TOKEN, clip_examples, collate_pairs, llava_example
 from tests.ranks import run_on_ranks
 from tests.versions import needs
 
-MEASURES = ["mutual_information"]
+MEASURES = ["mutual_information", "mir", "mir_by_layer"]
 # Pairs of each rank: different numbers, the next ones, none, and the first ones once more.
 SPLITS = ((0, 9), (9, 3), None, (0, 9))
 EXACT = {"rel": 1e-5, "abs": 1e-6}
@@ -52,9 +52,9 @@ def test_alignment_is_that_of_the_pairs_of_all_ranks_and_an_error_on_one_holds_n
     )
     assert first["error"] == "Another rank failed to read the probe."
     assert "`pixel_values` must be in the batch" in second["error"]
-    key = "alignment/mutual_information"
-    together = measure_alignment(make_llava(), collate_pairs(llava_examples(8)), pair_measures=MEASURES)[key]
-    assert first["pairs"][key] == second["pairs"][key] == pytest.approx(together, **EXACT)
+    together = measure_alignment(make_llava(), collate_pairs(llava_examples(8)), pair_measures=MEASURES)
+    assert {"alignment/mutual_information", "alignment/mir", "alignment/mir/last"} < set(together)
+    assert first["pairs"] == second["pairs"] == pytest.approx(together, **EXACT)
 
 
 def probe_of(split: tuple[int, int] | None) -> list[dict[str, Any]]:
@@ -72,6 +72,7 @@ def of_unequal_ranks(rank: int, world_size: int) -> dict[str, Any]:
     examples = [] if split is None else clip_examples(16)[split[0] : sum(split)]
     return {
         "llava": measure_alignment(seeing_llava(), probe_of(split), k=4),
+        "mir": measure_alignment(seeing_llava(), probe_of(split), pair_measures=["mir"]),
         "clip": measure_alignment(make_clip(), [collate_pairs(examples)] if examples else [], k=4),
     }
 
@@ -87,6 +88,8 @@ def test_ranks_with_other_numbers_of_pairs_none_and_the_same_once_more():
     assert abs(expected["alignment/grounding"]) > 1e-3
     assert {"alignment/cka_z", "alignment/mutual_knn_z", "alignment/cka_debiased"} < set(expected)
     assert found[0]["llava"] == pytest.approx(expected, **EXACT)
+    mir = measure_alignment(seeing_llava(), whole, pair_measures=["mir"])
+    assert all(rank["mir"] == pytest.approx(mir, **EXACT) for rank in found)
     clip = measure_alignment(make_clip(), collate_pairs(clip_examples(12)), k=4)
     assert found[0]["clip"] == pytest.approx(clip, **EXACT)
 

@@ -16,13 +16,15 @@ from matent_callbacks.functional import (
     debiased_cka,
     linear_cka,
     matrix_entropy,
+    modality_distance,
     modality_gap,
+    modality_integration_rate,
     mutual_knn,
     pairing_z_score,
 )
 from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.transformers import AlignmentCallback, MatrixEntropyCallback, PlateauStopping
-from tests.pairs import clip_examples, collate_pairs, llava_examples, make_clip, make_llava, seeing_llava
+from tests.pairs import IMAGE_TOKEN, clip_examples, collate_pairs, llava_examples, make_clip, make_llava, seeing_llava
 from tests.versions import needs
 
 
@@ -255,6 +257,31 @@ def test_no_second_forward_where_nothing_asks_for_it():
 
 
 @needs("transformers", "5.0")
+def test_modality_integration_rate_is_of_all_layers_after_the_embeddings(tmp_path):
+    model, examples = make_llava(), llava_examples(8)
+    batch = collate_pairs(examples)
+    probe = [collate_pairs(examples[:5]), collate_pairs(examples[5:])]
+    values = measure_alignment(model, probe, pair_measures=["mir", "mir_by_layer"])
+    with torch.no_grad():
+        states = model.eval()(**batch, output_hidden_states=True).hidden_states[1:]
+    is_image = batch["input_ids"] == IMAGE_TOKEN
+    is_text = ~is_image & (batch["attention_mask"] > 0)
+    image, text = ([each[which] for each in states] for which in (is_image, is_text))
+    assert values["alignment/mir"] == pytest.approx(modality_integration_rate(image, text).item(), rel=1e-5)
+    names = [*(f"layer_{number:02d}" for number in range(1, len(states))), "last"]
+    for name, own, others in zip(names, image, text, strict=True):
+        expected = modality_distance(own, others).item()
+        assert values[f"alignment/mir/{name}"] == pytest.approx(expected, rel=1e-4)
+    # Unlike a measure of pairs, it is the same whatever image goes with a text.
+    moved = {**batch, "pixel_values": batch["pixel_values"].roll(1, 0)}
+    other = measure_alignment(model, moved, pair_measures=["mir"])["alignment/mir"]
+    assert other == pytest.approx(values["alignment/mir"], abs=0.05)
+    trainer = make_trainer(tmp_path, [AlignmentCallback(2, probe=probe, pair_measures=["mir"])])
+    trainer.train()
+    assert sum("alignment/mir" in record for record in trainer.state.log_history) == 2
+
+
+@needs("transformers", "5.0")
 def test_basis_entropy_and_pair_measures(tmp_path):
     callback = AlignmentCallback(4, basis="entropy", pair_measures=["cka", "mutual_knn", "modality_gap"], k=3)
     trainer = make_trainer(tmp_path, [callback])
@@ -393,6 +420,8 @@ def test_stages_of_ones_own(tmp_path):
     }
     for stages in (given, of_numbers, vision_language_stages):
         assert measure_alignment(model, probe, stages=stages) == expected
+    mir = measure_alignment(model, probe, pair_measures=["mir"])
+    assert measure_alignment(model, probe, pair_measures=["mir"], stages=given) == mir
     with pytest.raises(ValueError, match=r"`text`: `attention_mask` must have the shape of `hidden_states`"):
         measure_alignment(model, probe, stages={**given, "text": lambda m, b: (torch.randn(2, 3, 4), torch.ones(3))})
     with pytest.raises(ValueError, match=r"`stages` must have a function for each of vision_encoder, .* got"):
@@ -439,8 +468,9 @@ def test_unsupported_models_and_bad_arguments_are_told(tmp_path, make_llama):
     with pytest.raises(ValueError, match="`towers` asks for 'nothing'"):
         measure_alignment(clip, collate_pairs(clip_examples(12)), towers=("vision_model", "nothing"))
     assert not any(module._forward_hooks for module in clip.modules())
-    with pytest.raises(ValueError, match=r"`pair_measures` of a dual encoder must be of cka, .* got 'grounding'"):
-        measure_alignment(clip, collate_pairs(clip_examples(12)), pair_measures=["grounding"])
+    for measure in ("grounding", "mir"):
+        with pytest.raises(ValueError, match=rf"`pair_measures` of a dual encoder must be of cka, .* got '{measure}'"):
+            measure_alignment(clip, collate_pairs(clip_examples(12)), pair_measures=[measure])
     with pytest.raises(ValueError, match="`probe` must hold at least one batch, got none"):
         measure_alignment(clip, [])
     for arguments, message in [
