@@ -31,6 +31,7 @@ PAIRS = {
     "mutual_knn_z": "mutual nearest neighbours in standard deviations above random pairings",
     "mutual_information": "matrix-based mutual information",
     "modality_gap": "modality gap",
+    "mir": "modality integration rate",
 }
 ENTROPIES = (
     "matrix_entropy",
