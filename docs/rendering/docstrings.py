@@ -15,9 +15,10 @@ import griffe
 PUBLIC = ("functional", "transformers", "lightning", "plot", "report", "scaling_law")
 # A bar as such would end a cell of a table.
 SYMBOLS = {
-    "alpha": "&alpha;", "pi": "&pi;", "sigma": "&sigma;", "sum": "∑", "le": "≤", "ge": "≥", "in": "∈", "cap": "∩",
-    "circ": "∘", "otimes": "⊗", "leftarrow": "←", "top": "&#8868;", "lVert": "‖", "rVert": "‖", "lvert": "&#124;",
-    "rvert": "&#124;", "cdot": "·", "neq": "≠", "exp": "exp", ",": " ", "log": "log", "max": "max", "min": "min",
+    "alpha": "&alpha;", "mu": "&mu;", "pi": "&pi;", "sigma": "&sigma;", "sum": "∑", "le": "≤", "ge": "≥", "in": "∈",
+    "cap": "∩", "circ": "∘", "otimes": "⊗", "leftarrow": "←", "top": "&#8868;", "lVert": "‖", "rVert": "‖",
+    "lvert": "&#124;", "rvert": "&#124;", "cdot": "·", "neq": "≠", "exp": "exp", ",": " ", "log": "log", "max": "max",
+    "min": "min",
 }  # fmt: skip
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|,)|\s+|[^\\\s]")
 
