@@ -84,9 +84,9 @@ def cached(*, retrain: bool) -> tuple[list[list[Record]], str]:
     return found["runs"], found["trained"]
 
 
-def train(seed: int, *options: str) -> list[Record]:
+def train(seed: int, *options: str, keys: Sequence[str] = tuple(watched.key for watched in WATCHED)) -> list[Record]:
     """Run the example, and return what it logs at its readings."""
-    keys = ["step", "eval_loss", *(watched.key for watched in WATCHED)]
+    keys = ["step", "eval_loss", *keys]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(EXAMPLE), "--to-the-end", "--seed", str(seed), "--output", folder, *options]
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "WANDB_MODE": "disabled"})

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="at most so many: 1500, or 900 with --to-the-end")
     parser.add_argument("--tower-steps", type=int, default=300, help="steps of the CLIP before")
     parser.add_argument("--every", type=int, default=15, help="steps between two readings")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--measures", nargs="+", help="the `pair_measures` of the callback; none: its default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_vlm"))
     parser.add_argument("--to-the-end", action="store_true", help="go on after the plateau, to see what it was worth")
@@ -79,7 +81,7 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=len(held_out),
-            learning_rate=1e-3,
+            learning_rate=arguments.learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=min(150, steps // 6),
             weight_decay=0.1,
@@ -96,7 +98,9 @@ def main() -> None:
         train_dataset=Scenes(steps * 32, seed=arguments.seed + 1),
         eval_dataset=held_out,
         callbacks=[
-            AlignmentCallback(arguments.every, probe=caption_batch(held_out), during_eval=False),
+            AlignmentCallback(
+                arguments.every, probe=caption_batch(held_out), pair_measures=arguments.measures, during_eval=False
+            ),
             *([] if arguments.to_the_end else [PlateauStopping("alignment/grounding", **PLATEAU)]),
         ],
     )
