@@ -144,7 +144,7 @@ def finetune(setting: Setting, *, steps: int) -> dict[str, Any]:
     }
 
 
-def _model(method: str, state: dict[str, Tensor], config: Any) -> nn.Module:
+def _model(method: str, state: dict[str, Tensor], config: Any) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
@@ -158,7 +158,9 @@ def _model(method: str, state: dict[str, Tensor], config: Any) -> nn.Module:
 @torch.inference_mode()
 def _held_out(model: Any, texts: Texts) -> dict[str, float]:
     return {
-        name: statistics.fmean(float(model.eval()(input_ids=rows, labels=rows).loss) for rows in sequences.split(8))
+        name: statistics.fmean(
+            float(model.eval()(input_ids=rows, labels=rows).loss) for rows in torch.split(sequences, 8)
+        )
         for name, sequences in (("narrow", texts.narrow), ("general", texts.general))
     }
 

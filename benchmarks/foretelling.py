@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from benchmarks._forgetting import METRICS, Setting, finetune, settings
+from benchmarks._forgetting import LEARNING_RATES, METRICS, Setting, finetune, settings
 from benchmarks._markdown import begin, conditions, table
 from benchmarks.stopping_alignment import train as train_alignment
 
@@ -129,24 +131,20 @@ def align(learning_rate: float, seed: int, *options: str) -> Run:
 
 def show_finetuning(runs: list[Run]) -> None:
     """Print what each quantity goes with, in all runs and at equal learning rate."""
-    rows: dict[str, Callable[[Run], float]] = {
-        name.replace("_", " "): lambda run, name=name: {**run["early"], **run}[name] for name in KNOWN
-    }
-    for metric in METRICS:
-        for probe in ("narrow", "general"):
-            for band, layers in BANDS.items():
-                names = [f"{probe}/{metric}/{layer}" for layer in layers]
-                rows[f"`{metric}`, {probe} text, {band}"] = lambda run, names=names: _mean(run["early"], names)
+    rows = {name.replace("_", " "): [{**run["early"], **run}[name] for run in runs] for name in KNOWN}
+    # The methods take learning rates of different sizes: the least of each, the next, and so on.
+    rows["learning rate"] = [float(LEARNING_RATES[run["method"]].index(run["learning_rate"])) for run in runs]
+    for metric, probe, (band, layers) in itertools.product(METRICS, ("narrow", "general"), BANDS.items()):
+        names = [f"{probe}/{metric}/{layer}" for layer in layers]
+        of_band = [statistics.fmean(run["early"][name] for name in names) for run in runs]
+        rows[f"`{metric}`, {probe} text, {band}"] = of_band
     cells = [(run["method"], run["learning_rate"]) for run in runs]
     ends = {name: [run[name] for run in runs] for name in ("forgetting", "best_narrow_loss")}
     free = {name.replace("_", " "): [run["early"][name] for run in runs] for name in FREE}
     header = ["known at a tenth", "forgetting", "at equal learning rate", "best narrow loss", "at equal learning rate"]
     table(
         [*header, "free"],
-        (
-            [name, *correlations([read(run) for run in runs], ends, cells), nearest([read(run) for run in runs], free)]
-            for name, read in rows.items()
-        ),
+        ([name, *correlations(values, ends, cells), nearest(values, free)] for name, values in rows.items()),
     )
 
 
@@ -191,10 +189,6 @@ def spearman(x: Sequence[float], y: Sequence[float], cells: Sequence[Any] | None
 
 def _spread(values: Sequence[float]) -> float:
     return max(values) - min(values)
-
-
-def _mean(values: Mapping[str, float], names: Sequence[str]) -> float:
-    return sum(values[name] for name in names) / len(names)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ WATCHED = (
     Watched("alignment/grounding", 0.2, 1),
     Watched("eval_loss", 0.05, -1),
 )
+KEYS = tuple(watched.key for watched in WATCHED)
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def cached(*, retrain: bool) -> tuple[list[list[Record]], str]:
     return found["runs"], found["trained"]
 
 
-def train(seed: int, *options: str, keys: Sequence[str] = tuple(watched.key for watched in WATCHED)) -> list[Record]:
+def train(seed: int, *options: str, keys: Sequence[str] = KEYS) -> list[Record]:
     """Run the example, and return what it logs at its readings."""
     keys = ["step", "eval_loss", *keys]
     with tempfile.TemporaryDirectory() as folder:
