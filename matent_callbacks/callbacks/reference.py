@@ -60,10 +60,14 @@ class Reference:
         *,
         resumed: bool,
         group: dist.ProcessGroup | None,
-    ) -> None:
-        """Measure the reference, or find that of the start of the run in what was restored from the checkpoint."""
+    ) -> bool:
+        """Measure the reference, or find that of the start of the run in what was restored from the checkpoint.
+
+        Returns:
+            Whether it is that of the checkpoint.
+        """
         if self.given is None:
-            return
+            return False
         of_start = self.given == "start" or any(part is self.given for part in model.modules())
         device = next(model.parameters()).device
         before, self._of = self._of, self._what_it_is_of(of_start, device, group)
@@ -72,10 +76,11 @@ class Reference:
             resumed = agreed_failures([resumed], device, group)[0]
         if of_start and resumed:
             self._keep_what_holds(before, layers)
-            return
+            return True
         reference = model if of_start else self.given
         assert isinstance(reference, nn.Module)
         self._ranks = self._guard.values("the reference", lambda: measure(reference))
+        return False
 
     def difference(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return ``diff_erank`` of the values of a probe: the rank of the reference minus that of the model now."""

@@ -235,7 +235,8 @@ class RunMonitor:
 
     def evaluation_batch_begins(self, model: nn.Module, batch: Any = None, *, data_set: int = 0, **how: Any) -> None:
         """Begin to read a forward of evaluation; see :meth:`batch_begins`."""
-        self._begin(lambda: self._measurement.evaluation_monitor(model, data_set), batch, **how)
+        if self._measurement.evaluates:
+            self._begin(lambda: self._measurement.evaluation_monitor(model, data_set), batch, **how)
 
     def evaluation_ends(self, model: nn.Module, *, data_set: int = 0) -> dict[str, float]:
         """Return the values of one data set. Every rank has to call it, also one that has no part of it."""

@@ -162,10 +162,12 @@ def _principal(features: Tensor, product: Tensor, directions: int) -> Tensor:
     if len(features) <= features.shape[1]:
         vectors = torch.linalg.qr(features.T @ vectors).Q
     noise = 4 * max(features.shape) ** 0.5 * torch.finfo(product.dtype).eps
-    return vectors * (eigenvalues > noise * eigenvalues[0])
+    strongest: Tensor = vectors * (eigenvalues > noise * eigenvalues[0])
+    return strongest
 
 
 def _mean_cosine(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     directions = [prepared(side, center=False, normalize=True, counts=counts) for side in (x, y)]
     directed = (directions[0] != 0).any(1) & (directions[1] != 0).any(1)
-    return ((directions[0] * directions[1]).sum() / directed.sum()).clamp(min=-1, max=1)
+    cosine: Tensor = (directions[0] * directions[1]).sum() / directed.sum()
+    return cosine.clamp(min=-1, max=1)

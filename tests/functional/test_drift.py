@@ -50,7 +50,8 @@ SHAPES = [(6, 40), (60, 40), (40, 60), (200, 20), (33, 32), (32, 32)]
 
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "mean", "tolerance"), [(torch.float64, 1.0, 1e-9), (torch.float32, 0.0, 1e-5), (torch.float32, 300.0, 1e-3)]
+    ("dtype", "mean", "tolerance"),
+    [(torch.float64, 1.0, 1e-9), (torch.float32, 0.0, 1e-5), (torch.float32, 300.0, 1e-3)],
 )
 def test_against_the_definitions(n, d, dtype, mean, tolerance):
     x, y = tokens(n, d, mean=mean, dtype=dtype)
