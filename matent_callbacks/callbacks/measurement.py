@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
@@ -39,7 +40,7 @@ def check_every_n_steps(every_n_steps: int) -> None:
 
 def measured_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the local names of a callback's ``__init__`` that say what is measured, and not when or where."""
-    own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log")
+    own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log", "reference_dir")
     return {name: value for name, value in given.items() if name not in own}
 
 
@@ -175,8 +176,18 @@ class Measurement:
         name = prefix[len(self._prefix) : -1]
         return f"`probe` {name!r}" if name else "`probe`"
 
-    def begin(self, model: nn.Module, *, resumed: bool, around: Around = nullcontext) -> None:
-        """Measure the reference, or find that of the start of the run in the state of the checkpoint."""
+    def begin(
+        self,
+        model: nn.Module,
+        *,
+        resumed: bool,
+        around: Around = nullcontext,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Measure the reference, or find that of the start of the run in the state of the checkpoint.
+
+        ``directory`` is where its hidden states are saved.
+        """
 
         def ranks_of(reference: nn.Module) -> dict[str, float]:
             monitor = self._new_monitor(reference, (DATA_SET_RANK,))
@@ -192,10 +203,19 @@ class Measurement:
             return {key: rank for key, rank in ranks.items() if f"{DATA_SET_RANK}/" in key}
 
         group = self._groups.process_group
-        self._drift.forget()
-        self._reference.begin(model, self.layer_names, ranks_of, resumed=resumed, group=group)
+        self._drift.begin(directory, of_start=self._reference.is_of_start(model))
+        restored = self._reference.begin(model, self.layer_names, ranks_of, resumed=resumed, group=group)
+        if restored and self._drift.metrics:
+            comparisons = {
+                prefix: self._chosen(model, prefix, around, self._drift.order_of(prefix)) for prefix in self.probes
+            }
+            self._drift.restore(comparisons, self.layer_names, self._reference.differs, device_of(model))
 
-    def _chosen(self, model: nn.Module, prefix: str, around: Around) -> Comparison:
+    def save_reference(self) -> None:
+        """Write the hidden states of the reference, once, where a run that is resumed finds them."""
+        self._drift.save()
+
+    def _chosen(self, model: nn.Module, prefix: str, around: Around, order: Sequence[int] = ()) -> Comparison:
         """Choose the tokens of a probe that are compared, by the masks of one reading of the model."""
         comparison = Comparison(self._drift.metrics, self._drift.most, self._groups.process_group)
         monitor = self._new_monitor(model, _ANY)
@@ -204,7 +224,7 @@ class Measurement:
         own: list[int] = []
         with self._guard("the tokens of the probe that are compared with the reference"):
             own = hashes(self.probes[prefix])
-        comparison.choose(monitor.probe_tokens, own, device_of(model))
+        comparison.choose(monitor.probe_tokens, own, device_of(model), order)
         return comparison
 
     def check_probes(self, model: nn.Module) -> None:
@@ -249,11 +269,12 @@ class Measurement:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
-        return self._reference.state_dict()
+        return self._reference.state_dict() | self._drift.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; an invalid state leaves no reference."""
         self._reference.load_state_dict(state)
+        self._drift.load_state_dict(state)
 
     def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
         values = self._guard.values("the numbers of a reading", monitor.compute)

@@ -18,6 +18,7 @@ from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.lightning._measuring import MeasuringCallback
 from matent_callbacks.lightning._padding_samples import counted_samples
 from matent_callbacks.lightning._trainer import (
+    checkpoint_folder,
     compiled_whole,
     draws_its_batches,
     log,
@@ -194,6 +195,7 @@ class MatrixEntropyCallback(MeasuringCallback):
                 step=trainer.global_step,
                 last_step=planned_steps(trainer, pl_module),
                 around=trainer.precision_plugin.forward_context,
+                directory=checkpoint_folder(trainer),
             )
 
     @guarded
@@ -244,6 +246,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # So that a run that resumes from here has the values until then.
         self._publish(trainer, self._run.late_values())
+        self._run.save_reference()
 
     @guarded
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

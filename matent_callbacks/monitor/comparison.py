@@ -39,8 +39,10 @@ class Comparison:
         """Those that have a reference."""
         self.reference: dict[str, ReferenceTokens] = {}
         """By layer: of those that this rank owns."""
+        self.split_over = 0
+        """How many ranks hold other tokens of the same batches; 0: none do."""
         self._most = most
-        self._group = group
+        self.group = group
         self.places: dict[str, Places] | None = None
 
     def tokens(self, layer: str) -> ProbeTokens | None:
@@ -65,7 +67,8 @@ class Comparison:
             order: Fingerprints in the order to number them in; without it, as the ranks have them.
         """
         held = self._fingerprints_of_ranks(fingerprints, device)
-        rank = dist.get_rank(self._group) if is_distributed(self._group) else 0
+        rank = dist.get_rank(self.group) if is_distributed(self.group) else 0
+        self.split_over = len(held) if any(tokens.is_split for tokens in counted.values()) else 0
         self.order = list(order) or list(dict.fromkeys(number for own in held for number in own))
         slots = {number: slot for slot, number in enumerate(self.order)}
         elsewhere = {number for own in held[:rank] for number in own}
@@ -80,9 +83,9 @@ class Comparison:
                     numbers[row, slots[number], rank] = masks[layer][batch].sum()
         widths = [tokens.width for tokens in counted.values()]
         dtypes = [_DTYPES.index(tokens.dtype) if tokens.width else 0 for tokens in counted.values()]
-        if is_distributed(self._group):
-            numbers = all_reduce_sum(numbers.to(device), self._group).cpu()
-            found = extremes([*widths, *dtypes], device, [self._group])
+        if is_distributed(self.group):
+            numbers = all_reduce_sum(numbers.to(device), self.group).cpu()
+            found = extremes([*widths, *dtypes], device, [self.group])
             widths, dtypes = [most for _, most in found[: len(widths)]], [most for _, most in found[len(widths) :]]
         self.places = {}
         for row, layer in enumerate(counted):
@@ -114,7 +117,7 @@ class Comparison:
         if missing:
             raise ValueError(f"`reference` must be a model with the same layers: it has no {', '.join(missing)}.")
         reference: dict[str, ReferenceTokens | None] = {}
-        groups = [self._group] if is_distributed(self._group) else []
+        groups = [self.group] if is_distributed(self.group) else []
         with AllOrNone(device, groups, "another rank could not keep the reference.") as attempt:
             for layer, found in self._gathered(layers, kept, device):
                 reference[layer] = attempt(_on_host, *found)
@@ -127,7 +130,12 @@ class Comparison:
 
     def owns(self, layer: str) -> bool:
         """Whether this rank holds the reference of a layer."""
-        return self._owner(layer) in (None, dist.get_rank(self._group) if is_distributed(self._group) else None)
+        return self._owner(layer) in (None, dist.get_rank(self.group) if is_distributed(self.group) else None)
+
+    def fits(self, layer: str, tokens: ReferenceTokens) -> bool:
+        """Whether these may be the tokens of a layer that were chosen."""
+        places = (self.places or {})[layer]
+        return tokens.states.shape == (places.number, places.width) and tokens.counts.shape == (places.number,)
 
     def pairs(
         self, kept: Mapping[str, ProbeTokens], failed: Collection[str], device: torch.device, dtype: torch.dtype
@@ -141,21 +149,21 @@ class Comparison:
         self, layers: Sequence[str], kept: Mapping[str, ProbeTokens], device: torch.device
     ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         for layer in layers:
-            gathered = kept[layer].of_all_ranks(device, self._owner(layer), self._group)
+            gathered = kept[layer].of_all_ranks(device, self._owner(layer), self.group)
             if gathered is not None:
                 yield layer, gathered
 
     def _owner(self, layer: str) -> int | None:
         """The rank that holds the reference of a layer; ``None`` where there are no others."""
-        if not is_distributed(self._group):
+        if not is_distributed(self.group):
             return None
-        return list(self.places or ()).index(layer) % dist.get_world_size(self._group)
+        return list(self.places or ()).index(layer) % dist.get_world_size(self.group)
 
     def _fingerprints_of_ranks(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
-        if not is_distributed(self._group):
+        if not is_distributed(self.group):
             return [list(own)]
         rows = torch.tensor(list(own), dtype=torch.int64, device=device).reshape(-1, 1)
-        return [part.flatten().tolist() for part in all_gather_ragged(rows, self._group)]
+        return [part.flatten().tolist() for part in all_gather_ragged(rows, self.group)]
 
 
 def _on_host(states: Tensor, counts: Tensor) -> ReferenceTokens:

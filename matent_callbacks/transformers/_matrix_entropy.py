@@ -190,7 +190,12 @@ class MatrixEntropyCallback(MeasuringCallback):
         }
 
     def begin(self, state: TrainerState) -> None:
-        self._run.run_begins(self.trainer.model, step=state.global_step, last_step=state.max_steps)
+        self._run.run_begins(
+            self.trainer.model,
+            step=state.global_step,
+            last_step=state.max_steps,
+            directory=self.trainer.args.output_dir,
+        )
         self.keep_state(state)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
@@ -250,6 +255,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # So that the values until then are in the checkpoint's log.
         self._log_own_records(self._run.late_values())
+        self._run.save_reference()
 
     def _log_own_records(self, values: Logged) -> None:
         """Log values in records of their own, each under its step."""

@@ -26,9 +26,10 @@ def slow_drift(x, y):
 
 
 def slow_overlap(x, y, directions=16):
-    sides = [torch.linalg.svd(side.double() - side.double().mean(0), full_matrices=False).Vh for side in (x, y)]
-    k = min(directions, len(x) - 1, x.shape[1])
-    return (sides[0][:k] @ sides[1][:k].T).square().sum() / k
+    found = [torch.linalg.svd(side.double() - side.double().mean(0), full_matrices=False) for side in (x, y)]
+    ranks = [min(directions, int((1e-9 * side.S[0] < side.S).sum())) for side in found]
+    u, v = (side.Vh[:rank] for side, rank in zip(found, ranks, strict=True))
+    return (u @ v.T).square().sum() / max(ranks)
 
 
 def slow_cosine(x, y):
