@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ class LoopMonitor:
         log: A function of values and step, an Accelerator, Fabric, a run of W&B or a SummaryWriter, used on every rank;
             ``None``: nothing is logged. Pictures go to all of these but a function.
         metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
-            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.
+            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more. With
+            ``reference`` also ``drift``, ``subspace_overlap`` and ``token_cosine``: what moved since then.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
             in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
             separately and logged as ``<probe>/<metric>/<layer>``.
@@ -54,7 +56,12 @@ class LoopMonitor:
         exclude_sinks: Leave out attention sinks, as :class:`~matent_callbacks.EntropyMonitor` does.
         tokens: ``"all"``, or ``"labels"``: only those that count in the loss, with labels other than -100.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
-        reference: For Diff-eRank, measured on the probe: ``"start"``, the model when training begins, or a model.
+        reference: For Diff-eRank and ``drift``, measured on the probe: ``"start"``, the model when training begins, or
+            a model with the same layers.
+        reference_dir: Folder in which the hidden states of ``"start"`` are saved, since :meth:`state_dict` does not
+            have them: a run that is resumed needs it for ``drift``. ``None``: they are not saved.
+        drift_tokens: How many tokens of the probe are compared with the reference at most. Their hidden states in the
+            reference are kept on the host: 2,048 tokens of 33 layers with d = 4,096 take 0.55 GB in bfloat16.
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, which overrides the model's own.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it.
@@ -103,6 +110,8 @@ class LoopMonitor:
         tokens: Literal["all", "labels"] = "all",
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
+        reference_dir: str | os.PathLike[str] | None = None,
+        drift_tokens: int = 2048,
         mask: Callable[[Any], Tensor | None] | None = None,
         module: str | None = None,
         layer_offset: int | None = None,
@@ -119,6 +128,7 @@ class LoopMonitor:
         check_log(log)
         self.guard = Guard(type(self).__name__, on_error)
         self._model = model
+        self._reference_dir = reference_dir
         self._log_to = log
         self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
         # Where accelerate, Fabric and models have their device meshes.
@@ -214,7 +224,10 @@ class LoopMonitor:
             self._began = True
             around = getattr(self._log_to, "autocast", nullcontext)
             resumed = self._resumed or step > 1
-            self._run.run_begins(self._model, step=step - 1, resumed=resumed, around=around)
+            self._run.run_begins(
+                self._model, step=step - 1, resumed=resumed, around=around, directory=self._reference_dir
+            )
+            self._run.save_reference()
 
     @guarded
     def _begin_batch(self, step: int, batch: Any) -> None:

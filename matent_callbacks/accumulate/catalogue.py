@@ -175,20 +175,34 @@ CATALOGUE: dict[str, Metric] = {
     ),
 }
 
+COMPARISONS: dict[str, Metric] = {
+    "drift": Metric("reference", "drift from the reference", axis="1 - debiased CKA", solver="none"),
+    "subspace_overlap": Metric(
+        "reference", "overlap with the strongest directions of the reference", "share", solver="none"
+    ),
+    "token_cosine": Metric(
+        "reference", "cosine between tokens in the reference and now", axis="mean cosine", solver="none"
+    ),
+}
+"""The rows that compare the tokens of a probe with those of a reference, in the callbacks."""
+
+METRICS: dict[str, Metric] = CATALOGUE | COMPARISONS
+"""All rows."""
+
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
 
 
 def quantity(name: str) -> str:
     """Return the quantity of a spectrum that a logged number is computed from, whatever the spectrum's source."""
-    if name in CATALOGUE:
-        return CATALOGUE[name].quantity or name
+    if name in METRICS:
+        return METRICS[name].quantity or name
     return name.removeprefix("embedding_")  # such as the standard error of an estimate
 
 
 def source_of(name: str) -> Source:
     """Return the statistic that a logged number is computed from."""
-    return CATALOGUE["spectrum" if name.startswith(SPECTRUM_TOP) else name].source
+    return METRICS["spectrum" if name.startswith(SPECTRUM_TOP) else name].source
 
 
 def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
@@ -208,19 +222,24 @@ def check_solver(solver: str, metrics: Iterable[str]) -> None:
     """Raise if ``solver`` is not known, or cannot compute one of ``metrics``."""
     if solver not in get_args(Solver):
         raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
-    refused = [name for name in metrics if solver == "approximate" and CATALOGUE[name].solver == "eigenvalues"]
+    refused = [name for name in metrics if solver == "approximate" and METRICS[name].solver == "eigenvalues"]
     if refused:
         served = (name for name, metric in CATALOGUE.items() if metric.solver == "any")
         raise ValueError(f"`solver='approximate'` gives {', '.join(served)}, and `metrics` asks for {refused[0]!r}.")
 
 
-def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
-    """Return ``metrics`` as a tuple without duplicates; the error for an unknown name lists near matches."""
+def check_metrics(metrics: str | Iterable[str], *, no_reference: str = "") -> tuple[str, ...]:
+    """Return ``metrics`` as a tuple without duplicates; the error for an unknown name lists near matches.
+
+    Where there is no reference to compare with, ``no_reference`` says what such a metric needs.
+    """
     names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     if not names:
         raise ValueError(f"`metrics` must name at least one of {', '.join(CATALOGUE)}; got none.")
     for name in names:
-        if name not in CATALOGUE:
-            near = difflib.get_close_matches(str(name), CATALOGUE, n=3) or list(CATALOGUE)
+        if name in COMPARISONS and no_reference:
+            raise ValueError(f"`metrics` asks for {name!r}, which compares with a reference: {no_reference}.")
+        if name not in METRICS:
+            near = difflib.get_close_matches(str(name), METRICS, n=3) or list(METRICS)
             raise ValueError(f"`metrics` asks for {name!r}, which is not in the catalogue. Near: {', '.join(near)}.")
     return names

@@ -11,6 +11,7 @@ from torch import Tensor
 from matent_callbacks.accumulate.catalogue import Embedding, Source, sources_of
 from matent_callbacks.accumulate.moments import empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
+from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.accumulate.sequences import Sequences, Vectors, in_groups, log_norms_in_pieces
 from matent_callbacks.accumulate.split_sequences import Groups, SplitSequences
 from matent_callbacks.accumulate.statistics import (
@@ -83,6 +84,8 @@ class LayerAccumulator:
             else:
                 self._start[source] = by_dtype[own]
         self._no_sinks = torch.zeros(2, dtype=double, device=device)
+        self.probe_tokens: ProbeTokens | None = None
+        """What keeps tokens to compare with a reference. ``max_tokens`` does not bound these."""
         self.discard()
 
     def discard(self) -> None:
@@ -94,10 +97,13 @@ class LayerAccumulator:
         self.sinks = self._no_sinks
         """``(2,)``: sinks that were left out, and the sum of the logarithms of how many times as long as others."""
         self.statistics: list[Statistic] = [kind(self._start, self._settings) for kind in self._kinds]
+        if self.probe_tokens is not None:
+            self.probe_tokens.discard()
 
     def empty(self) -> LayerAccumulator:
         """Return one for another layer, which has seen nothing."""
         other = copy.copy(self)
+        other.probe_tokens = None
         other.discard()
         return other
 
@@ -146,6 +152,8 @@ class LayerAccumulator:
         reads_tokens = vectors is None or not self._sources <= OF_VECTORS
         norms = self._norms(states, told) if reads_tokens else None
         mask = given = self._without_sinks(told, norms)
+        if self.probe_tokens is not None:
+            self.probe_tokens.add(states, told, given)
         whole = None
         if self._max_tokens is not None:
             is_whole = attention_mask is None and norms is None
@@ -228,7 +236,9 @@ class LayerAccumulator:
         """
 
         def limited(mask: Tensor, norms: TokenNorms | None) -> Tensor:
-            mask = self._without_sinks(mask, norms)
+            told, mask = mask, self._without_sinks(mask, norms)
+            if self.probe_tokens is not None:
+                self.probe_tokens.add(parts.states, told, mask, is_split=True)
             return mask if self._max_tokens is None else self._first_tokens(mask, self._max_tokens)
 
         try:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.catalogue import Solver, check_metrics, check_solver
+from matent_callbacks.accumulate.catalogue import COMPARISONS, Solver, check_metrics, check_solver
+from matent_callbacks.callbacks.drift import Drift, check_drift_tokens
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.influence import Influence, sample_of_weights
-from matent_callbacks.callbacks.probe import probes_by_prefix
+from matent_callbacks.callbacks.probe import hashes, probes_by_prefix
 from matent_callbacks.callbacks.reference import DATA_SET_RANK, Reference, check_reference
-from matent_callbacks.capture.inference import why_unfit
+from matent_callbacks.capture.inference import device_of, why_unfit
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
 from matent_callbacks.monitor import EntropyMonitor
+from matent_callbacks.monitor.comparison import Comparison
 from matent_callbacks.monitor.decomposition import NONFINITE
 from matent_callbacks.monitor.remembered import Remembered
 
@@ -37,7 +40,7 @@ def check_every_n_steps(every_n_steps: int) -> None:
 
 def measured_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the local names of a callback's ``__init__`` that say what is measured, and not when or where."""
-    own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log")
+    own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log", "reference_dir")
     return {name: value for name, value in given.items() if name not in own}
 
 
@@ -72,12 +75,16 @@ class Measurement:
         solver: Solver,
         process_group: dist.ProcessGroup | None,
         context_group: dist.ProcessGroup | None,
+        drift_tokens: int = 2048,
         **settings: Any,
     ) -> None:
         check_reference(reference, probe)
         self._layers = layers
-        self.metrics = check_metrics(metrics)
+        self.metrics = check_metrics(metrics, no_reference="" if reference is not None else _NO_REFERENCE)
         check_solver(solver, self.metrics)
+        self._own_metrics = tuple(name for name in self.metrics if name not in COMPARISONS)
+        compared = tuple(name for name in self.metrics if name in COMPARISONS)
+        self._drift = Drift(compared, check_drift_tokens(drift_tokens), guard)
         self.probes = probes_by_prefix(probe, prefix)
         self._reference = Reference(reference, self.probes, settings, guard)
         self._mask = mask
@@ -99,12 +106,17 @@ class Measurement:
 
     def monitor(self, model: nn.Module) -> EntropyMonitor:
         """Return the monitor of the model's own forwards in training."""
-        return self._monitor(model, "training", self.metrics)
+        return self._monitor(model, "training", self._own_metrics or _ANY)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is a metric that evaluation has: it has no reference."""
+        return bool(self._own_metrics)
 
     def evaluation_monitor(self, model: nn.Module, data_set: int) -> EntropyMonitor:
         """Return the monitor of its forwards on one data set, as evaluation may interrupt a window of training."""
         self._evaluated.add(data_set)
-        return self._monitor(model, data_set, self.metrics)
+        return self._monitor(model, data_set, self._own_metrics)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -141,7 +153,8 @@ class Measurement:
         weights: list[Tensor] = []
         with self._guard("the reading of the probe"):
             extra = () if self._reference.given is None else (DATA_SET_RANK,)
-            monitor = self._monitor(model, "probe", (*self.metrics, *extra))
+            monitor = self._monitor(model, "probe", (*self._own_metrics, *extra))
+            monitor.compare(self._drift.comparisons.get(prefix))
             self._read_probe(monitor, prefix, around)
             values = self._values(monitor, prefix)
             weights = sample_of_weights(model)
@@ -163,19 +176,56 @@ class Measurement:
         name = prefix[len(self._prefix) : -1]
         return f"`probe` {name!r}" if name else "`probe`"
 
-    def begin(self, model: nn.Module, *, resumed: bool, around: Around = nullcontext) -> None:
-        """Measure the reference, or find that of the start of the run in the state of the checkpoint."""
+    def begin(
+        self,
+        model: nn.Module,
+        *,
+        resumed: bool,
+        around: Around = nullcontext,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Measure the reference, or find that of the start of the run in the state of the checkpoint.
+
+        ``directory`` is where its hidden states are saved.
+        """
 
         def ranks_of(reference: nn.Module) -> dict[str, float]:
             monitor = self._new_monitor(reference, (DATA_SET_RANK,))
             ranks: dict[str, float] = {}
             for prefix in self.probes:
+                comparison = self._chosen(model, prefix, around) if self._drift.metrics else None
+                monitor.compare(comparison)
                 self._read_probe(monitor, prefix, around)
+                kept = monitor.probe_tokens
                 ranks |= _prefixed(prefix, monitor.compute())
+                if comparison is not None:
+                    self._drift.keep(prefix, comparison, kept, monitor)
             return {key: rank for key, rank in ranks.items() if f"{DATA_SET_RANK}/" in key}
 
         group = self._groups.process_group
-        self._reference.begin(model, self.layer_names, ranks_of, resumed=resumed, group=group)
+        self._drift.begin(directory, of_start=self._reference.is_of_start(model))
+        restored = self._reference.begin(model, self.layer_names, ranks_of, resumed=resumed, group=group)
+        if restored and self._drift.metrics:
+            comparisons = {
+                prefix: self._chosen(model, prefix, around, self._drift.order_of(prefix)) for prefix in self.probes
+            }
+            self._drift.restore(comparisons, self.layer_names, self._reference.differs, device_of(model))
+
+    def save_reference(self) -> None:
+        """Write the hidden states of the reference, once, where a run that is resumed finds them."""
+        self._drift.save()
+
+    def _chosen(self, model: nn.Module, prefix: str, around: Around, order: Sequence[int] = ()) -> Comparison:
+        """Choose the tokens of a probe that are compared, by the masks of one reading of the model."""
+        comparison = Comparison(self._drift.metrics, self._drift.most, self._groups.process_group)
+        monitor = self._new_monitor(model, _ANY)
+        monitor.compare(comparison)
+        self._read_probe(monitor, prefix, around)
+        own: list[int] = []
+        with self._guard("the tokens of the probe that are compared with the reference"):
+            own = hashes(self.probes[prefix])
+        comparison.choose(monitor.probe_tokens, own, device_of(model), order)
+        return comparison
 
     def check_probes(self, model: nn.Module) -> None:
         """Raise ValueError if a probe cannot be run on the model, as far as that is known without running it."""
@@ -201,6 +251,8 @@ class Measurement:
 
         The names are the same at each evaluation: counts of tokens with NaN or Inf are told by one warning instead.
         """
+        if not self.evaluates:
+            return {}
         # Also for a data set without a batch on this rank: the other ranks wait for this one.
         known = data_set in self._evaluated
         monitor = self._monitors[data_set] if known else self.evaluation_monitor(model, data_set)
@@ -217,11 +269,12 @@ class Measurement:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""
-        return self._reference.state_dict()
+        return self._reference.state_dict() | self._drift.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; an invalid state leaves no reference."""
         self._reference.load_state_dict(state)
+        self._drift.load_state_dict(state)
 
     def _computed(self, monitor: EntropyMonitor, prefix: str) -> dict[str, float]:
         values = self._guard.values("the numbers of a reading", monitor.compute)
@@ -255,6 +308,11 @@ class Measurement:
         # So that the names of values are the same in all evaluations, whichever data set was seen before.
         monitor.remembered = self._remembered.setdefault(metrics, monitor.remembered)
         return monitor
+
+
+_NO_REFERENCE = "it needs `reference`, 'start' or a model, and a `probe`"
+# What is read where only layers and masks are asked for.
+_ANY = ("token_norm",)
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

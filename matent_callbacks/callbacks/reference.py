@@ -49,6 +49,8 @@ class Reference:
         self._probes = probes
         self._settings = {name: settings.get(name) for name in _SETTINGS}
         self._guard = guard
+        self.differs: dict[str, str] = {}
+        """Why what the checkpoint has is not of what is measured now, by the prefix of the probe."""
         self._ranks: dict[str, float] | None = None
         self._of: dict[str, Any] = {}
 
@@ -60,11 +62,15 @@ class Reference:
         *,
         resumed: bool,
         group: dist.ProcessGroup | None,
-    ) -> None:
-        """Measure the reference, or find that of the start of the run in what was restored from the checkpoint."""
+    ) -> bool:
+        """Measure the reference, or find that of the start of the run in what was restored from the checkpoint.
+
+        Returns:
+            Whether it is that of the checkpoint.
+        """
         if self.given is None:
-            return
-        of_start = self.given == "start" or any(part is self.given for part in model.modules())
+            return False
+        of_start = self.is_of_start(model)
         device = next(model.parameters()).device
         before, self._of = self._of, self._what_it_is_of(of_start, device, group)
         if is_distributed(group):
@@ -72,10 +78,15 @@ class Reference:
             resumed = agreed_failures([resumed], device, group)[0]
         if of_start and resumed:
             self._keep_what_holds(before, layers)
-            return
+            return True
         reference = model if of_start else self.given
         assert isinstance(reference, nn.Module)
         self._ranks = self._guard.values("the reference", lambda: measure(reference))
+        return False
+
+    def is_of_start(self, model: nn.Module) -> bool:
+        """Whether it is the model as it is when training begins."""
+        return self.given == "start" or any(part is self.given for part in model.modules())
 
     def difference(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return ``diff_erank`` of the values of a probe: the rank of the reference minus that of the model now."""
@@ -119,6 +130,12 @@ class Reference:
         kept = tuple(f"{p}{DATA_SET_RANK}/" for p in self._probes if not changed and p not in others)
         self._ranks = {key: value for key, value in saved.items() if key.startswith(kept)}
         wanted = [f"{p}{DATA_SET_RANK}/{layer}" for p in self._probes for layer in layers]
+        what = f"`{changed[0]}`" if changed else "`probe`"
+        self.differs = {
+            prefix: f"the hidden states of the reference are of another {what}"
+            for prefix in self._probes
+            if changed or prefix in others
+        }
         missing = [key.replace(DATA_SET_RANK, "diff_erank") for key in wanted if key not in self._ranks]
         if not missing:
             return

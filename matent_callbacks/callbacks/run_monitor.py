@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,7 @@ class RunMonitor:
         last_step: int | None = None,
         resumed: bool | None = None,
         around: Around = nullcontext,
+        directory: str | os.PathLike[str] | None = None,
     ) -> None:
         """Measure the reference, or take it from the checkpoint.
 
@@ -148,13 +150,19 @@ class RunMonitor:
             last_step: The step at which training ends, if that is known.
             resumed: Whether training goes on from a checkpoint; ``None``: if steps are done.
             around: Makes the context in which probes are run.
+            directory: Where :meth:`save_reference` saves its hidden states, if these are compared.
         """
         self._step, self._around = step, around
         warn_if_never_due(self.every_n_steps, last_step, at_end=self.has_probe)
         with self._guard("the reset of what was read before training"):
             self._measurement.reset()
         with self._guard("the reference"):
-            self._measurement.begin(model, resumed=step > 0 if resumed is None else resumed, around=around)
+            resumed = step > 0 if resumed is None else resumed
+            self._measurement.begin(model, resumed=resumed, around=around, directory=directory)
+
+    def save_reference(self) -> None:
+        """Write what a resumed run needs besides :meth:`state_dict`, once. Each rank writes its share."""
+        self._measurement.save_reference()
 
     def discard_step(self) -> None:
         """Discard what was read of a step that will not end; a window of several steps is kept."""
@@ -235,7 +243,8 @@ class RunMonitor:
 
     def evaluation_batch_begins(self, model: nn.Module, batch: Any = None, *, data_set: int = 0, **how: Any) -> None:
         """Begin to read a forward of evaluation; see :meth:`batch_begins`."""
-        self._begin(lambda: self._measurement.evaluation_monitor(model, data_set), batch, **how)
+        if self._measurement.evaluates:
+            self._begin(lambda: self._measurement.evaluation_monitor(model, data_set), batch, **how)
 
     def evaluation_ends(self, model: nn.Module, *, data_set: int = 0) -> dict[str, float]:
         """Return the values of one data set. Every rank has to call it, also one that has no part of it."""

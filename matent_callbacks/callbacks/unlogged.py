@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import METRICS
 
 _OF_EVALUATION = re.compile(r"(eval|val|valid|validation|test)[_/]")
 _OF_OBSERVERS = ("plateau/", "collapse/")
 # Between the slashes of the names that callbacks log of a model.
-_MEASURED = (*CATALOGUE, "diff_erank", "alignment")
+_MEASURED = (*METRICS, "diff_erank", "alignment")
 _SIMILAR = 0.75
 
 

@@ -19,6 +19,8 @@ from matent_callbacks.cli.measure import Request
 
 _NUMBERS_DEPEND_ON = ("max_length", "max_sequences", "batch_tokens", "include_sinks", "untrained", "seed", "dtype")
 
+_NO_REFERENCE = "the callbacks log it in training, with `reference` and `probe`"
+
 
 def checked_settings(request: Request, text: Text) -> dict[str, Any]:
     """Return what the numbers depend on, as it is written into the results.
@@ -35,7 +37,7 @@ def checked_settings(request: Request, text: Text) -> dict[str, Any]:
         "text_bytes": text.size,
         "field": request.field,
         "layers": layers,
-        "metrics": list(check_metrics(metrics)) if metrics else [],
+        "metrics": list(check_metrics(metrics, no_reference=_NO_REFERENCE)) if metrics else [],
         "embedding": request.embedding,
         **{name: getattr(request, name) for name in _NUMBERS_DEPEND_ON},
         "baseline": request.baseline,

@@ -2,6 +2,7 @@
 
 from matent_callbacks.functional.alignment import image_reduction_ratio, image_text_alignment
 from matent_callbacks.functional.chance import pairing_z_score
+from matent_callbacks.functional.drift import subspace_overlap, token_cosine
 from matent_callbacks.functional.entropy import effective_rank, matrix_entropy, spectral_summary
 from matent_callbacks.functional.modality import frechet_distance, modality_distance, modality_integration_rate
 from matent_callbacks.functional.pairs import (
@@ -33,4 +34,6 @@ __all__ = [
     "sink_tokens",
     "spectral_summary",
     "spectrum",
+    "subspace_overlap",
+    "token_cosine",
 ]

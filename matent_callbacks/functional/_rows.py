@@ -36,14 +36,18 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in map(statistics_dtype, tensors) else torch.float32
 
 
-def prepared(rows: Tensor, *, center: bool, normalize: bool) -> Tensor:
-    mask = torch.ones(1, len(rows), dtype=torch.bool, device=rows.device)
-    tokens = prepare_tokens(rows.unsqueeze(0), mask, center=center, normalize=normalize, dtype=rows.dtype, alone=True)
+def prepared(rows: Tensor, *, center: bool, normalize: bool, counts: Tensor | None = None) -> Tensor:
+    """Centre rows, or scale them to unit length; those that do not count are zero."""
+    mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if counts is None else counts
+    tokens = prepare_tokens(
+        rows.unsqueeze(0), mask.unsqueeze(0), center=center, normalize=normalize, dtype=rows.dtype, alone=True
+    )
     return tokens.values[0]
 
 
-def centred_features(rows: Tensor) -> Tensor:
-    centred = prepared(rows, center=True, normalize=False)
+def centred_features(rows: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Centre rows, and scale them all by one factor."""
+    centred = prepared(rows, center=True, normalize=False, counts=counts)
     # So that the fourth powers that follow stay within the range of float32.
     largest = centred.abs().amax()
     return centred / torch.where(largest > 0, largest, 1.0)

@@ -147,9 +147,7 @@ def debiased_cka(x: Tensor, y: Tensor) -> Tensor:
     if len(paired_x) < 4:
         return paired_x.new_full((), torch.nan)
     with full_precision(x.device):
-        a, b = unbiased_gram(paired_x), unbiased_gram(paired_y)
-        norms = a.square().sum().sqrt() * b.square().sum().sqrt()
-        return ((a * b).sum() / norms).clamp(min=-1, max=1)
+        return similarity(unbiased_gram(paired_x), unbiased_gram(paired_y))
 
 
 def mutual_knn(x: Tensor, y: Tensor, *, k: int = 10) -> Tensor:
@@ -253,19 +251,32 @@ def centred_gram(rows: Tensor) -> Tensor:
 
 
 def unbiased_gram(rows: Tensor) -> Tensor:
-    """U-centred Gram matrix ``(n, n)``, up to scale (Székely & Rizzo 2014): zero diagonal, rows that add up to 0.
+    """U-centred Gram matrix ``(n, n)``, up to scale; the entrywise product of both sides' sums to the debiased CKA."""
+    return u_centred(centred_gram(rows))
 
-    The entrywise product of both sides' matrices sums to the unbiased HSIC.
+
+def u_centred(gram: Tensor, counts: Tensor | None = None) -> Tensor:
+    """U-centre the Gram matrix ``(n, n)`` of centred rows (Székely & Rizzo 2014): zero diagonal, rows that add up to 0.
+
+    The entrywise product of both sides' matrices sums to the unbiased HSIC. Rows that do not count are zero in the Gram
+    matrix and the result.
     """
-    n = len(rows)
-    gram = centred_gram(rows)
+    if counts is None:
+        counts = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    n = counts.sum().to(gram.dtype)
     # Rows that are equally far from each other have no structure: what is left of them is rounding error.
     rounding = 4 * n * torch.finfo(gram.dtype).eps * gram.diagonal().amax()
-    off_diagonal = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
+    off_diagonal = (counts.unsqueeze(1) & counts).fill_diagonal_(False).to(gram.dtype)
     gram = gram * off_diagonal
     means = gram.sum(1) / (n - 2)
     gram = (gram - means.unsqueeze(1) - means + means.sum() / (n - 1)) * off_diagonal
     return torch.where(gram.square().sum().sqrt() > rounding, gram, 0.0)
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine ``()`` between two matrices."""
+    norms = a.square().sum().sqrt() * b.square().sum().sqrt()
+    return ((a * b).sum() / norms).clamp(min=-1, max=1)
 
 
 def is_neighbour(rows: Tensor, k: int) -> Tensor:

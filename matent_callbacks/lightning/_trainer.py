@@ -114,6 +114,13 @@ def planned_steps(trainer: Any, pl_module: Any) -> int | None:
     return min(planned, default=None)
 
 
+def checkpoint_folder(trainer: Any) -> str | None:
+    """Return the folder of the first ``ModelCheckpoint``, or else of the Trainer; ``None`` if it is not on a disk."""
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folder = str(next(filter(None, folders), trainer.default_root_dir))
+    return None if "://" in folder else folder
+
+
 def log_to_loggers(trainer: Any, values: dict[str, float], guard: Guard, *, step: int | None = None) -> None:
     """Write to every logger at a step, by default the current one, whatever ``log_every_n_steps`` is."""
     for logger in trainer.loggers:

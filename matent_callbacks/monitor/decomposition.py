@@ -13,6 +13,7 @@ from torch import Tensor
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.pooled_tokens import Matrix
+from matent_callbacks.accumulate.probe_tokens import TokenPairs
 from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.functional._estimate import estimate_entropy
 from matent_callbacks.functional._precision import full_precision
@@ -36,11 +37,37 @@ Unit = tuple[Source, str]
 """What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
 
 
-def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+Work = Matrix | Discriminant | TokenPairs
+"""What the numbers of a unit are computed from."""
+
+
+def decompose(work: dict[Unit, Work], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Compute the numbers of each unit, ``(names,)``; NaN where too few tokens were seen. The counts come last.
 
-    Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards.
+    Each matrix is removed from the dict, so that it is freed afterwards.
     """
+    matrices = {unit: own for unit, own in work.items() if not isinstance(own, TokenPairs)}
+    pairs = {unit: own for unit, own in work.items() if isinstance(own, TokenPairs)}
+    work.clear()
+    return _decomposed(matrices, names) | _compared(pairs, names)
+
+
+def _compared(pairs: dict[Unit, TokenPairs], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+    """Compare tokens of now with those of the reference: on the CPU several layers at a time, one on each thread."""
+    units = list(pairs)
+    own = [pairs.pop(unit) for unit in units]
+    threads = bool(own) and own[0].states.device.type == "cpu" and min(own[0].states.shape) >= _WORTH_A_THREAD
+    found = side_by_side(TokenPairs.compare, own) if threads else [one.compare() for one in own]
+    return {
+        unit: torch.stack(
+            [*(one[name] for name in names[unit][:-2]), one["count"].double(), one["count"].new_zeros(())]
+        )
+        for unit, one in zip(units, found, strict=True)
+    }
+
+
+def _decomposed(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+    """Decompose the matrices of one shape together."""
     alike: dict[tuple[int, int, Source], list[Unit]] = defaultdict(list)
     for unit in matrices:
         alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
@@ -68,11 +95,16 @@ def decompose(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, 
     return found
 
 
-def estimate(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+def estimate(work: dict[Unit, Work], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Like :func:`decompose`, but with the approximate solver for wide matrices."""
-    wide = [unit for unit in matrices if matrices[unit].size >= _WIDE]
-    estimated = {unit: _estimated(matrices.pop(unit), names[unit], STATISTICS[unit[0]].fewest) for unit in wide}
-    return {**decompose(matrices, names), **estimated}
+    estimated = {}
+    for unit in list(work):
+        matrix = work[unit]
+        if not isinstance(matrix, TokenPairs) and matrix.size >= _WIDE:
+            del work[unit]
+            estimated[unit] = _estimated(matrix, names[unit], STATISTICS[unit[0]].fewest)
+            del matrix
+    return {**decompose(work, names), **estimated}
 
 
 def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int) -> Tensor:

@@ -20,6 +20,7 @@ from matent_callbacks.accumulate.catalogue import (
     sources_of,
 )
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator, check_split
+from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.batches import check_batch
 from matent_callbacks.capture.forward import Seen
@@ -27,6 +28,7 @@ from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import device_of, run, side_effect_free, to_device
 from matent_callbacks.capture.layers import LayerSpec, resolve_layers
 from matent_callbacks.capture.values import all_modules
+from matent_callbacks.monitor.comparison import Comparison
 from matent_callbacks.monitor.decomposition import NONFINITE
 from matent_callbacks.monitor.explanations import messages
 from matent_callbacks.monitor.readings import PendingReadings, Readings
@@ -158,7 +160,9 @@ class EntropyMonitor:
     ) -> None:
         self.model = model
         self._parts = all_modules(model)
-        self.metrics = check_metrics(metrics)
+        self.metrics = check_metrics(
+            metrics, no_reference="the callbacks and LoopMonitor take it, with `reference` and `probe`"
+        )
         check_solver(solver, self.metrics)
         self._embedding = check_embedding(embedding)
         self._exclude_sinks = exclude_sinks
@@ -171,6 +175,7 @@ class EntropyMonitor:
         if context_group is not None:
             check_split(self.metrics)
         self._process_group = process_group
+        self._comparison: Comparison | None = None
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._recording = Recording(self._empty(), on_error, process_group, context_group)
         self._capture = Capture(
@@ -193,6 +198,22 @@ class EntropyMonitor:
     def runnable(self) -> tuple[nn.Module, ...]:
         """What :meth:`read` may run a batch through, from the model as it is trained down to the one inside."""
         return self._layers.runnable
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """Layers that are left out, since they could not be read: after a reading those of all ranks."""
+        return frozenset(self._recording.failed)
+
+    @property
+    def probe_tokens(self) -> dict[str, ProbeTokens]:
+        """What was kept, since the last reading, of the tokens that are compared with a reference."""
+        found = ((layer, own.probe_tokens) for layer, own in self._recording.accumulators.items())
+        return {layer: tokens for layer, tokens in found if tokens is not None}
+
+    def compare(self, comparison: Comparison | None) -> None:
+        """Compare what :meth:`read` reads from now on with a reference, as far as it has one; ``None``: do not."""
+        self._comparison = comparison
+        self.reset()
 
     def __enter__(self) -> EntropyMonitor:
         self.start()
@@ -254,7 +275,9 @@ class EntropyMonitor:
         device = device_of(self.model)
         try:
             with side_effect_free(self.model), self._capture.uncompiled():
-                for batch in [batches] if isinstance(batches, Mapping | Tensor) else batches:
+                for number, batch in enumerate([batches] if isinstance(batches, Mapping | Tensor) else batches):
+                    if self._comparison is not None:
+                        self._comparison.batch = number
                     check_batch(batch)
                     mask = attention_mask(batch) if callable(attention_mask) else attention_mask
                     with self._capture.masked(to_device(mask, device)):
@@ -289,7 +312,13 @@ class EntropyMonitor:
         self.reset()
         failed, group = self._recording.failed, self._process_group
         pending = PendingReadings(
-            accumulators, self.metrics, failed=failed, executor=executor, solver=self._solver, group=group
+            accumulators,
+            self.metrics,
+            failed=failed,
+            executor=executor,
+            solver=self._solver,
+            group=group,
+            comparison=self._comparison,
         )
         return lambda: self._named(pending.result(), seen)
 
@@ -324,4 +353,8 @@ class EntropyMonitor:
             embedding=self._embedding,
             exclude_sinks=self._exclude_sinks,
         )
-        return {layer: empty.empty() for layer in self.layers}
+        accumulators = {layer: empty.empty() for layer in self.layers}
+        if self._comparison is not None:
+            for layer, accumulator in accumulators.items():
+                accumulator.probe_tokens = self._comparison.tokens(layer)
+        return accumulators

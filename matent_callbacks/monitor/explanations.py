@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from matent_callbacks.accumulate.catalogue import Source, source_of
+from matent_callbacks.accumulate.probe_tokens import TAKES
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.capture.forward import Seen
@@ -110,7 +111,7 @@ def _cause(layer: str, name: str, readings: Readings, seen: Seen) -> Cause:
         return "masked" if seen.counted else "uncounted"
     if count == 0 and readings.nonfinite[layer] >= given:
         return "all NaN"
-    return "too few" if count < STATISTICS[source].takes[0] else "not finite"
+    return "too few" if count < _takes(source)[0] else "not finite"
 
 
 def _why_undefined(
@@ -138,7 +139,7 @@ def _why_undefined(
     if cause == "too few":
         needs: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            least, what = STATISTICS[_source(name)].takes
+            least, what = _takes(_source(name))
             noun, _, kind = what.partition(" ")
             fewest = min(readings.counted[layer, _source(name)] for layer, own in undefined if own == name)
             needed = f"{least} {noun}{'s' if least > 1 else ''} {kind}".strip()
@@ -157,6 +158,10 @@ def _source(name: str) -> Source:
     if name == "holevo_information":
         return "sequence_by_tokens"  # which takes more than the other of its two
     return source_of(name)
+
+
+def _takes(source: Source) -> tuple[int, str]:
+    return STATISTICS[source].takes if source in STATISTICS else TAKES
 
 
 def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Solver, Source
+from matent_callbacks.accumulate.catalogue import CATALOGUE, METRICS, SPECTRUM_TOP, Solver, Source
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
@@ -27,11 +27,14 @@ from matent_callbacks.accumulate.reduction import (
 )
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.accumulate.statistics import STATISTICS, State, Statistic
-from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, Unit, decompose, estimate
+from matent_callbacks.monitor.comparison import Comparison
+from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, Unit, Work, decompose, estimate
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
 _WITHIN = "entropy_within_sequences"
+# The source of what compares with a reference.
+_REFERENCE = "reference"
 
 
 class Readings(NamedTuple):
@@ -69,6 +72,7 @@ class PendingReadings:
         solver: How matrices are decomposed.
         local: Use the statistics of this rank alone, without any collective call.
         group: The ranks whose tokens belong together; ``None``: all.
+        comparison: What is compared with a reference.
     """
 
     def __init__(
@@ -81,19 +85,30 @@ class PendingReadings:
         solver: Solver = "exact",
         local: bool = False,
         group: dist.ProcessGroup | None = None,
+        comparison: Comparison | None = None,
     ) -> None:
         self._device = next(iter(accumulators.values())).device
+        compared = comparison.layers if comparison is not None else ()
         self._distributed = is_distributed(group) and not local
         self._group = group
         if self._distributed:
-            gathered = _gather_over_ranks(accumulators, failed, {"metrics": metrics, "solver": solver}, group)
+            settings = {"metrics": metrics, "solver": solver, "compared": compared}
+            gathered = _gather_over_ranks(accumulators, failed, settings, group)
         else:
             gathered = _gather(accumulators, failed)
+        if comparison is not None and not gathered.unlike:
+            kept = {layer: own.probe_tokens for layer, own in accumulators.items() if own.probe_tokens is not None}
+            dtype = next(iter(accumulators.values())).dtype
+            pairs = comparison.pairs(kept, gathered.failed, self._device, dtype)
+            gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
         self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
         self._names = {
             unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
             for unit, width in gathered.widths.items()
         }
+        for layer in compared:
+            if comparison is not None and layer not in gathered.failed:
+                self._names[_REFERENCE, layer] = _names(_REFERENCE, comparison.metrics)
         self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
         self._given = {layer: accumulator.num_given for layer, accumulator in accumulators.items()}
@@ -176,7 +191,7 @@ class PendingReadings:
 class _Gathered(NamedTuple):
     widths: dict[Unit, int]
     """Number of features of every unit that is not left out."""
-    matrices: dict[Unit, Matrix | Discriminant]
+    matrices: dict[Unit, Work]
     """Those that this rank decomposes."""
     means: dict[Unit, SequenceMean]
     failed: set[str]
@@ -187,7 +202,7 @@ def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str
     statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
     matrices = _matrices(statistics, next(iter(accumulators.values())).device)
     widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
-    return _Gathered(widths, matrices, _means(statistics), set(failed))
+    return _Gathered(widths, {**matrices}, _means(statistics), set(failed))
 
 
 def _matrices(statistics: Mapping[str, Sequence[Statistic]], device: torch.device) -> dict[Unit, Matrix | Discriminant]:
@@ -258,7 +273,7 @@ def _gather_over_ranks(
         for source in statistic.decomposed
         if (statistic.sources[0], layer) in agreed
     }
-    return _Gathered(known, _matrices(whole, device), dict(zip(means, common_means, strict=True)), everywhere)
+    return _Gathered(known, {**_matrices(whole, device)}, dict(zip(means, common_means, strict=True)), everywhere)
 
 
 def _prefix(source: Source) -> str:
@@ -267,7 +282,7 @@ def _prefix(source: Source) -> str:
 
 def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
     """Return the names of the numbers of one source of a layer, in the order in which ranks exchange them."""
-    names = [name for name in metrics if CATALOGUE[name].source == source and name != "spectrum"]
+    names = [name for name in metrics if METRICS[name].source == source and name != "spectrum"]
     if source == "sequence_by_tokens":
         names.append(_WITHIN)
     if "spectrum" in metrics and CATALOGUE["spectrum"].source == source and num_features:

@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis, XAxis, YAxis
     from matplotlib.lines import Line2D
 
-UNITS = {name: metric.label for name, metric in CATALOGUE.items()}
+UNITS = {name: metric.label for name, metric in METRICS.items()}
 # Metrics whose ratios matter, not their differences.
-LOGARITHMIC = tuple(name for name, metric in CATALOGUE.items() if metric.logarithmic)
+LOGARITHMIC = tuple(name for name, metric in METRICS.items() if metric.logarithmic)
 # Okabe & Ito's colours, which can be told apart with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 BLACK = "#000000"

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP
+from matent_callbacks.accumulate.catalogue import METRICS, SPECTRUM_TOP
 
 # The spectrum is logged as several numbers, which have names of their own.
-LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_erank")
+LAYER_METRICS = (*(name for name in METRICS if name != "spectrum"), "diff_erank")
 # What Lightning users call their training loss; the first that was logged is taken.
 LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_epoch")
 

@@ -57,7 +57,9 @@ class MatrixEntropyCallback(MeasuringCallback):
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
         metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
-            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.
+            (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more. With
+            ``reference`` also what compares the tokens of the probe with it: ``drift`` (1 - debiased CKA, 0 where
+            nothing moved), ``subspace_overlap`` (share of the 16 strongest directions, 1), ``token_cosine`` (mean, 1).
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
             in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
             separately and logged as ``<probe>/<metric>/<layer>``. It is run through the model that is trained, PEFT
@@ -80,8 +82,12 @@ class MatrixEntropyCallback(MeasuringCallback):
             encoder-decoder labels are of the decoder: ``module="decoder"``, where place t predicts label t. Where
             labels are missing or have another shape than the hidden states, numbers are NaN, and one warning says why.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
-        reference: For Diff-eRank (Wei et al., NeurIPS 2024), measured on the probe: ``"start"``, the model as it is
-            when training begins, or a model, such as one made by :func:`~matent_callbacks.untrained_like`.
+        reference: For Diff-eRank (Wei et al., NeurIPS 2024) and ``drift``, measured on the probe: ``"start"``, the
+            model as it is when training begins (with PEFT, its adapter on), or a model with the same layers, such as
+            one made by :func:`~matent_callbacks.untrained_like`.
+        drift_tokens: How many tokens of the probe are compared with the reference at most, evenly spaced over those
+            that count, always the same ones. Their hidden states in the reference are kept on the host: 2,048 tokens of
+            33 layers with d = 4,096 take 0.55 GB in bfloat16. ``max_tokens`` does not bound them.
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, for models that are not given one;
             it overrides their own.
         prog_bar: Show the values in the progress bar.
@@ -132,6 +138,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         tokens: Literal["all", "labels"] = "all",
         on_error: Literal["warn", "raise"] = "warn",
         reference: Literal["start"] | nn.Module | None = None,
+        drift_tokens: int = 2048,
         mask: Callable[[Any], Tensor | None] | None = None,
         prog_bar: bool = False,
         module: str | None = None,
@@ -183,7 +190,12 @@ class MatrixEntropyCallback(MeasuringCallback):
         }
 
     def begin(self, state: TrainerState) -> None:
-        self._run.run_begins(self.trainer.model, step=state.global_step, last_step=state.max_steps)
+        self._run.run_begins(
+            self.trainer.model,
+            step=state.global_step,
+            last_step=state.max_steps,
+            directory=self.trainer.args.output_dir,
+        )
         self.keep_state(state)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
@@ -243,6 +255,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def _before_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # So that the values until then are in the checkpoint's log.
         self._log_own_records(self._run.late_values())
+        self._run.save_reference()
 
     def _log_own_records(self, values: Logged) -> None:
         """Log values in records of their own, each under its step."""

@@ -28,7 +28,8 @@ def run_monitor(every_n_steps: int = 2, **arguments: Any) -> RunMonitor:
         "background": False,
         **dict.fromkeys(("probe", "mask", "name", "reference", "process_group", "context_group")),
     }
-    return RunMonitor(Guard("test", "raise"), every_n_steps, "last", **(settings | arguments))
+    layers = arguments.pop("layers", "last")
+    return RunMonitor(Guard("test", "raise"), every_n_steps, layers, **(settings | arguments))
 
 
 @pytest.fixture
