@@ -1,7 +1,7 @@
 """What the numbers foretell: of what is known at a tenth of a run, what goes with how the run ends.
 
 **Fine-tuning.** SmolLM2-135M on one narrow text, the language reference of CPython, at four learning rates from timid
-to far too high, with all weights and with LoRA, from five seeds: 40 runs of 100 steps. *Forgetting* is how much the
+to far too high, with all weights and with LoRA, from five seeds: 40 runs of 60 steps. *Forgetting* is how much the
 loss on news reports (the Lee corpus), which the run does not see, has risen at its end. *Best narrow loss* is the least
 held-out loss on the narrow text, every 20 steps. **Image and text.** The LLaVA of `examples/finetune_vlm.py`, at three
 learning rates from five seeds; *grounding* is what the right image is worth to it at the end.
@@ -34,7 +34,7 @@ from benchmarks._markdown import begin, conditions, table
 from benchmarks.stopping_alignment import train as train_alignment
 
 RUNS = Path(__file__).parent / "foretelling.json"
-STEPS, ALIGNMENT_STEPS = 100, 300
+STEPS, ALIGNMENT_STEPS = 60, 300
 SEEDS = 5
 ALIGNMENT_RATES = (3e-4, 1e-3, 3e-3)
 MEASURES = (
