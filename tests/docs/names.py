@@ -41,6 +41,7 @@ def text_names() -> dict[str, Any]:
         hidden_states = model.model(batches[0]["input_ids"], batches[0]["attention_mask"]).last_hidden_state
     return {
         "model": model,
+        "base": small_llama(),
         "module": LanguageModel(model),
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
