@@ -192,7 +192,7 @@ class LayerAccumulator:
             raise
         return torch.cat(entropies) if entropies else None
 
-    def parts(
+    def split_sequences(
         self,
         count: int,
         width: int,
@@ -201,7 +201,7 @@ class LayerAccumulator:
         *,
         device: torch.device,
     ) -> SplitSequences:
-        """Return this rank's parts of the sequences of one forward pass, for :meth:`update_by_parts`.
+        """Return this rank's parts of the sequences of one forward pass, for :meth:`update_split`.
 
         Args:
             count: Number of sequences B.
@@ -229,7 +229,7 @@ class LayerAccumulator:
             has_norms=self._exclude_sinks or self._logs_norms,
         )
 
-    def update_by_parts(self, parts: SplitSequences) -> None:
+    def update_split(self, sequences: SplitSequences) -> None:
         """Add the tokens of one forward pass whose sequences are split over ranks; each of them has to call this.
 
         ``max_tokens`` bounds each rank separately, as it does elsewhere. An error discards all that was accumulated.
@@ -238,14 +238,14 @@ class LayerAccumulator:
         def limited(mask: Tensor, norms: TokenNorms | None) -> Tensor:
             told, mask = mask, self._without_sinks(mask, norms)
             if self.probe_tokens is not None:
-                self.probe_tokens.add(parts.states, told, mask, is_split=True)
+                self.probe_tokens.add(sequences.states, told, mask, is_split=True)
             return mask if self._max_tokens is None else self._first_tokens(mask, self._max_tokens)
 
         try:
-            with full_precision(parts.device):
-                parts.exchange(limited)
-                self._give(parts.mask)
-                self._add(parts)
+            with full_precision(sequences.device):
+                sequences.exchange(limited)
+                self._give(sequences.mask)
+                self._add(sequences)
         except BaseException:
             self.discard()
             raise

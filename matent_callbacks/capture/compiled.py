@@ -18,7 +18,7 @@ from matent_callbacks.capture.layers import Layers
 from matent_callbacks.capture.stack import ancestries
 from matent_callbacks.capture.values import all_modules
 
-Meeting = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+BeforeCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
@@ -37,18 +37,18 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     return None
 
 
-def meet(module: nn.Module, before: Meeting) -> Callable[[], None]:
+def before_calls(module: nn.Module, before: BeforeCall) -> Callable[[], None]:
     """Call ``before(module, args, kwargs)`` before each call of ``module``; returns a function that undoes it."""
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
     # Compiled in place by `module.compile()`: its hooks are inside the graph, so the call itself is wrapped.
-    def met_call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         before(module, args, kwargs)
         return compiled_call(*args, **kwargs)
 
-    module._compiled_call_impl = met_call
+    module._compiled_call_impl = call
 
     def undo() -> None:
         module._compiled_call_impl = compiled_call

@@ -78,7 +78,7 @@ class Forward:
     packing: Packing | None = None
     calls: list[Call] = field(default_factory=list)
     """The calls of modules of the chain that are running, outermost first."""
-    is_met: bool = False
+    awaits_forward: bool = False
     """Whether the innermost of them was called by ``module(...)``, and its ``forward`` has not begun yet."""
     is_past_embeddings: bool = False
     """Whether the first block has been called; a block with shared weights is called again, not on embeddings."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from matent_callbacks.capture.adapters import AdapterState
 from matent_callbacks.capture.callers import functions_running, has_filled_cache, is_generating
 from matent_callbacks.capture.calls import around_calls
-from matent_callbacks.capture.compiled import call_eagerly, compiled_entrance, meet
+from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance
 from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
-from matent_callbacks.capture.inference import preserved, sides
+from matent_callbacks.capture.inference import inference_depth, preserved
 from matent_callbacks.capture.labels import Labels
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
@@ -82,8 +82,8 @@ class Capture:
         self._outer_mask: Tensor | None = None
         self._sample_mask: Tensor | None = None
         self._given_labels: Tensor | None = None
-        self._beside = False
-        self._sides = 0
+        self._runs_eagerly = False
+        self._inference_depth = 0
         self._has_counted = False
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
@@ -108,13 +108,13 @@ class Capture:
         self._outer_mask = attention_mask
         self._sample_mask = sample_mask
         self._given_labels = labels
-        self._sides = sides()
+        self._inference_depth = inference_depth()
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
                 self._undo.extend(self._hooks())
             else:
-                self._undo.append(meet(entrance, self._read_beside))
+                self._undo.append(before_calls(entrance, self._read_eagerly))
                 self._undo.extend(self._around(ancestries(self._model)[entrance][:-1]))
             # After the hooks: they replace `forward` methods, by which the state of the adapters is recognised.
             self._adapters = AdapterState(self._model) if same_adapters else None
@@ -144,14 +144,14 @@ class Capture:
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks, during forwards that are known to run eagerly."""
         undo: list[Callable[[], None]] = []
-        before, self._sides = self._sides, sides()
+        before, self._inference_depth = self._inference_depth, inference_depth()
         try:
             undo.extend(self._hooks())
             yield
         finally:
             for remove in undo:
                 remove()
-            self._sides = before
+            self._inference_depth = before
             self._forwards.clear()
 
     def _hooks(self) -> Iterator[Callable[[], None]]:
@@ -166,8 +166,8 @@ class Capture:
             if module in self._layers.unhooked:
                 yield around_calls(module, self._call_inside, replicas=False)
             else:
-                look = functools.partial(self._look_inside, module)
-                yield module.register_forward_pre_hook(look, with_kwargs=True).remove
+                collect = functools.partial(self._collect_inside, module)
+                yield module.register_forward_pre_hook(collect, with_kwargs=True).remove
         for point in points:
             yield self._read_hook(point)
         for module in chain:
@@ -189,15 +189,15 @@ class Capture:
             return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
         return point.module.register_forward_hook(functools.partial(self._read, point), with_kwargs=True).remove
 
-    def _read_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._beside or not self._is_wanted(module):
+    def _read_eagerly(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._runs_eagerly or not self._is_wanted(module):
             return
-        self._beside = True
+        self._runs_eagerly = True
         try:
             with self._guard("all"), preserved(module), self.uncompiled():
                 call_eagerly(module, args, kwargs)
         finally:
-            self._beside = False
+            self._runs_eagerly = False
 
     # Hooks before and after a module in the chain that is called by `module(...)`. Under nn.DataParallel they also fire
     # on its replicas, so `module` may be a replica of `watched`.
@@ -210,13 +210,15 @@ class Capture:
         call = Call(watched, functions_running())
         call.has_gradients = torch.is_grad_enabled() if around is None else forward.has_gradients()
         forward.calls.append(call)
-        forward.is_met = True
+        forward.awaits_forward = True
         with self._guard("all"):
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
             if around is None:
                 forward.graph_task = torch._C._current_graph_task_id()
-                is_wanted = (self._beside or self._is_wanted(module)) and not (_in_backward() and self._has_counted)
+                is_wanted = (self._runs_eagerly or self._is_wanted(module)) and not (
+                    _in_backward() and self._has_counted
+                )
             else:
                 is_wanted = around.counts
             # A cache that the caller of the model fills; or the model's own forward, which decodes in a loop.
@@ -266,12 +268,12 @@ class Capture:
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = self._forward
-        if current is not None and current.is_met and current.calls[-1].module is module:
-            current.is_met = False
+        if current is not None and current.awaits_forward and current.calls[-1].module is module:
+            current.awaits_forward = False
             return forward(*args, **kwargs)
         try:
             self._enter(module, module, args, kwargs)
-            self._forwards[threading.get_ident()].is_met = False
+            self._forwards[threading.get_ident()].awaits_forward = False
             points = [point for point in self._layers.points if point.module is module]
             for point in points:
                 forward = functools.partial(self._call_point, point, module, forward)
@@ -292,7 +294,7 @@ class Capture:
                 self._labels.pop(thread, None)
 
     def _call_inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._look_inside(module, module, args, kwargs)
+        self._collect_inside(module, module, args, kwargs)
         return forward(*args, **kwargs)
 
     def _call_point(
@@ -305,7 +307,7 @@ class Capture:
         self._read(point, module, args, kwargs, output)
         return output
 
-    def _look_inside(
+    def _collect_inside(
         self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if torch.compiler.is_compiling():
@@ -356,7 +358,7 @@ class Capture:
         ``is_alone``: it has no gradients, where only training counts. Then it counts if no other call has any.
         """
         own = key, forward.passes[key]
-        if is_alone and not self._beside:
+        if is_alone and not self._runs_eagerly:
             forward.without_gradients[own] = reading.kept()
         elif key in self._called_again:
             forward.held.pop(own, None)  # in the order of the last calls, which is that of all ranks
@@ -389,11 +391,11 @@ class Capture:
             return forward.counts and not _in_backward(since=forward.graph_task)
         if _in_backward() or self._is_of_another() or is_generating(self._read_modules):
             return False
-        return self._beside or not self._training_only or module.training
+        return self._runs_eagerly or not self._training_only or module.training
 
     def _is_of_another(self) -> bool:
         """Whether this forward is the inference of another reader, such as a second callback's probe."""
-        return sides() > self._sides
+        return inference_depth() > self._inference_depth
 
     def _is_wanted(self, module: nn.Module) -> bool:
         if self._is_of_another():

@@ -15,15 +15,15 @@ from matent_callbacks.capture.randomness import same_random_numbers
 from matent_callbacks.capture.stack import is_hugging_face, unwrap
 
 # The models on which side-effect-free inference is running now, the innermost call last.
-_on_the_side: list[object] = []
+_inferences: list[object] = []
 
 
-def sides() -> int:
+def inference_depth() -> int:
     """Return how many :func:`side_effect_free` contexts are open.
 
     A reader must ignore the forwards inside contexts that were opened after it.
     """
-    return len(_on_the_side)
+    return len(_inferences)
 
 
 @contextmanager
@@ -33,11 +33,11 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
         # Module by module: `model.eval()` may be overridden to do more.
         for module in model.modules():
             module.training = False
-        _on_the_side.append(model)
+        _inferences.append(model)
         try:
             yield
         finally:
-            _on_the_side.pop()
+            _inferences.pop()
 
 
 @contextmanager
@@ -147,11 +147,11 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _told(model: nn.Module, own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     given = ", ".join(kwargs) if kwargs else f"{len(args)} positional"
-    told = f"It was run as {type(model).__name__}({given})"
+    how = f"It was run as {type(model).__name__}({given})"
     if own is not model:
         takes = ", ".join(inspect.signature(own.forward).parameters)
-        told = f"{told}, since {type(own).__name__}.forward({takes}) does not take these"
-    return f"({told}.)"
+        how = f"{how}, since {type(own).__name__}.forward({takes}) does not take these"
+    return f"({how}.)"
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -106,8 +106,8 @@ def resolve_layers(
     # An encoder-decoder as a whole is called with the encoder's mask; to read one part takes the mask of that part.
     outside = [] if module and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else [model, inner]
     owners = [found.owner for found in (stack, main if outside else None) if found]
-    told = stack or main
-    runnable = _runnable(model, root, told.owner if told else None)
+    known = stack or main
+    runnable = _runnable(model, root, known.owner if known else None)
     # Prefix tuning makes a cache in the wrapper, wherever that is, and only the wrapper is given the user's mask.
     wrappers = [m for m in model.modules() if hasattr(m, "get_base_model") and hasattr(m, "peft_config")]
     chain = [*outside, *(wrappers if outside else ()), root, *hugging_face_models(root).values(), *owners]

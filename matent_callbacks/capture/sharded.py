@@ -23,10 +23,10 @@ class Share(NamedTuple):
     """The part of hidden states that one rank reads."""
 
     local: Callable[[], tuple[Tensor, Tensor | None]]
-    """Returns states and mask as plain tensors. The ranks of ``meeting`` have to call it together."""
-    meeting: list[dist.ProcessGroup]
+    """Returns states and mask as plain tensors. The ranks of ``communicating`` have to call it together."""
+    communicating: list[dist.ProcessGroup]
     """The groups whose ranks have to communicate for it."""
-    splitting: list[dist.ProcessGroup]
+    sharing: list[dist.ProcessGroup]
     """Those of them whose ranks hold parts of the same sequences afterwards."""
     counts: bool
     """Whether the tokens count on this rank: not where a lower rank has the same."""
@@ -51,7 +51,7 @@ def share_of(states: DTensor, mask: Tensor | None, members: Collection[int] | No
 
     mesh, tokens = states.device_mesh, states.ndim - 2
     placements: list[Any] = []
-    meeting, splitting, counts = [], [], True
+    communicating, sharing, counts = [], [], True
     for dim, placement in enumerate(states.placements):
         group = mesh.get_group(dim)
         others = dist.get_process_group_ranks(group)
@@ -62,17 +62,17 @@ def share_of(states: DTensor, mask: Tensor | None, members: Collection[int] | No
             placements.append(placement)
             counts &= is_first
         else:
-            meeting.append(group)
+            communicating.append(group)
             together = members is None or set(others) <= set(members)
             placements.append(Shard(tokens) if together else Replicate())
-            splitting += [group] if together else []
+            sharing += [group] if together else []
             counts &= together or is_first
 
     def local() -> tuple[Tensor, Tensor | None]:
         own = states.redistribute(mesh, placements).to_local()
         return own, None if mask is None else _placed(mask, states, placements)
 
-    return Share(local, meeting, splitting, counts)
+    return Share(local, communicating, sharing, counts)
 
 
 def on_whole(states: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:

@@ -84,8 +84,8 @@ class Recording:
             if not failed:
                 accumulator.update(hidden_states, mask, vectors)
             return
-        meeting, splitting = [*share.meeting, *self._context], [*share.splitting, *self._context]
-        if not meeting:
+        communicating, sharing = [*share.communicating, *self._context], [*share.sharing, *self._context]
+        if not communicating:
             if share.counts and not failed:
                 accumulator.update(*share.local())
             return
@@ -98,16 +98,16 @@ class Recording:
             states = hidden_states.to_local() if is_sharded(hidden_states) else hidden_states
             states, _ = check_hidden_states(states, None)
             width = states.shape[-1] if hidden_states is None else hidden_states.shape[-1]
-            return accumulator.parts(len(states), width, share.local, splitting, device=states.device)
+            return accumulator.split_sequences(len(states), width, share.local, sharing, device=states.device)
 
         self._is_awaited = False
         try:
-            parts = agreed(prepare, meeting, accumulator.device)
+            sequences = agreed(prepare, communicating, accumulator.device)
         except Exception:
             self._failed_everywhere.add(layer)
             raise
         if share.counts:
-            accumulator.update_by_parts(parts)
+            accumulator.update_split(sequences)
         else:
             share.local()
 
@@ -119,7 +119,7 @@ class Recording:
             yield
         except Exception as error:
             if layer in self.accumulators:
-                self._excuse(layer)
+                self._report_nothing(layer)
             message = f"Reading layer {layer!r} failed: {error}"
             if self._on_error == "raise":
                 raise RuntimeError(message) from error
@@ -128,7 +128,7 @@ class Recording:
                 warnings.warn(f"{message} It is left out from here on; training goes on.", stacklevel=2)
             self.failed |= failing
 
-    def _excuse(self, layer: str) -> None:
+    def _report_nothing(self, layer: str) -> None:
         """Let the ranks that wait for this one, if any, know that it has nothing to record."""
         if not self._is_awaited or not self._context or layer in self._failed_everywhere:
             return

@@ -124,7 +124,7 @@ def test_an_exception_leaves_nothing(make_llama):
 
 
 def test_threads_are_each_in_a_forward_of_their_own(make_llama):
-    """Two forwards at once, which meet in the middle of each block."""
+    """Two forwards at once, which before_calls in the middle of each block."""
     model = make_llama(dropout=0.0)
     expected = definition(model, *BATCHES)
     barrier = threading.Barrier(2, timeout=60)
