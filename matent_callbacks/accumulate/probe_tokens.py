@@ -78,9 +78,10 @@ class ProbeTokens:
         if positions is None or rows is None:
             return
         start, end = torch.searchsorted(positions, torch.tensor([first, first + told.numel()])).tolist()
-        chosen = (positions[start:end] - first).to(states.device)
+        chosen = positions[start:end].to(states.device, non_blocking=True) - first
         tokens = states.detach().reshape(-1, self.width).index_select(0, chosen)
-        self._kept.append((rows[start:end].to(states.device), tokens, counts.flatten().index_select(0, chosen)))
+        own = rows[start:end].to(states.device, non_blocking=True)
+        self._kept.append((own, tokens, counts.flatten().index_select(0, chosen)))
 
     def of_all_ranks(
         self, device: torch.device, owner: int | None, group: dist.ProcessGroup | None
@@ -106,6 +107,12 @@ class ProbeTokens:
             if dist.get_rank(group) != owner:
                 return None
         return table[:, :-1].to(self._places.dtype), table[:, -1] > 0
+
+
+def on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on the host, from where a GPU can fetch it while the program goes on."""
+    found = tensor.cpu().contiguous()
+    return found.pin_memory() if device.type == "cuda" else found
 
 
 class ReferenceTokens(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens, ReferenceTokens
-from matent_callbacks.accumulate.reduction import agreed_failures, all_reduce_sum, is_distributed
+from matent_callbacks.accumulate.reduction import AllOrNone, agreed_failures, all_reduce_sum, is_distributed
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.probe import fingerprint
 from matent_callbacks.capture.inference import device_of
@@ -64,6 +64,7 @@ class Drift:
     ) -> None:
         """Keep what a monitor read of a probe as its reference. Every rank has to call it."""
         device = device_of(monitor.model)
+        self._state.pop(prefix, None)
         with self._guard("the comparison with the reference"):
             comparison.keep(kept, monitor.failed, device)
             self.comparisons[prefix] = comparison
@@ -102,7 +103,8 @@ class Drift:
                 lost = agreed_failures(lost, device, comparison.group)
             kept = [layer for layer, is_lost in zip(layers, lost, strict=True) if not is_lost]
             if kept:
-                comparison.restore({layer: own for layer in kept if (own := found.get(layer)) is not None}, kept)
+                own = {layer: tokens for layer in kept if (tokens := found.get(layer)) is not None}
+                comparison.restore(own, kept, device)
                 self.comparisons[prefix] = comparison
                 digests = {layer: saved["layers"][layer] for layer in kept}
                 self._state[prefix] = {**saved, "layers": digests, "directory": self._named()}
@@ -121,11 +123,11 @@ class Drift:
         """Write the layers that this rank holds, once; nothing is exchanged with other ranks."""
         if self._directory is None or self._is_saved or not self._is_of_start:
             return
-        self._is_saved = True
-        with self._guard("the files of the reference, so a resumed run will have no drift"):
-            for prefix, comparison in self.comparisons.items():
-                for layer, tokens in comparison.reference.items():
-                    _write(self._directory / _name(self._state[prefix]["layers"][layer]), tokens)
+        with self._guard("the files of the reference, without which a resumed run has no drift") as writing:
+            for prefix, saved in self._state.items():
+                for layer, tokens in self.comparisons[prefix].reference.items():
+                    _write(self._directory / _name(saved["layers"][layer]), tokens)
+        self._is_saved = not writing.failed
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types; empty where nothing is compared with the start."""
@@ -138,10 +140,12 @@ class Drift:
 
     def _described(self, comparison: Comparison, device: torch.device) -> dict[str, Any]:
         digests = torch.zeros(len(comparison.layers), dtype=torch.int64)
-        for row, layer in enumerate(comparison.layers):
-            if layer in comparison.reference:
-                digests[row] = fingerprint(comparison.reference[layer]._asdict())
-        if is_distributed(comparison.group):
+        groups = [comparison.group] if is_distributed(comparison.group) else []
+        with AllOrNone(device, groups):
+            for row, layer in enumerate(comparison.layers):
+                if layer in comparison.reference:
+                    digests[row] = fingerprint(comparison.reference[layer]._asdict())
+        if groups:
             digests = all_reduce_sum(digests.to(device), comparison.group)
         return {
             "order": comparison.order,

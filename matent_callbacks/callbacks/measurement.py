@@ -222,9 +222,11 @@ class Measurement:
         monitor.compare(comparison)
         self._read_probe(monitor, prefix, around)
         own: list[int] = []
-        with self._guard("the tokens of the probe that are compared with the reference"):
+        what = "the tokens of the probe that are compared with the reference"
+        with self._guard(what):
             own = hashes(self.probes[prefix])
-        comparison.choose(monitor.probe_tokens, own, device_of(model), order)
+        with self._guard(what):
+            comparison.choose(monitor.probe_tokens, own, device_of(model), order)
         return comparison
 
     def check_probes(self, model: nn.Module) -> None:

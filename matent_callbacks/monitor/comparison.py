@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matent_callbacks.accumulate.gathering import all_gather_ragged
-from matent_callbacks.accumulate.probe_tokens import Places, ProbeTokens, ReferenceTokens, TokenPairs
+from matent_callbacks.accumulate.probe_tokens import Places, ProbeTokens, ReferenceTokens, TokenPairs, on_host
 from matent_callbacks.accumulate.reduction import AllOrNone, all_reduce_sum, extremes, is_distributed
 
 # In the order in which the wider one is taken where ranks differ.
@@ -74,13 +74,14 @@ class Comparison:
         elsewhere = {number for own in held[:rank] for number in own}
         masks: dict[str, dict[int, Tensor]] = {layer: {} for layer in counted}
         numbers = torch.zeros(len(counted), len(self.order), len(held), dtype=torch.int64)
-        for row, (layer, tokens) in enumerate(counted.items()):
-            for batch, number in enumerate(fingerprints):
-                parts = [mask for own, mask in tokens.masks if own == batch]
-                is_first = fingerprints.index(number) == batch and (tokens.is_split or number not in elsewhere)
-                if parts and is_first and number in slots:
-                    masks[layer][batch] = torch.cat(parts).cpu()
-                    numbers[row, slots[number], rank] = masks[layer][batch].sum()
+        with AllOrNone(device, [self.group] if is_distributed(self.group) else []):
+            for row, (layer, tokens) in enumerate(counted.items()):
+                for batch, number in enumerate(fingerprints):
+                    parts = [mask for own, mask in tokens.masks if own == batch]
+                    is_first = fingerprints.index(number) == batch and (tokens.is_split or number not in elsewhere)
+                    if parts and is_first and number in slots:
+                        masks[layer][batch] = torch.cat(parts).cpu()
+                        numbers[row, slots[number], rank] = masks[layer][batch].sum()
         widths = [tokens.width for tokens in counted.values()]
         dtypes = [_DTYPES.index(tokens.dtype) if tokens.width else 0 for tokens in counted.values()]
         if is_distributed(self.group):
@@ -101,8 +102,8 @@ class Comparison:
                 end = ends[slots[fingerprints[batch]] * len(held) + rank]
                 start = end - mask.sum()
                 first, last = torch.searchsorted(chosen, torch.stack([start, end])).tolist()
-                places.rows[batch] = torch.arange(first, last)
-                places.positions[batch] = mask.nonzero().flatten()[chosen[first:last] - start]
+                places.rows[batch] = on_host(torch.arange(first, last), device)
+                places.positions[batch] = on_host(mask.nonzero().flatten()[chosen[first:last] - start], device)
             self.places[layer] = places
 
     def keep(self, kept: Mapping[str, ProbeTokens], failed: Collection[str], device: torch.device) -> None:
@@ -120,13 +121,14 @@ class Comparison:
         groups = [self.group] if is_distributed(self.group) else []
         with AllOrNone(device, groups, "another rank could not keep the reference.") as attempt:
             for layer, found in self._gathered(layers, kept, device):
-                reference[layer] = attempt(_on_host, *found)
+                reference[layer] = attempt(_kept, *found, device)
         self.reference = {layer: tokens for layer, tokens in reference.items() if tokens is not None}
         self.layers = layers
 
-    def restore(self, reference: Mapping[str, ReferenceTokens], layers: Sequence[str]) -> None:
+    def restore(self, reference: Mapping[str, ReferenceTokens], layers: Sequence[str], device: torch.device) -> None:
         """Take a reference that was kept before: the ``layers`` of all ranks, of which this one owns some."""
-        self.layers, self.reference = tuple(layers), dict(reference)
+        self.layers = tuple(layers)
+        self.reference = {layer: _kept(*tokens, device) for layer, tokens in reference.items()}
 
     def owns(self, layer: str) -> bool:
         """Whether this rank holds the reference of a layer."""
@@ -166,5 +168,5 @@ class Comparison:
         return [part.flatten().tolist() for part in all_gather_ragged(rows, self.group)]
 
 
-def _on_host(states: Tensor, counts: Tensor) -> ReferenceTokens:
-    return ReferenceTokens(states.cpu().contiguous(), counts.cpu())
+def _kept(states: Tensor, counts: Tensor, device: torch.device) -> ReferenceTokens:
+    return ReferenceTokens(on_host(states, device), on_host(counts, device))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from matent_callbacks import EntropyMonitor
-from matent_callbacks.accumulate.catalogue import CATALOGUE, quantity
+from matent_callbacks.accumulate.catalogue import CATALOGUE, METRICS, quantity
 from matent_callbacks.accumulate.statistics import STATISTICS, Average
 from matent_callbacks.functional.entropy import _SUMMARY
 
@@ -29,6 +29,6 @@ def test_the_monitor_and_the_page_of_quantities_give_the_units_of_the_table():
     told = re.findall(r"^``(\w+)`` +(\S+)  ", inspect.getdoc(EntropyMonitor) or "", re.MULTILINE)
     assert dict(told) == {name: row.unit or "-" for name, row in CATALOGUE.items()}
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w ]+) \|[^|]+\|$", QUANTITIES, re.MULTILINE)
-    assert {name: unit for name, unit in rows if name in CATALOGUE} == {
-        name: row.unit or "none" for name, row in CATALOGUE.items()
+    assert {name: unit for name, unit in rows if name in METRICS} == {
+        name: row.unit or "none" for name, row in METRICS.items()
     }

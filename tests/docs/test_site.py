@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.accumulate.catalogue import METRICS
 from tests.docs.fences import PAGES, ROOT
 
 PUBLIC = (
@@ -81,7 +81,7 @@ def test_no_markup_of_docstrings_is_left_over(site: Path):
 
 def test_every_name_of_the_catalogue_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/quantities.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(name for name, _ in rows) == sorted(CATALOGUE)
+    assert sorted(name for name, _ in rows) == sorted(METRICS)
     for name, row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         assert len(cells) == 4, name  # formula, range, unit, source

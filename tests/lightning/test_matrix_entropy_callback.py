@@ -317,12 +317,13 @@ def test_resumed_series_is_that_of_the_uninterrupted_run(make_module, make_train
 
     probe = collate(text_examples(4, start=200))
 
-    def run(folder: str, epochs: int, checkpoint: Path | None = None) -> tuple[dict[int, float], Any]:
-        callback = MatrixEntropyCallback(2, probe=probe, reference="start")
+    def run(folder: str, epochs: int, checkpoint: Path | None = None) -> tuple[dict[int, Any], Any]:
+        callback = MatrixEntropyCallback(2, metrics=("drift", "token_cosine"), probe=probe, reference="start")
         trainer = make_trainer(max_epochs=epochs, logger=CSVLogger(tmp_path / folder), callbacks=[callback])
         trainer.fit(make_module(dropout=0.0), loader(16), ckpt_path=checkpoint)
         rows = csv_rows(tmp_path / folder)
-        return {int(r["step"]): float(r["diff_erank/last"]) for r in rows if r.get("diff_erank/last")}, trainer
+        keys = ("diff_erank/last", "drift/last", "token_cosine/last")
+        return {int(r["step"]): [float(r[key]) for key in keys] for r in rows if r.get(keys[0])}, trainer
 
     whole, _ = run("whole", 2)
     first, trainer = run("first", 1)

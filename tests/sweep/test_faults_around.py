@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks import run_monitor
+from matent_callbacks.accumulate.probe_tokens import ProbeTokens, TokenPairs
+from matent_callbacks.callbacks import drift, run_monitor
 from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
+from matent_callbacks.callbacks.drift import Drift
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
@@ -28,6 +30,7 @@ from matent_callbacks.functional.alignment import STAGES
 from matent_callbacks.lightning import _alignment as lightning_alignment
 from matent_callbacks.lightning import _matrix_entropy as lightning_entropy
 from matent_callbacks.lightning import _measuring
+from matent_callbacks.monitor.comparison import Comparison
 from matent_callbacks.transformers import _alignment as trainer_alignment
 from matent_callbacks.transformers import _matrix_entropy as trainer_entropy
 from tests.conftest import collate, text_examples
@@ -67,6 +70,11 @@ def entropy(framework: str, **arguments: Any) -> list[Any]:
 
 def on_probe(framework: str, **arguments: Any) -> list[Any]:
     return entropy(framework, probe=probe(), reference="start", **arguments)
+
+
+def drifting(framework: str, **arguments: Any) -> list[Any]:
+    metrics = ("drift", "token_cosine")
+    return [FRAMEWORKS[framework][1](EVERY, "last", metrics=metrics, probe=probe(), reference="start", **arguments)]
 
 
 def in_background(framework: str, **arguments: Any) -> list[Any]:
@@ -143,6 +151,14 @@ OF_BOTH = [
     Place(LayerPictures, "draw", takes_pictures=True),
     Place(Measurement, "state_dict", on_probe, RESUMED),
     Place(Measurement, "load_state_dict", on_probe, RESUMED),
+    Place(ProbeTokens, "add", drifting),
+    Place(Comparison, "choose", drifting),
+    Place(Comparison, "keep", drifting),
+    Place(Comparison, "pairs", drifting),
+    Place(TokenPairs, "compare", drifting),
+    Place(drift, "fingerprint", drifting),
+    Place(drift, "_write", drifting, RESUMED),
+    Place(Drift, "_read", drifting, RESUMED),
     Place(AlignmentMeasurement, "measure", alignment, during_run_only=True),
     Place(PlateauDetector, "update", stopping),
     Place(PlateauDetector, "state_dict", stopping, RESUMED),

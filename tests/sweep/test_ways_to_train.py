@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import collate, text_examples
 from tests.sweep.runs import (
     EVERY,
     FRAMEWORKS,
@@ -58,3 +59,15 @@ def test_training_is_bitwise_the_same_and_nothing_is_left_after_any_batch(runs):
     assert len(watched.losses) == STEPS * way.accumulate
     assert len(watched.left) > len(watched.losses)
     assert_same(watched, alone)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("way", [Way(lora=True, resume=True), Way(bf16=True, compiled="whole", evaluate=True)], ids=str)
+def test_comparing_tokens_with_those_of_the_start_changes_nothing(framework, way, tmp_path):
+    metrics = ("drift", "subspace_overlap", "token_cosine")
+    callback = FRAMEWORKS[framework][1](
+        EVERY, "all", metrics=metrics, probe=collate(text_examples(8, start=40)), reference="start", on_error="raise"
+    )
+    watched, alone = (train(framework, way, tmp_path / str(len(given)), given) for given in ([callback], []))
+    assert_same(watched, alone)
+    assert callback._run.state_dict()["reference_tokens"][""]["layers"].keys() == {"layer_00", "layer_01", "last"}

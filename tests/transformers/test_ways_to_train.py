@@ -121,7 +121,11 @@ def test_resumed_series_is_that_of_the_uninterrupted_run(make_trainer, make_llam
     probe = collate(text_examples(4, start=300))
 
     def callbacks() -> list[Any]:
-        return [MatrixEntropyCallback(2, probe=probe, reference="start"), MatrixEntropyCallback(3, [0, 1])]
+        metrics = ("matrix_entropy", "drift", "subspace_overlap", "token_cosine")
+        return [
+            MatrixEntropyCallback(2, metrics=metrics, probe=probe, reference="start"),
+            MatrixEntropyCallback(3, [0, 1]),
+        ]
 
     settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "output_dir": str(tmp_path / "checkpoints")}
     whole = make_trainer(callbacks(), **settings)
@@ -130,7 +134,8 @@ def test_resumed_series_is_that_of_the_uninterrupted_run(make_trainer, make_llam
         callbacks(), model=make_llama(seed=9), restore_callback_states_from_checkpoint=restore_flag, **settings
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-6"))
-    for keys in (("matrix_entropy/last", "diff_erank/last"), ("matrix_entropy/layer_01",)):
+    moved = ("drift/last", "subspace_overlap/last", "token_cosine/last")
+    for keys in (("matrix_entropy/last", "diff_erank/last"), ("matrix_entropy/layer_01",), moved):
         expected = series(whole, *keys)
         assert len(expected) > 3
         assert series(resumed, *keys) == expected
