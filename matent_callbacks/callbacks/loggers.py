@@ -112,11 +112,31 @@ def check_log(log: Any) -> None:
         )
 
 
+def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
+    """Find the runs of W&B behind loggers of Lightning, trackers of accelerate, and runs themselves."""
+    found = []
+    for logger in loggers:
+        # As for pictures.
+        with suppress(Exception):
+            if hasattr(run := experiment(logger), "define_metric"):
+                found.append(run)
+    return found
+
+
+def wandb_runs_of(log: Any) -> list[Any]:
+    """Find those behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
+    return wandb_runs(_loggers_of(log))
+
+
 def takers_of(log: Any) -> list[Taker]:
     """Find what takes pictures behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
+    return takers(_loggers_of(log))
+
+
+def _loggers_of(log: Any) -> list[Any]:
     if not getattr(log, "is_global_zero", True):
         return []
-    return takers(getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log])
+    return getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log]
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:

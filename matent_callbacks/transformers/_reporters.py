@@ -14,6 +14,7 @@ from transformers.integrations import (
     TrackioCallback,
     WandbCallback,
 )
+from transformers.integrations.integration_utils import rewrite_logs
 
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.loggers import (
@@ -39,7 +40,7 @@ def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     """Let W&B's table of runs show the maximum of logged keys beside the last value; return whether W&B has a run."""
-    runs = _wandb_runs(trainer)
+    runs = wandb_runs(trainer)
     for run in runs:
         with guard("the greatest values in W&B's table of runs"):
             for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
@@ -47,14 +48,20 @@ def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     return bool(runs)
 
 
+def wandb_name(key: str) -> str:
+    """Return the name that W&B is sent in place of a logged one."""
+    return next(iter(rewrite_logs({key: None})))
+
+
 def alert(trainer: Trainer, guard: Guard, title: str, text: str) -> None:
     """Send an alert to W&B, which forwards it to wherever its user wants."""
-    for run in _wandb_runs(trainer):
+    for run in wandb_runs(trainer):
         with guard("the alerts of W&B"):
             run.alert(title, text, level="WARN")
 
 
-def _wandb_runs(trainer: Trainer) -> list[Any]:
+def wandb_runs(trainer: Trainer) -> list[Any]:
+    """Find the runs of W&B that the Trainer reports to, from this process."""
     return [run for run in map(_wandb_run, _reporters(trainer, WandbCallback)) if run is not None]
 
 
