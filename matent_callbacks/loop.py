@@ -42,7 +42,8 @@ class LoopMonitor:
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
-        log: A function of values and step, an Accelerator, Fabric, a run of W&B or a SummaryWriter, used on every rank;
+        log: A function of values and step, an Accelerator, Fabric, a run of W&B, Trackio or SwanLab, or a
+            SummaryWriter, used on every rank;
             ``None``: nothing is logged. Pictures go to all of these but a function.
         metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
             (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more.

@@ -107,8 +107,9 @@ class MatrixEntropyCallback(MeasuringCallback):
             callback with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet, Trackio
+            and SwanLab: the profile through the layers at the steps so far, and layer by step as a heat map (needs
+            matplotlib).
         charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
             (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel

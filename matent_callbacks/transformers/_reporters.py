@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import Trainer
 from transformers.integrations import (
     CometCallback,
     MLflowCallback,
+    SwanLabCallback,
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
@@ -23,6 +25,7 @@ from matent_callbacks.callbacks.loggers import (
     to_comet,
     to_each,
     to_mlflow,
+    to_run,
     to_tensorboard,
 )
 
@@ -50,7 +53,8 @@ def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
 
 def wandb_name(key: str) -> str:
     """Return the name that W&B is sent in place of a logged one."""
-    return next(iter(rewrite_logs({key: None})))
+    (name,) = rewrite_logs({key: None})
+    return str(name)
 
 
 def alert(trainer: Trainer, guard: Guard, title: str, text: str) -> None:
@@ -77,6 +81,10 @@ def _to_wandb(callback: Any, pictures: Pictures, step: int) -> None:
 def _to_trackio(callback: Any, pictures: Pictures, step: int) -> None:
     if callback._trackio.context_vars.current_run.get() is not None:
         _to_log(callback._trackio, pictures, step)
+
+
+def _to_swanlab(callback: Any, pictures: Pictures, step: int) -> None:
+    to_run(sys.modules["swanlab"].get_run(), pictures, step)
 
 
 def _to_log(library: Any, pictures: Pictures, step: int) -> None:
@@ -107,13 +115,17 @@ _CALLS: dict[type, Callable[[Any, Pictures, int], None]] = {
     TensorBoardCallback: _to_tensorboard,
     MLflowCallback: _to_mlflow,
     CometCallback: _to_comet,
+    SwanLabCallback: _to_swanlab,
 }
 
 
 def _takers(trainer: Trainer) -> list[Taker]:
+    calls = dict(_CALLS)
+    if "swanlab.integration.transformers" in sys.modules:  # SwanLab's own callback
+        calls[sys.modules["swanlab.integration.transformers"].SwanLabCallback] = _to_swanlab
     return [
         (type(callback).__name__, partial(call, callback))
-        for kind, call in _CALLS.items()
+        for kind, call in calls.items()
         for callback in _reporters(trainer, kind)
     ]
 
