@@ -187,8 +187,8 @@ def _texts(probe: Any) -> list[str]:
         probe = [line for line in Path(probe).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not isinstance(probe, list) or not probe or not all(isinstance(text, str) and text for text in probe):
         raise ValueError(
-            "`matent: probe` must be a text file with one text a line, a list of texts, or a mapping of names to these; "
-            f"got {probe!r}."
+            "`matent: probe` must be a text file with one text a line, a list of texts, or a mapping of names to "
+            f"these, got {probe!r}."
         )
     return probe
 
