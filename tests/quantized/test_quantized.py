@@ -49,10 +49,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def make_model(request: Any, tmp_path: Path) -> Callable[[], Any]:
+@pytest.fixture
+def make_model(kind: str, tmp_path: Path) -> Callable[[], Any]:
     """The same quantized model at each call, with LoRA, prepared for training with gradient checkpointing."""
-    package, make_config = KINDS[request.param]
+    package, make_config = KINDS[kind]
     pytest.importorskip(package)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
@@ -72,6 +72,7 @@ def make_model(request: Any, tmp_path: Path) -> Callable[[], Any]:
     return make
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_readings_are_those_of_its_hidden_states(make_model):
     model = make_model().eval()
     batch = collate(text_examples(6))
@@ -81,10 +82,12 @@ def test_readings_are_those_of_its_hidden_states(make_model):
     values = monitor.compute()
     assert len(states) == len(LAYERS)
     for layer, hidden in zip(LAYERS, states, strict=True):
-        expected = slow_pooled_entropy(hidden, batch["attention_mask"])
+        expected = slow_pooled_entropy(hidden.detach(), batch["attention_mask"])
         assert values[f"matrix_entropy/{layer}"] == pytest.approx(expected, rel=1e-4)
 
 
+# The Trainer refuses the other kinds of torchao.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torchao int4"])
 @pytest.mark.parametrize("probe", [None, collate(text_examples(3, start=90))], ids=["training forwards", "probe"])
 def test_training_is_bitwise_the_same(make_model, make_trainer, probe):
     def train(callbacks: list[Any]) -> tuple[list[Any], dict[str, torch.Tensor], list[Any]]:
