@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
+from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import check_log, log_values, takers_of, to_each
+from matent_callbacks.callbacks.loggers import check_log, log_values, takers_of, to_each, wandb_runs_of
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -42,7 +43,8 @@ class LoopMonitor:
         layers: What to read, numbered as ``output_hidden_states`` does: ``"last"`` (after the final norm), ``"all"``
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
-        log: A function of values and step, an Accelerator, Fabric, a run of W&B or a SummaryWriter, used on every rank;
+        log: A function of values and step, an Accelerator, Fabric, a run of W&B, Trackio or SwanLab, or a
+            SummaryWriter, used on every rank;
             ``None``: nothing is logged. Pictures go to all of these but a function.
         metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
             (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more. With
@@ -73,6 +75,8 @@ class LoopMonitor:
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log the profile through the layers and a heat map (needs matplotlib).
+        charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
+            (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Accelerator's or Fabric's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences; ``None`` without ``process_group``: as the mesh.
@@ -121,6 +125,7 @@ class LoopMonitor:
         name: str | None = None,
         window_steps: int = 1,
         pictures: bool = True,
+        charts: Charts = "few",
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -256,6 +261,8 @@ class LoopMonitor:
             with self.guard("the log of the values"):
                 if values and self._log_to is not None:
                     log_values(self._log_to, values, step)
+            with self.guard("the choice of charts"):
+                self._run.hide_charts(values, wandb_runs_of(self._log_to))
             self._run.remember(step, values)
             self._show_pictures()
 

@@ -24,6 +24,12 @@ def read_alerts(folder: Path, *, seconds: float = 60) -> list[tuple[str, str]]:
     return [(alert.title, alert.text) for alert in alerts]
 
 
+def read_charts(folder: Path, *, seconds: float = 60) -> dict[str, tuple[bool, str]]:
+    """Whether automatic charts of a name are hidden, and what their x axis is, of names that were defined."""
+    defined = [record.metric for record in _all_records(folder, seconds) if record.HasField("metric")]
+    return {metric.name: (metric.options.hidden, metric.step_metric) for metric in defined if metric.name}
+
+
 def _all_records(folder: Path, seconds: float) -> list[Any]:
     (path,) = folder.rglob("*.wandb")
     deadline = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -18,11 +19,10 @@ Taker: TypeAlias = tuple[str, Callable[[Pictures, int], None]]
 """The name of a logger, and a function that sends it the pictures of a step."""
 
 
-def to_wandb(run: Any, pictures: Pictures, step: int) -> None:
-    """Send pictures to a run of W&B."""
-    import wandb
-
-    run.log({name: wandb.Image(pixels) for name, pixels in pictures.items()}, step=step)
+def to_run(run: Any, pictures: Pictures, step: int) -> None:
+    """Send pictures to a run of W&B, Trackio or SwanLab."""
+    library = importlib.import_module(type(run).__module__.partition(".")[0])
+    run.log({name: library.Image(pixels) for name, pixels in pictures.items()}, step=step)
 
 
 def to_tensorboard(writer: Any, pictures: Pictures, step: int) -> None:
@@ -71,12 +71,14 @@ def _call(logger: Any) -> Callable[[Pictures, int], None] | None:
     thing = experiment(logger)
     if _is_from("comet_ml", thing):
         return partial(to_comet, thing)
+    if _is_from("swanlab", thing):
+        return partial(to_run, thing)
     if hasattr(logger, "log_image"):  # W&B's logger of Lightning, and those modelled on it
         return partial(_to_log_image, logger)
     if hasattr(thing, "add_image"):
         return partial(to_tensorboard, thing)
-    if hasattr(thing, "define_metric"):
-        return partial(to_wandb, thing)
+    if _is_from("wandb", thing) or _is_from("trackio", thing):
+        return partial(to_run, thing)
     return partial(_to_mlflow_logger, logger) if _is_from("mlflow", thing) and hasattr(logger, "run_id") else None
 
 
@@ -112,11 +114,31 @@ def check_log(log: Any) -> None:
         )
 
 
+def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
+    """Find the runs of W&B behind loggers of Lightning, trackers of accelerate, and runs themselves."""
+    found = []
+    for logger in loggers:
+        # As for pictures.
+        with suppress(Exception):
+            if _is_from("wandb", run := experiment(logger)):
+                found.append(run)
+    return found
+
+
+def wandb_runs_of(log: Any) -> list[Any]:
+    """Find those behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
+    return wandb_runs(_loggers_of(log))
+
+
 def takers_of(log: Any) -> list[Taker]:
     """Find what takes pictures behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
+    return takers(_loggers_of(log))
+
+
+def _loggers_of(log: Any) -> list[Any]:
     if not getattr(log, "is_global_zero", True):
         return []
-    return takers(getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log])
+    return getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log]
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, check_embedding
 from matent_callbacks.accumulate.reduction import check_groups
+from matent_callbacks.callbacks.charts import Charts, LayerCharts
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
 from matent_callbacks.callbacks.measurement import Around, Finish, Measurement, check_every_n_steps, warn_if_never_due
@@ -54,6 +55,7 @@ class RunMonitor:
         name: str | None,
         window_steps: int,
         pictures: bool,
+        charts: Charts = "few",
         process_group: dist.ProcessGroup | None,
         context_group: dist.ProcessGroup | None,
         **others: Any,
@@ -81,6 +83,7 @@ class RunMonitor:
         )
         measurement = self._measurement
         self._pictures = LayerPictures(measurement.metrics, measurement.prefixes) if pictures else None
+        self._charts = LayerCharts(charts)
         self.records: list[dict[str, float]] = []
         """What pictures show: step and values of what was logged, by :meth:`remember`."""
         self._around: Around = nullcontext
@@ -263,6 +266,10 @@ class RunMonitor:
             return {}
         shown = self.records if records is None else records
         return self._pictures.draw(shown, self._measurement.layer_names, last=last)
+
+    def hide_charts(self, names: Iterable[str], runs: Iterable[Any], **how: Any) -> None:
+        """Hide the charts that W&B would draw of most layers; see :meth:`LayerCharts.hide`."""
+        self._charts.hide(names, self._measurement.layer_names, runs, **how)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
+from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
@@ -25,6 +26,7 @@ from matent_callbacks.lightning._trainer import (
     logging_step,
     planned_steps,
     publish,
+    runs_of_wandb,
     show,
     takes_names_with_a_loader,
     takes_pictures,
@@ -112,8 +114,11 @@ class MatrixEntropyCallback(MeasuringCallback):
             callback with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet, Trackio
+            and SwanLab: the profile through the layers at the steps so far, and layer by step as a heat map (needs
+            matplotlib).
+        charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
+            (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Trainer's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
@@ -156,6 +161,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         name: str | None = None,
         window_steps: int = 1,
         pictures: bool = True,
+        charts: Charts = "few",
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -240,6 +246,7 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
         self._run.remember(step, values)
+        self._hide_charts(trainer, values)
         self._show_pictures(trainer)
 
     @guarded
@@ -344,6 +351,11 @@ class MatrixEntropyCallback(MeasuringCallback):
                     publish(trainer, named, self.guard)
                 else:
                     log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            self._hide_charts(trainer, named)
+
+    def _hide_charts(self, trainer: Any, names: Iterable[str]) -> None:
+        with self.guard("the choice of charts"):
+            self._run.hide_charts(names, runs_of_wandb(trainer), step_metric="trainer/global_step")
 
 
 def _own_mask(batch: Any) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from matent_callbacks.callbacks.guard import Guard, guarded, without_run
-from matent_callbacks.callbacks.loggers import Pictures, experiment, takers, to_each
+from matent_callbacks.callbacks.loggers import Pictures, experiment, takers, to_each, wandb_runs
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "logging_step",
     "planned_steps",
     "publish",
+    "runs_of_wandb",
     "show",
     "summarize_by_maximum",
     "takes_names_with_a_loader",
@@ -157,6 +158,11 @@ def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:
             if hasattr(run, "define_metric"):
                 for name in (f"{prefix}{key}" for key in keys for prefix in ("", "val_", "test_")):
                     run.define_metric(name, step_metric="trainer/global_step", summary="max,last")
+
+
+def runs_of_wandb(trainer: Any) -> list[Any]:
+    """Find the runs of W&B that this process logs to."""
+    return wandb_runs(_loggers(trainer))
 
 
 def alert(trainer: Any, guard: Guard, title: str, text: str) -> None:

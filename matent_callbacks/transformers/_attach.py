@@ -112,7 +112,7 @@ class AttachedCallback(TrainerCallback):
         Raises:
             RuntimeError: If there is none and :meth:`attach` was not called.
         """
-        trainer = next((t for t in _on_stack("self") if isinstance(t, Trainer) and self._is_callback_of(t)), None)
+        trainer = trainer_of(self)
         if trainer is None and self.trainer is None:
             raise RuntimeError("No Trainer was found behind this event: call `callback.attach(trainer)` first.")
         self.attach(trainer or self.trainer)
@@ -120,9 +120,14 @@ class AttachedCallback(TrainerCallback):
     def _goes_behind(self, other: TrainerCallback) -> bool:
         return isinstance(other, AttachedCallback) and other.order <= self.order and other is not self
 
-    def _is_callback_of(self, trainer: Trainer) -> bool:
-        handler = getattr(trainer, "callback_handler", None)
-        return handler is not None and self in handler.callbacks
+
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """Find the Trainer whose event the callback is handling, if it is on the stack."""
+    for trainer in _on_stack("self"):
+        handler = getattr(trainer, "callback_handler", None) if isinstance(trainer, Trainer) else None
+        if handler is not None and callback in handler.callbacks:
+            return trainer
+    return None
 
 
 def running_evaluation(trainer: Trainer) -> tuple[Any, Any] | None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
+from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.transformers._measuring import MeasuringCallback, Wrapper, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
-from matent_callbacks.transformers._reporters import show, takes_pictures
+from matent_callbacks.transformers._reporters import show, takes_pictures, wandb_name, wandb_runs
 
 
 class MatrixEntropyCallback(MeasuringCallback):
@@ -106,8 +107,11 @@ class MatrixEntropyCallback(MeasuringCallback):
             callback with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+        pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet, Trackio
+            and SwanLab: the profile through the layers at the steps so far, and layer by step as a heat map (needs
+            matplotlib).
+        charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
+            (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Trainer's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
@@ -149,6 +153,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         name: str | None = None,
         window_steps: int = 1,
         pictures: bool = True,
+        charts: Charts = "few",
         process_group: dist.ProcessGroup | None = None,
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -219,6 +224,22 @@ class MatrixEntropyCallback(MeasuringCallback):
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
         self._show_pictures()
+
+    @guarded
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.trainer is None:
+            return
+        with self.guard("the choice of charts"):
+            runs = wandb_runs(self.trainer)
+            self._run.hide_charts(logs or (), runs, sent_as=wandb_name, step_metric="train/global_step")
 
     @guarded
     def on_train_end(

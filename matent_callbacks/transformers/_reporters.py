@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ from transformers import Trainer
 from transformers.integrations import (
     CometCallback,
     MLflowCallback,
+    SwanLabCallback,
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
 )
+from transformers.integrations.integration_utils import rewrite_logs
 
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.loggers import (
@@ -22,6 +25,7 @@ from matent_callbacks.callbacks.loggers import (
     to_comet,
     to_each,
     to_mlflow,
+    to_run,
     to_tensorboard,
 )
 
@@ -39,7 +43,7 @@ def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     """Let W&B's table of runs show the maximum of logged keys beside the last value; return whether W&B has a run."""
-    runs = _wandb_runs(trainer)
+    runs = wandb_runs(trainer)
     for run in runs:
         with guard("the greatest values in W&B's table of runs"):
             for name in (f"{prefix}/{key}" for key in keys for prefix in ("train", "eval")):
@@ -47,14 +51,21 @@ def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
     return bool(runs)
 
 
+def wandb_name(key: str) -> str:
+    """Return the name that W&B is sent in place of a logged one."""
+    (name,) = rewrite_logs({key: None})
+    return str(name)
+
+
 def alert(trainer: Trainer, guard: Guard, title: str, text: str) -> None:
     """Send an alert to W&B, which forwards it to wherever its user wants."""
-    for run in _wandb_runs(trainer):
+    for run in wandb_runs(trainer):
         with guard("the alerts of W&B"):
             run.alert(title, text, level="WARN")
 
 
-def _wandb_runs(trainer: Trainer) -> list[Any]:
+def wandb_runs(trainer: Trainer) -> list[Any]:
+    """Find the runs of W&B that the Trainer reports to, from this process."""
     return [run for run in map(_wandb_run, _reporters(trainer, WandbCallback)) if run is not None]
 
 
@@ -70,6 +81,10 @@ def _to_wandb(callback: Any, pictures: Pictures, step: int) -> None:
 def _to_trackio(callback: Any, pictures: Pictures, step: int) -> None:
     if callback._trackio.context_vars.current_run.get() is not None:
         _to_log(callback._trackio, pictures, step)
+
+
+def _to_swanlab(callback: Any, pictures: Pictures, step: int) -> None:
+    to_run(sys.modules["swanlab"].get_run(), pictures, step)
 
 
 def _to_log(library: Any, pictures: Pictures, step: int) -> None:
@@ -100,13 +115,17 @@ _CALLS: dict[type, Callable[[Any, Pictures, int], None]] = {
     TensorBoardCallback: _to_tensorboard,
     MLflowCallback: _to_mlflow,
     CometCallback: _to_comet,
+    SwanLabCallback: _to_swanlab,
 }
 
 
 def _takers(trainer: Trainer) -> list[Taker]:
+    calls = dict(_CALLS)
+    if "swanlab.integration.transformers" in sys.modules:  # SwanLab's own callback
+        calls[sys.modules["swanlab.integration.transformers"].SwanLabCallback] = _to_swanlab
     return [
         (type(callback).__name__, partial(call, callback))
-        for kind, call in _CALLS.items()
+        for kind, call in calls.items()
         for callback in _reporters(trainer, kind)
     ]
 

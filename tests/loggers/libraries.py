@@ -60,6 +60,14 @@ class Library:
     def arguments(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    def reporters(self) -> list[Any]:
+        """Callbacks for the Hugging Face Trainer, where it has none of its own."""
+        return []
+
+    def start_run(self) -> Any:
+        """Start a run, for a loop of one's own."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """Have it written, where the end of training does not."""
 
@@ -220,14 +228,27 @@ class Trackio(Library):
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setenv("TRACKIO_DIR", str(self.folder))
 
+    def start_run(self) -> Any:
+        import trackio
+
+        return trackio.init(project="text", embed=False)
+
+    def finish(self) -> None:
+        import trackio
+
+        if trackio.context_vars.current_run.get() is not None:
+            trackio.finish()
+
     def stored(self) -> Stored:
         stored = Stored(defaultdict(dict), defaultdict(dict))
         (path,) = self.folder.glob("*.db")
         with sqlite3.connect(path) as connection:
-            rows = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+            rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
         connection.close()
-        for row in rows:
-            step = row.get("train/global_step")
+        for own_step, metrics in rows:
+            row = json.loads(metrics)
+            # The Trainer's own count, where it logs; Trackio counts the records.
+            step = row.get("train/global_step", own_step)
             for key, value in row.items():
                 if isinstance(value, dict):
                     stored.pictures[key][step] = pixels(self.folder / "media" / value["file_path"])
@@ -236,7 +257,66 @@ class Trackio(Library):
         return stored
 
 
-ALL: tuple[type[Library], ...] = (Wandb, TensorBoard, MLflow, Comet, Trackio)
+class SwanLab(Library):
+    package = "swanlab"
+    logger = "SwanLabLogger"
+    settings: ClassVar = {"report_to": "none"}
+
+    def reporters(self) -> list[Any]:
+        return [importlib.import_module("swanlab.integration.transformers").SwanLabCallback()]
+
+    def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SWANLAB_MODE", "offline")
+        monkeypatch.setenv("SWANLAB_LOG_DIR", str(self.folder))
+
+    def make_logger(self, package: str) -> Any:
+        # From SwanLab itself, for both packages.
+        return importlib.import_module("swanlab.integration.pytorch_lightning").SwanLabLogger()
+
+    def start_run(self) -> Any:
+        import swanlab
+
+        return swanlab.init(project="text")
+
+    def finish(self) -> None:
+        import swanlab
+
+        if swanlab.has_run():
+            swanlab.finish()
+
+    def stored(self) -> Stored:
+        from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+        from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+        stored = Stored(defaultdict(dict), defaultdict(dict))
+        (path,) = self.folder.rglob("*.swanlab")
+        reader = DataStoreReader()
+        reader.open(path)
+        for record in map(Record.FromString, reader):
+            if record.HasField("scalar"):
+                stored.numbers[record.scalar.key][record.scalar.step] = record.scalar.value.number
+            elif record.HasField("media"):
+                (item,) = record.media.value.items
+                (file,) = self.folder.rglob(item.filename)
+                stored.pictures[record.media.key][record.media.step] = pixels(file)
+        reader.close()
+        return stored
+
+
+class SwanLabByTransformers(SwanLab):
+    logger = None
+    settings: ClassVar = {"report_to": ["swanlab"]}
+
+    def prepare(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().prepare(monkeypatch)
+        # It looks for a run before it starts one, which is an error in newer versions of SwanLab.
+        self.start_run()
+
+    def reporters(self) -> list[Any]:
+        return []
+
+
+ALL: tuple[type[Library], ...] = (Wandb, TensorBoard, MLflow, Comet, Trackio, SwanLab, SwanLabByTransformers)
 
 
 def in_csv(folder: Path, key: str) -> dict[int, float]:

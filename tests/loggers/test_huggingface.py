@@ -14,7 +14,7 @@ from tests.versions import older
 def test_numbers_and_pictures_are_stored_under_their_steps(kind, prepare, make_trainer, drawn):
     library = prepare(kind)
     trainer = make_trainer(
-        [MatrixEntropyCallback(2, layers="all")],
+        [*library.reporters(), MatrixEntropyCallback(2, layers="all")],
         max_steps=12,
         **library.settings,
         eval_strategy="steps",
