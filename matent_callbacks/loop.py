@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import check_log, log_values, takers_of, to_each
+from matent_callbacks.callbacks.loggers import check_log, destinations, log_settings, log_values, takers, to_each
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.report._keys import measured_settings
 
 
 class LoopMonitor:
@@ -124,7 +125,7 @@ class LoopMonitor:
         # Where accelerate, Fabric and models have their device meshes.
         owner = SimpleNamespace(accelerator=log, strategy=getattr(log, "strategy", None), model=model)
         self._run.watch(model, owner=owner)
-        self._began = self._resumed = self._under_way = False
+        self._began = self._resumed = self._under_way = self._told = False
         self._last = 0
 
     @contextmanager
@@ -240,13 +241,20 @@ class LoopMonitor:
 
     def _log(self, logged: Logged) -> None:
         for step, values in logged.items():
+            self._log_settings()
             with self.guard("the log of the values"):
                 if values and self._log_to is not None:
                     log_values(self._log_to, values, step)
             self._run.remember(step, values)
             self._show_pictures()
 
+    def _log_settings(self) -> None:
+        told, self._told = self._told, True
+        with self.guard("what is measured among the settings of the run"):
+            for thing in [] if told else destinations(self._log_to):
+                log_settings(thing, measured_settings(self._run.measured))
+
     def _show_pictures(self, *, last: bool = False) -> None:
         with self.guard("pictures"):
-            if self._run.has_pictures and (found := takers_of(self._log_to)):
+            if self._run.has_pictures and (found := takers(destinations(self._log_to))):
                 to_each(found, self._run.pictures(last=last), self._last, self.guard)

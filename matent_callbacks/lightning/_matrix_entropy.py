@@ -21,6 +21,7 @@ from matent_callbacks.lightning._trainer import (
     compiled_whole,
     draws_its_batches,
     log,
+    log_settings,
     logging_step,
     planned_steps,
     publish,
@@ -28,6 +29,7 @@ from matent_callbacks.lightning._trainer import (
     takes_names_with_a_loader,
     takes_pictures,
 )
+from matent_callbacks.report._keys import measured_settings
 
 
 class MatrixEntropyCallback(MeasuringCallback):
@@ -182,6 +184,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._draws = None
         self._find_layers(trainer, pl_module)
         if not self.off:
+            log_settings(trainer, measured_settings(self._run.measured), self.guard)
             self._run.run_begins(
                 pl_module,
                 step=trainer.global_step,

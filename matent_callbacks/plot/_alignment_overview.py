@@ -98,14 +98,14 @@ def _losses(axis: Axes, records: _Records) -> None:
 
 
 def _grounding(axis: Axes, records: _Records) -> None:
-    axis.axhline(0, color="0.8", linewidth=1)
+    axis.axhline(0, color="0.5", alpha=0.4, linewidth=1)
     axis.plot(*series(records, "alignment/grounding"), color=BLUE)
     axis.set_ylabel("grounding (nats per token)")
     axis.set_title("What the right image is worth")
 
 
 def _against_chance(axis: Axes, records: _Records) -> None:
-    axis.axhspan(-2, 2, color="0.88", zorder=0, label="chance (95 %)")
+    axis.axhspan(-2, 2, color="0.5", alpha=0.2, zorder=0, label="chance (95 %)")
     axis.plot(*series(records, "alignment/cka_z"), color=BLUE, label="linear CKA")
     axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
     axis.set_ylabel("z (standard deviations)")
@@ -113,7 +113,7 @@ def _against_chance(axis: Axes, records: _Records) -> None:
 
 
 def _debiased(axis: Axes, records: _Records) -> None:
-    axis.axhline(0, color="0.8", linewidth=1)
+    axis.axhline(0, color="0.5", alpha=0.4, linewidth=1)
     axis.plot(*series(records, "alignment/cka_debiased"), color=BLUE)
     axis.set_ylabel("debiased CKA")
     axis.set_title("Similarity of image and text")

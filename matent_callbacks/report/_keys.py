@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP
 
+# Compared with a reference: how far each layer has moved from it. None of them is in every version of the catalogue.
+DRIFT = "drift"
+OF_REFERENCE = (DRIFT, "subspace_overlap", "token_cosine")
 # The spectrum is logged as several numbers, which have names of their own.
-LAYER_METRICS = (*(name for name in CATALOGUE if name != "spectrum"), "diff_erank")
+LAYER_METRICS = tuple(dict.fromkeys(name for name in (*CATALOGUE, "diff_erank", *OF_REFERENCE) if name != "spectrum"))
 # What Lightning users call their training loss; the first that was logged is taken.
 LOSSES = ("loss", "train_loss", "train_loss_step", "training_loss", "train_loss_epoch")
 
@@ -33,6 +36,11 @@ class Quantity(NamedTuple):
     """``None``: the training data; otherwise the name of the held-out data, ``""`` where they have none."""
     name: str = ""
     """That of the callback or the probe, or of both with a slash between, that it was logged under."""
+
+
+def measured_settings(measured: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of a run that say what is measured, from that by the name of the callback or probe."""
+    return {f"matent_callbacks.measured{name and '.'}{name}": data for name, data in measured.items()}
 
 
 def normalise(key: str) -> str | None:

@@ -15,9 +15,10 @@ from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.report._keys import measured_settings
 from matent_callbacks.transformers._measuring import MeasuringCallback, Wrapper, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
-from matent_callbacks.transformers._reporters import show, takes_pictures
+from matent_callbacks.transformers._reporters import log_settings, show, takes_pictures
 
 
 class MatrixEntropyCallback(MeasuringCallback):
@@ -158,6 +159,11 @@ class MatrixEntropyCallback(MeasuringCallback):
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
+        self._told = False
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return measured_settings(self._run.measured)
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
@@ -206,6 +212,10 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
+        if not self._told:
+            # Not before: reporters open their runs when training begins, after this callback is called.
+            self._told = True
+            log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()
 
     @guarded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.integrations import (
     WandbCallback,
 )
 
+from matent_callbacks.callbacks import loggers
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.loggers import (
     Pictures,
@@ -35,6 +36,14 @@ def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
     """Send pictures to all reporters of the Trainer that take them, at its current step."""
     if pictures:
         to_each(_takers(trainer), pictures, trainer.state.global_step, guard)
+
+
+def log_settings(trainer: Trainer, settings: Mapping[str, str], guard: Guard) -> None:
+    """Add settings to what W&B and TensorBoard keep of those of the run."""
+    writers = (callback.tb_writer for callback in _reporters(trainer, TensorBoardCallback))
+    for thing in (*_wandb_runs(trainer), *writers):
+        with guard("what is measured among the settings of the run"):
+            loggers.log_settings(thing, settings)
 
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:
