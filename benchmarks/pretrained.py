@@ -154,12 +154,11 @@ def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
     }
     for label, (metric, style) in shown.items():
         above.plot([*profile[metric].values()], style, label=label)
-    above.set(yscale="log", ylabel="dimensions", title=name)
+    above.set(yscale="log", ylabel="dimensions", title=f"{name}: effective rank by depth")
     above.legend(frameon=False)
     below.plot([*profile["max_norm_ratio"].values()], color="#D55E00")
-    below.set(
-        yscale="log", ylabel="longest token / geometric mean", xlabel="layer; 0: embeddings, last: after the norm"
-    )
+    below.set(title="Longest token, and largest dimension", yscale="log", ylabel="longest token / geometric mean")
+    below.set_xlabel("layer; 0: embeddings, last: after the norm")
     for axis, ticks in ((above.yaxis, (10, 20, 50, 100, 200)), (below.yaxis, (1, 3, 10, 30, 100))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")

@@ -284,7 +284,7 @@ def draw_sheet(pairs: list[Pair], captions: list[str]) -> Figure:
         axis.imshow(picture)
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_xlabel(caption.replace(", ", "\n"), color="black" if caption == true else "#D55E00")
+        axis.set_xlabel(caption.replace(", ", "\n"), color=plt.rcParams["text.color"] if caption == true else "#D55E00")
     return figure
 
 

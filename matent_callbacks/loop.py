@@ -66,7 +66,7 @@ class LoopMonitor:
         name: Prefix of the names of all values, for a second monitor with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log the profile through the layers and a heat map (needs matplotlib).
+        pictures: With two layers or more, log the profile through the layers and heat maps (needs matplotlib).
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Accelerator's or Fabric's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences; ``None`` without ``process_group``: as the mesh.

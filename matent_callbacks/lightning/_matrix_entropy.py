@@ -108,7 +108,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+            the profile through the layers at the steps so far, and layer by step as heat maps of the values and
+            of their change; and a third of drift by depth, where that is logged (needs matplotlib).
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Trainer's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
@@ -184,7 +185,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._draws = None
         self._find_layers(trainer, pl_module)
         if not self.off:
-            log_settings(trainer, measured_settings(self._run.measured), self.guard)
+            with self.guard("what is measured among the settings of the run"):
+                log_settings(trainer, measured_settings(self._run.measured), self.guard)
             self._run.run_begins(
                 pl_module,
                 step=trainer.global_step,

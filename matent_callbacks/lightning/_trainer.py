@@ -147,7 +147,7 @@ def show(trainer: Any, pictures: Pictures, guard: Guard, *, step: int) -> None:
 def log_settings(trainer: Any, settings: Mapping[str, str], guard: Guard) -> None:
     """Add settings to those that loggers keep of the run."""
     for logger in _loggers(trainer):
-        with guard("what is measured among the settings of the run"):
+        with guard(f"the settings of {type(logger).__name__}"):
             loggers.log_settings(logger, settings)
 
 

@@ -54,18 +54,17 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
     layers, steps, grid = _table(records, metric)
     shown = evenly(range(len(steps)), _PROFILES)
     for colour, index in zip(FIVE, shown[:-1], strict=False):
-        ax.plot([row[index] for row in grid], color=colour, marker="o", ms=2, lw=1, label=f"step {steps[index]:g}")
-    ax.plot([row[-1] for row in grid], color=ORANGE, marker="o", ms=4, lw=2.2, label=f"step {steps[-1]:g}")
+        ax.plot([row[index] for row in grid], color=colour, marker="o", ms=2, lw=1, label=f"step {steps[index]}")
+    ax.plot([row[-1] for row in grid], color=ORANGE, marker="o", ms=4, lw=2.2, label=f"step {steps[-1]}")
     if metric in LOGARITHMIC:
         rank_scale(ax)
     layer_ticks(ax.xaxis, layers, min(16, int(_inches(ax)[0] / 0.3)))
     ax.set_ylabel(UNITS.get(metric, metric.replace("_", " ")))
     _title(ax, metric, " by depth")
-    # Beside the plot, where it hides no line.
+    # Beside the plot, where it hides no line, if the layout of the figure makes room for it.
+    beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax.figure.get_layout_engine() else {}
     title = f"{len(shown)} of {len(steps)} readings" if len(shown) < len(steps) else None
-    ax.legend(
-        title=title, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", title_fontsize="small"
-    )
+    ax.legend(title=title, frameon=False, fontsize="small", title_fontsize="small", **beside)
 
 
 def layer_heatmap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
@@ -31,6 +32,8 @@ from matent_callbacks.report._words import (
     step,
 )
 
+_Lines: TypeAlias = dict[str, Curve]
+_Cells: TypeAlias = dict[str, dict[float, float]]  # values by layer and step
 _CURVES, _COLUMNS = 4, 240
 # Widths of the heat map on narrow and wide pages, and the height of a layer in it, in inches.
 _NARROW, _WIDE, _ROW = 4.2, 10.5, 0.18
@@ -104,15 +107,7 @@ def _stages(run: Run) -> Iterator[Picture]:
 
 
 def _curves(
-    run: Run,
-    name: str,
-    title: str,
-    unit: str,
-    lines: dict[str, Curve],
-    points: dict[str, Curve],
-    about: str = "",
-    *,
-    ranks: bool = False,
+    run: Run, name: str, title: str, unit: str, lines: _Lines, points: _Lines, about: str = "", *, ranks: bool = False
 ) -> Iterator[Picture]:
     """One picture of quantities over steps, or none where none of them has a finite reading."""
     lines, points = ({k: c for k, c in group.items() if c.finite().values} for group in (lines, points))
@@ -153,12 +148,10 @@ def _heatmaps(run: Run, metric: str | None) -> Iterator[Picture]:
         layer: {s: v / firsts[layer] if ratios else v - firsts[layer] for s, v in column.items()}
         for layer, column in cells.items()
     }
-    about = (
-        f"Each value {'over' if ratios else 'minus'} the first of its layer: grey no change, blue less, orange more."
-    )
+    compared = f"Each value {'over' if ratios else 'minus'} its layer's first: grey no change, blue less, orange more."
     for name, heading, sentence, values in (
         ("heatmap", f"{title} of every layer", "", cells),
-        ("change", f"{title}: change since the first measurement", about, changes),
+        ("change", f"{title}: change since the first measurement", compared, changes),
     )[: 1 + any(len({*column.values()}) > 1 for column in cells.values())]:
         figures = []
         for width in (_NARROW, _WIDE):
@@ -190,7 +183,7 @@ def _drift(run: Run) -> Iterator[Picture]:
     yield picture([figure], f"{run.ids}drift-by-depth", "Drift by depth", _told(cells), numbers, caption)
 
 
-def _cells(run: Run, metric: str) -> tuple[str | None, dict[str, dict[float, float]], list[float]]:
+def _cells(run: Run, metric: str) -> tuple[str | None, _Cells, list[float]]:
     """The data that a metric is shown for, its finite values by layer and step, and all steps that have one."""
     source, layers = run.shown(metric)
     # Of ranks those above 0, as their scale is logarithmic.
@@ -201,20 +194,18 @@ def _cells(run: Run, metric: str) -> tuple[str | None, dict[str, dict[float, flo
     return source, cells, sorted({s for column in cells.values() for s in column})
 
 
-def _records(
-    metric: str, cells: dict[str, dict[float, float]], steps: list[float], most: int
-) -> tuple[list[dict[str, float]], str]:
+def _records(metric: str, cells: _Cells, steps: list[float], most: int) -> tuple[list[dict[str, float]], str]:
     """Records of evenly spaced readings, as they are drawn, and a sentence on how many these are if not all."""
     shown = evenly(steps, most)
     records = [{"step": s, **{f"{metric}/{n}": c[s] for n, c in cells.items() if s in c}} for s in shown]
     return records, f"Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced." * (len(shown) < len(steps))
 
 
-def _told(cells: dict[str, dict[float, float]]) -> list[str]:
+def _told(cells: _Cells) -> list[str]:
     return [moved(place_name(n), Curve(list(cells[n]), list(cells[n].values()))) for n in evenly(list(cells), 8)]
 
 
-def _by_layer(cells: dict[str, dict[float, float]], steps: list[float]) -> Table:
+def _by_layer(cells: _Cells, steps: list[float]) -> Table:
     """Columns, rows and caption of a table of layers by steps, the last layer on top."""
     shown = evenly(steps, 20)
     rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in shown)] for n in reversed(cells)]

@@ -103,17 +103,11 @@ def picture(
     legend: bool = True,
     runs: Mapping[int, str] = MappingProxyType({}),
 ) -> Picture:
-    """Make a picture of a figure, or of two for narrow and wide pages.
+    """Make a picture of a figure, or of two for narrow and wide pages, created inside :func:`style`.
 
-    Args:
-        figures: Created inside :func:`style`.
-        name: Prefix of every id, so that several pictures can be in one page.
-        title: Above the picture.
-        description: Sentences for screen readers.
-        table: The numbers.
-        caption: Sentences below the picture; empty ones are left out.
-        legend: Whether there is a legend below the picture.
-        runs: Those of several runs that are drawn, by their place on the page: the tooltips of ``run<place>``.
+    ``name`` is the prefix of every id, so that several pictures can be in one page, ``description`` is for screen
+    readers, and empty sentences of ``caption`` are left out. ``legend``: below the picture. ``runs`` are those of
+    several runs that are drawn, by their place on the page; they are the tooltips of ``run<place>``.
     """
     told = " ".join(description)
     tooltips = {f"run{place}": label for place, label in runs.items()}

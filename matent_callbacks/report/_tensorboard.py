@@ -34,8 +34,8 @@ def read(path: Path, files: list[Path]) -> Run:
         merged: dict[float, Record] = {}
         tags = events.Tags()
         for tag in tags["tensors"]:
-            if tag in _SETTINGS:
-                settings.update(from_json(events.Tensors(tag)[-1].tensor_proto.string_val[0]))
+            for event in events.Tensors(tag) if tag in _SETTINGS else ():
+                settings.update(from_json(event.tensor_proto.string_val[0]))
         for tag in tags["scalars"]:
             for event in events.Scalars(tag):
                 record = to_record(event.step, {tag: event.value})

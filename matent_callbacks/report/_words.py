@@ -14,11 +14,7 @@ NAMES = {
     "loss": "training loss",
     "diff_erank": "Diff-eRank",
 }
-AXES = {
-    **UNITS,
-    "loss": "loss, as logged",
-    "diff_erank": "Diff-eRank (dimensions)",
-}
+AXES = {**UNITS, "loss": "loss, as logged", "diff_erank": "Diff-eRank (dimensions)"}
 PAIRS = {
     "image_text": "image-text alignment",
     "image_reduction_ratio": "image reduction ratio",

@@ -102,7 +102,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet and Trackio:
-            the profile through the layers at the steps so far, and layer by step as a heat map (needs matplotlib).
+            the profile through the layers at the steps so far, and layer by step as heat maps of the values and
+            of their change; and a third of drift by depth, where that is logged (needs matplotlib).
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Trainer's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences, as in context parallelism; ``None`` without
@@ -215,7 +216,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         if not self._told:
             # Not before: reporters open their runs when training begins, after this callback is called.
             self._told = True
-            log_settings(self.trainer, self.settings, self.guard)
+            with self.guard("what is measured among the settings of the run"):
+                log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()
 
     @guarded

@@ -42,7 +42,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, str], guard: Guard) ->
     """Add settings to what W&B and TensorBoard keep of those of the run."""
     writers = (callback.tb_writer for callback in _reporters(trainer, TensorBoardCallback))
     for thing in (*_wandb_runs(trainer), *writers):
-        with guard("what is measured among the settings of the run"):
+        with guard(f"the settings of {type(thing).__name__}"):
             loggers.log_settings(thing, settings)
 
 

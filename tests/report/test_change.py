@@ -41,7 +41,7 @@ def test_change_and_drift_of_thirty_one_layers() -> None:
     change = found["change"]
     assert change.title == "Effective rank: change since the first measurement"
     assert change.wide
-    assert change.caption.startswith("Each value over the first of its layer: grey no change, blue less, orange more.")
+    assert change.caption.startswith("Each value over its layer's first: grey no change, blue less, orange more.")
     assert change.caption.endswith("Measured on a probe.")
     rows = {row[0]: row[1:] for row in change.rows}
     assert list(rows) == ["last layer", *NAMES[-2::-1]]
@@ -63,7 +63,7 @@ def test_of_a_metric_that_is_no_rank_the_differences_are_told() -> None:
     renamed = [{key.replace("effective_rank", "matrix_entropy"): v for key, v in r.items()} for r in run.records]
     found = {p.name: p for group in pictures(replace(run, records=renamed)).values() for p in group}
     assert found["change"].rows[0][-1] == "100"
-    assert "Each value minus the first of its layer" in found["change"].caption
+    assert "Each value minus its layer's first" in found["change"].caption
 
 
 def test_where_nothing_changes_or_there_is_one_reading_there_is_no_picture_of_change() -> None:

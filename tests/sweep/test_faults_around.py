@@ -158,6 +158,7 @@ OF_BOTH = [
 ]
 OF_TRAINER = [
     Place(trainer_entropy, "counted_samples"),
+    Place(trainer_entropy, "log_settings"),
     Place(trainer_entropy, "takes_pictures"),
     Place(trainer_entropy, "show", takes_pictures=True),
     Place(trainer_entropy, "log_record", in_background),
@@ -167,6 +168,7 @@ OF_TRAINER = [
 ]
 OF_LIGHTNING = [
     Place(lightning_entropy, "counted_samples"),
+    Place(lightning_entropy, "log_settings"),
     Place(lightning_entropy, "takes_pictures"),
     Place(lightning_entropy, "show", takes_pictures=True),
     Place(run_monitor, "thinned", takes_pictures=True),
