@@ -24,6 +24,7 @@ from benchmarks._markdown import begin, table
 from examples.smollm2 import load
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.functional.sinks import log_norms, long_tokens, most_sinks, sums_of_logs
+from matent_callbacks.plot._style import layer_ticks
 
 BATCHES = ((8, 128), (8, 256))
 LENGTHS = (16, 32, 128, 512, 2048)
@@ -143,7 +144,7 @@ def show_profile(name: str, model: Any, tokenizer: Any, size: tuple[int, int]) -
 def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
     """Draw the ranks by depth, and below them the lengths of tokens and the largest dimension."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     shown = {
@@ -153,17 +154,16 @@ def draw(name: str, profile: dict[str, dict[str, float]]) -> None:
     }
     for label, (metric, style) in shown.items():
         above.plot([*profile[metric].values()], style, label=label)
-    above.set(yscale="log", ylabel="dimensions", title=name)
+    above.set(yscale="log", ylabel="dimensions", title=f"{name}: effective rank by depth")
     above.legend(frameon=False)
     below.plot([*profile["max_norm_ratio"].values()], color="#D55E00")
-    below.set(
-        yscale="log", ylabel="longest token / geometric mean", xlabel="layer; 0: embeddings, the last: after the norm"
-    )
+    below.set(title="Longest token, and largest dimension", yscale="log", ylabel="longest token / geometric mean")
+    below.set_xlabel("layer; 0: embeddings, last: after the norm")
     for axis, ticks in ((above.yaxis, (10, 20, 50, 100, 200)), (below.yaxis, (1, 3, 10, 30, 100))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_ticks(below.xaxis, [*map(str, range(len(profile[RANK]) - 1)), "last"], 16)
     share = below.twinx()
     share.plot([*profile["top_dimension_share"].values()], "--", color="#0072B2")
     share.set(ylim=(0, 1), ylabel="share of the largest dimension (dashed)")

@@ -120,6 +120,7 @@ def draw(layers: tuple[str, ...], profiles: dict[str, dict[str, float]], log: li
     for (name, profile), style in zip(profiles.items(), ("--", "-", ":"), strict=True):
         left.plot([profile[layer] for layer in layers], style, label=name)
     left.set(title="Effective rank by depth", xlabel="layer; 0: embeddings, the last: after the norm", yscale="log")
+    left.set_xticks([*range(0, len(layers) - 2, 5), len(layers) - 1], [*range(0, len(layers) - 2, 5), "last"])
     left.set_ylabel("dimensions")
     left.yaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False)

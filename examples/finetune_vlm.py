@@ -113,10 +113,8 @@ def main() -> None:
     looks = begins_to_look(history)
     figure = alignment_overview(history, stop=stop, title="A small LLaVA learns to say what is where in a picture")
     if looks is not None:
-        for axis in figure.axes:
-            axis.axvline(looks, color="0.7", linewidth=1, zorder=0)
-        begins = f" begins to look, {looks}"
-        figure.axes[0].annotate(begins, (looks, 0.01), xycoords=("data", "axes fraction"), va="bottom", size="small")
+        lines = [axis.axvline(looks, color="0.6", linewidth=1, zorder=0) for axis in figure.axes]
+        figure.legend(lines[:1], [f"begins to look, step {looks}"], loc="outside lower left", frameon=False)
     figure.savefig(arguments.output / "alignment.png", dpi=110)
     print_curves(history)
     print(f"\nIt begins to look: {looks or 'not yet'}. Plateau of the grounding: {stop or 'none'}.")
@@ -290,7 +288,7 @@ def draw_sheet(pairs: list[Pair], captions: list[str]) -> Figure:
         axis.imshow(picture)
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_xlabel(caption.replace(", ", "\n"), color="black" if caption == true else "#D55E00")
+        axis.set_xlabel(caption.replace(", ", "\n"), color=plt.rcParams["text.color"] if caption == true else "#D55E00")
     return figure
 
 

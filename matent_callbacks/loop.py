@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import check_log, log_values, takers_of, to_each, wandb_runs_of
+from matent_callbacks.callbacks.loggers import (
+    check_log,
+    destinations,
+    log_settings,
+    log_values,
+    measured_settings,
+    takers,
+    to_each,
+    wandb_runs,
+)
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -74,7 +83,7 @@ class LoopMonitor:
         name: Prefix of the names of all values, for a second monitor with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
-        pictures: With two layers or more, log the profile through the layers and a heat map (needs matplotlib).
+        pictures: With two layers or more, log the profile through the layers and heat maps (needs matplotlib).
         charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
             (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -139,7 +148,7 @@ class LoopMonitor:
         # Where accelerate, Fabric and models have their device meshes.
         owner = SimpleNamespace(accelerator=log, strategy=getattr(log, "strategy", None), model=model)
         self._run.watch(model, owner=owner)
-        self._began = self._resumed = self._under_way = False
+        self._began = self._resumed = self._under_way = self._told = False
         self._last = 0
 
     @contextmanager
@@ -258,15 +267,22 @@ class LoopMonitor:
 
     def _log(self, logged: Logged) -> None:
         for step, values in logged.items():
+            self._log_settings()
             with self.guard("the log of the values"):
                 if values and self._log_to is not None:
                     log_values(self._log_to, values, step)
             with self.guard("the choice of charts"):
-                self._run.hide_charts(values, wandb_runs_of(self._log_to))
+                self._run.hide_charts(values, wandb_runs(destinations(self._log_to)))
             self._run.remember(step, values)
             self._show_pictures()
 
+    def _log_settings(self) -> None:
+        told, self._told = self._told, True
+        with self.guard("what is measured among the settings of the run"):
+            for thing in [] if told else destinations(self._log_to):
+                log_settings(thing, measured_settings(self._run.measured))
+
     def _show_pictures(self, *, last: bool = False) -> None:
         with self.guard("pictures"):
-            if self._run.has_pictures and (found := takers_of(self._log_to)):
+            if self._run.has_pictures and (found := takers(destinations(self._log_to))):
                 to_each(found, self._run.pictures(last=last), self._last, self.guard)

@@ -1,10 +1,11 @@
-"""Draws all layers of a run in two pictures, so that a logger needs two panels and not one for each layer."""
+"""Draws all layers of a run in two or three pictures, so that a logger needs no panel for each layer."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 # A picture shows all readings so far: it is drawn again once their number has grown by this factor.
 _GROWTH = 1.25
 _MOST_RECORDS = 512
+_DRIFT = "drift"
 
 
 class LayerPictures:
@@ -27,7 +29,7 @@ class LayerPictures:
 
     def shown(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return those values of one reading that go into a picture."""
-        shown = tuple(f"{prefix}{self._metric}/" for prefix in self._prefixes)
+        shown = tuple(f"{prefix}{metric}/" for prefix in self._prefixes for metric in (self._metric, _DRIFT))
         return {key: value for key, value in values.items() if key.startswith(shown)}
 
     def draw(
@@ -49,38 +51,49 @@ class LayerPictures:
         self._drawn = max(steps)
         self._wait = math.ceil(_GROWTH * len(steps)) - len(steps) - 1
         return {
-            f"{prefix}layers/{self._metric}_{name}": pixels
+            f"{prefix}layers/{name}": pixels
             for prefix, own in readings.items()
             if own
-            for name, pixels in self._pixels(own).items()
+            for name, pixels in self._pixels(own)
         }
 
     def _readings(
         self, records: Sequence[Mapping[str, Any]], layers: Sequence[str], prefix: str
     ) -> list[dict[str, Any]]:
         """Step and values of the records that have any, with the prefix taken off their names."""
-        names = {f"{prefix}{self._metric}/{layer}": f"{self._metric}/{layer}" for layer in layers}
+        metrics = (self._metric, _DRIFT)
+        names = {f"{prefix}{metric}/{layer}": f"{metric}/{layer}" for metric in metrics for layer in layers}
         return [
             {"step": record["step"]} | {names[key]: value for key, value in record.items() if key in names}
             for record in records
             if not names.keys().isdisjoint(record)
         ]
 
-    def _pixels(self, readings: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def _pixels(self, readings: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         from matent_callbacks.plot import layer_heatmap, layer_profile
 
-        pictures = {}
-        for name, draw in (("profile", layer_profile), ("heatmap", layer_heatmap)):
-            figure = Figure(figsize=(7, 4), layout="constrained")
+        change = partial(layer_heatmap, change=True)
+        logged = {key.partition("/")[0] for record in readings for key in record}
+        pictures: dict[str, list[Callable[..., None]]] = {
+            f"{self._metric}_profile": [layer_profile],
+            # The change is below the values, on the same steps.
+            f"{self._metric}_heatmap": [layer_heatmap, *([change] if len(readings) > 1 else [])],
+            f"{_DRIFT}_profile": [layer_profile],
+        }
+        for name, panels in pictures.items():
+            metric = name.rpartition("_")[0]
+            if metric not in logged:
+                continue
+            figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
             canvas = FigureCanvasAgg(figure)
-            draw(readings, self._metric, ax=figure.subplots())
+            for draw, ax in zip(panels, figure.subplots(len(panels), squeeze=False).flat, strict=True):
+                draw(readings, metric, ax=ax)
             canvas.draw()  # type: ignore[no-untyped-call]
-            pictures[name] = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
-        return pictures
+            yield name, np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def thinned(records: list[dict[str, float]]) -> list[dict[str, float]]:

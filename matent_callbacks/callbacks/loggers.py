@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -105,6 +106,22 @@ def log_values(log: Any, values: Mapping[str, float], step: int) -> None:
         log(dict(values), step)
 
 
+def measured_settings(measured: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of a run that say what is measured, from that by the name of the callback or probe."""
+    return {f"matent_callbacks.measured{name and '.'}{name}": data for name, data in measured.items()}
+
+
+def log_settings(thing: Any, settings: Mapping[str, str]) -> None:
+    """Add settings to those that a run of W&B, a ``SummaryWriter`` or a ``CSVLogger`` keeps; others keep none."""
+    thing = experiment(thing)
+    if hasattr(thing, "add_text"):
+        thing.add_text("matent_callbacks", json.dumps(dict(settings)))
+    elif hasattr(thing, "define_metric"):
+        thing.config.update(dict(settings), allow_val_change=True)
+    elif hasattr(thing, "log_hparams"):
+        thing.log_hparams(dict(settings))
+
+
 def check_log(log: Any) -> None:
     """Raise TypeError unless it is None or :func:`log_values` can log with it."""
     if not (log is None or callable(log) or any(hasattr(log, name) for name in ("log_dict", "add_scalar", "log"))):
@@ -125,20 +142,11 @@ def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
     return found
 
 
-def wandb_runs_of(log: Any) -> list[Any]:
-    """Find those behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
-    return wandb_runs(_loggers_of(log))
-
-
-def takers_of(log: Any) -> list[Taker]:
-    """Find what takes pictures behind what :class:`~matent_callbacks.LoopMonitor` takes as ``log``, on this rank."""
-    return takers(_loggers_of(log))
-
-
-def _loggers_of(log: Any) -> list[Any]:
+def destinations(log: Any) -> list[Any]:
+    """What is behind the ``log`` of :class:`~matent_callbacks.LoopMonitor` on this rank: loggers, a run, a writer."""
     if not getattr(log, "is_global_zero", True):
         return []
-    return getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log]
+    return list(getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log])
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:

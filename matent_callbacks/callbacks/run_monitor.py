@@ -103,6 +103,13 @@ class RunMonitor:
         return bool(self._measurement.probes)
 
     @property
+    def measured(self) -> dict[str, str]:
+        """What the layers are measured on in training, by the name that the names of values begin with."""
+        data = "a probe" if self.has_probe else "training batches"
+        only = ", tokens with labels" if self._arguments.get("tokens") == "labels" else ""
+        return {prefix.rstrip("/"): data + only for prefix in self._measurement.prefixes}
+
+    @property
     def has_pictures(self) -> bool:
         """Whether pictures were asked for."""
         return self._pictures is not None

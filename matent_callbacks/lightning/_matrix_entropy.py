@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.loggers import measured_settings
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -23,6 +24,7 @@ from matent_callbacks.lightning._trainer import (
     compiled_whole,
     draws_its_batches,
     log,
+    log_settings,
     logging_step,
     planned_steps,
     publish,
@@ -115,8 +117,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet, Trackio
-            and SwanLab: the profile through the layers at the steps so far, and layer by step as a heat map (needs
-            matplotlib).
+            and SwanLab: the profile through the layers at the steps so far, and layer by step as heat maps of the
+            values and of their change; and a third of drift by depth, where that is logged (needs matplotlib).
         charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
             (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -196,6 +198,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._draws = None
         self._find_layers(trainer, pl_module)
         if not self.off:
+            with self.guard("what is measured among the settings of the run"):
+                log_settings(trainer, measured_settings(self._run.measured), self.guard)
             self._run.run_begins(
                 pl_module,
                 step=trainer.global_step,

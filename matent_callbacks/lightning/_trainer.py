@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
 
+from matent_callbacks.callbacks import loggers
 from matent_callbacks.callbacks.guard import Guard, guarded, without_run
 from matent_callbacks.callbacks.loggers import Pictures, experiment, takers, to_each, wandb_runs
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
@@ -30,6 +31,7 @@ __all__ = [
     "compiled_whole",
     "draws_its_batches",
     "log",
+    "log_settings",
     "log_to_loggers",
     "logging_step",
     "planned_steps",
@@ -148,6 +150,13 @@ def show(trainer: Any, pictures: Pictures, guard: Guard, *, step: int) -> None:
     """Send pictures to every logger that takes them."""
     if pictures:
         to_each(takers(_loggers(trainer)), pictures, step, guard)
+
+
+def log_settings(trainer: Any, settings: Mapping[str, str], guard: Guard) -> None:
+    """Add settings to those that loggers keep of the run."""
+    for logger in _loggers(trainer):
+        with guard(f"the settings of {type(logger).__name__}"):
+            loggers.log_settings(logger, settings)
 
 
 def summarize_by_maximum(trainer: Any, guard: Guard, *keys: str) -> None:

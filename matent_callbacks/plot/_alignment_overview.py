@@ -72,8 +72,7 @@ def _readings(axis: Axes, records: _Records) -> None:
     for stage, colour in zip(STAGES, FIVE, strict=True):
         axis.plot(*series(records, f"effective_rank/{stage}"), color=colour, label=stage.replace("_", " "))
     rank_scale(axis)
-    axis.set_ylabel(UNITS["effective_rank"])
-    axis.set_title("Where the image goes")
+    axis.set(ylabel=UNITS["effective_rank"], title="Where the image goes")
 
 
 def _alignment(axis: Axes, records: _Records) -> None:
@@ -81,8 +80,7 @@ def _alignment(axis: Axes, records: _Records) -> None:
     exchanged = _sum(records, "alignment/image_text", "alignment/image_text_shift")
     if exchanged[0]:
         axis.plot(*exchanged, color=ORANGE, linestyle="--", label="images exchanged")
-    axis.set_ylabel("mean / max of image, text, both")
-    axis.set_title("Image-text alignment of the paper")
+    axis.set(ylabel="mean / max of image, text, both", title="Image-text alignment of the paper")
 
 
 def _losses(axis: Axes, records: _Records) -> None:
@@ -93,30 +91,28 @@ def _losses(axis: Axes, records: _Records) -> None:
         axis.plot(*exchanged, color=ORANGE, label="held out, images exchanged")
     else:
         axis.plot(*series(records, "eval_loss"), color=ORANGE, marker="o", label="held out")
-    axis.set_ylabel("captioning loss (nats per token)")
-    axis.set_title("Loss")
+    axis.set(ylabel="captioning loss (nats per token)", title="Loss")
 
 
 def _grounding(axis: Axes, records: _Records) -> None:
-    axis.axhline(0, color="0.8", linewidth=1)
-    axis.plot(*series(records, "alignment/grounding"), color=BLUE)
-    axis.set_ylabel("grounding (nats per token)")
-    axis.set_title("What the right image is worth")
-
-
-def _against_chance(axis: Axes, records: _Records) -> None:
-    axis.axhspan(-2, 2, color="0.88", zorder=0, label="chance (95 %)")
-    axis.plot(*series(records, "alignment/cka_z"), color=BLUE, label="linear CKA")
-    axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
-    axis.set_ylabel("z (standard deviations)")
-    axis.set_title("Pairing of image and text above chance")
+    _from_zero(axis, records, "grounding", "grounding (nats per token)", "What the right image is worth")
 
 
 def _debiased(axis: Axes, records: _Records) -> None:
-    axis.axhline(0, color="0.8", linewidth=1)
-    axis.plot(*series(records, "alignment/cka_debiased"), color=BLUE)
-    axis.set_ylabel("debiased CKA")
-    axis.set_title("Similarity of image and text")
+    _from_zero(axis, records, "cka_debiased", "debiased CKA", "Similarity of image and text")
+
+
+def _from_zero(axis: Axes, records: _Records, measure: str, unit: str, title: str) -> None:
+    axis.axhline(0, color="0.5", alpha=0.4, linewidth=1)
+    axis.plot(*series(records, f"alignment/{measure}"), color=BLUE)
+    axis.set(ylabel=unit, title=title)
+
+
+def _against_chance(axis: Axes, records: _Records) -> None:
+    axis.axhspan(-2, 2, color="0.5", alpha=0.2, zorder=0, label="chance (95 %)")
+    axis.plot(*series(records, "alignment/cka_z"), color=BLUE, label="linear CKA")
+    axis.plot(*series(records, "alignment/mutual_knn_z"), color=ORANGE, label="mutual kNN")
+    axis.set(ylabel="z (standard deviations)", title="Pairing of image and text above chance")
 
 
 def _sum(records: _Records, first: str, second: str) -> tuple[list[float], list[float]]:

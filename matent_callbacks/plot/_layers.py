@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.plot._style import (
+    DIVERGING,
+    FIVE,
     LOGARITHMIC,
     ORANGE,
     UNITS,
+    change_of,
     evenly,
     in_order,
     layer_ticks,
@@ -21,18 +25,19 @@ from matent_callbacks.plot._style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PROFILES, _NAMED = 12, 5  # more lines could not be told apart, more names would hide them
+_PROFILES = 6  # more lines could not be told apart
+_FACTORS = (1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1e4, 1e5)
 
 
 def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
     """Draw the metric through the layers, one line for each step that was read, the latest standing out.
 
-    Of many readings twelve are drawn and five are named, evenly spread, the first and the latest among them. Ranks that
-    span more than a decade are on a logarithmic axis.
+    Of many readings six are drawn, evenly spread, the first and the latest among them, and the legend says so. Ranks
+    that span more than a decade are on a logarithmic axis.
 
     Args:
         records: What a Trainer logged.
-        metric: The metric whose layers are shown.
+        metric: The metric whose layers are shown, such as ``drift``.
         ax: The axis to draw on.
 
     Raises:
@@ -46,38 +51,33 @@ def layer_profile(records: Iterable[Mapping[str, Any]], metric: str = "effective
         >>> [line.get_label() for line in ax.get_lines()]
         ['step 1', 'step 2']
     """
-    from matplotlib import colormaps
-
     layers, steps, grid = _table(records, metric)
-    last = len(steps) - 1
     shown = evenly(range(len(steps)), _PROFILES)
-    greys = colormaps["Greys"]
-    for index in shown:
-        latest = index == last
-        ax.plot(
-            range(len(layers)),
-            [row[index] for row in grid],
-            color=ORANGE if latest else greys(0.25 + 0.5 * index / max(last, 1)),
-            linewidth=2.2 if latest else 1,
-            marker="o",
-            markersize=4 if latest else 2,
-            label=f"step {steps[index]}",
-        )
+    for colour, index in zip(FIVE, shown[:-1], strict=False):
+        ax.plot([row[index] for row in grid], color=colour, marker="o", ms=2, lw=1, label=f"step {steps[index]}")
+    ax.plot([row[-1] for row in grid], color=ORANGE, marker="o", ms=4, lw=2.2, label=f"step {steps[-1]}")
     if metric in LOGARITHMIC:
         rank_scale(ax)
-    layer_ticks(ax.xaxis, layers, 16)
-    ax.set_ylabel(UNITS.get(metric, metric))
-    _title(ax, metric, "by depth")
-    ax.legend(handles=evenly(ax.get_lines(), _NAMED), frameon=False, fontsize="small")
+    layer_ticks(ax.xaxis, layers, min(16, int(_inches(ax)[0] / 0.3)))
+    ax.set_ylabel(UNITS.get(metric, metric.replace("_", " ")))
+    _title(ax, metric, " by depth")
+    # Beside the plot, where it hides no line, if the layout of the figure makes room for it.
+    beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax.figure.get_layout_engine() else {}
+    title = f"{len(shown)} of {len(steps)} readings" if len(shown) < len(steps) else None
+    ax.legend(title=title, frameon=False, fontsize="small", title_fontsize="small", **beside)
 
 
-def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes) -> None:
+def layer_heatmap(
+    records: Iterable[Mapping[str, Any]], metric: str = "effective_rank", *, ax: Axes, change: bool = False
+) -> None:
     """Draw layer by step, one cell for each reading, ranks on a logarithmic scale; the embeddings are at the bottom.
 
     Args:
         records: What a Trainer logged.
         metric: The metric whose layers are shown.
         ax: The axis to draw on.
+        change: Draw how far each layer is from its first value: differences, or of ranks and lengths ratios. No change
+            is grey, a decrease blue and an increase orange, on one scale.
 
     Raises:
         ValueError: If no record has the metric.
@@ -90,20 +90,54 @@ def layer_heatmap(records: Iterable[Mapping[str, Any]], metric: str = "effective
         >>> ax.get_xlabel()
         'step'
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
     layers, steps, grid = _table(records, metric)
-    # A logarithmic scale needs a value above 0; NaN, a layer without a reading, is no value.
-    norm = LogNorm() if metric in LOGARITHMIC and any(v > 0 for row in grid for v in row) else None
+    name, ratios, norm = UNITS.get(metric, metric.replace("_", " ")), metric in LOGARITHMIC, None
+    colours: Any = "viridis"
+    if change:
+        grid = [_changes(metric, row) for row in grid]
+        farthest = max((abs(v) for row in grid for v in row if math.isfinite(v)), default=0.0) or 1.0
+        norm, colours = Normalize(-farthest, farthest), LinearSegmentedColormap.from_list("change", DIVERGING)
+        name = f"{name.partition(' (')[0]}, times its first value" if ratios else f"change of {name}"
+    elif ratios and any(v > 0 for row in grid for v in row):
+        # A logarithmic scale needs a value above 0; NaN, a layer without a reading, is no value.
+        norm = LogNorm()
     # Rasterized, since each cell would be an element of an SVG.
-    cells = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap="viridis", norm=norm, rasterized=True)
-    layer_ticks(ax.yaxis, layers, _rows(ax), shift=0.5)
+    cells = ax.pcolormesh(_edges(steps), range(len(layers) + 1), grid, cmap=colours, norm=norm, rasterized=True)
+    # How many labels fit above one another.
+    line = 1.1 * ax.yaxis.get_ticklabels()[0].get_fontproperties().get_size_in_points() / 72
+    layer_ticks(ax.yaxis, layers, max(2, int(_inches(ax)[1] / line)), shift=0.5)
     ax.set_xlabel("step")
-    _title(ax, metric, "of every layer")
+    _title(ax, metric, ": change since the first measurement" if change else " of every layer")
     ax.grid(False)
-    bar = ax.figure.colorbar(cells, ax=ax, label=UNITS.get(metric, metric), fraction=0.05, pad=0.03, aspect=30)
-    if norm is not None:
+    bar = ax.figure.colorbar(cells, ax=ax, label=name, fraction=0.05, pad=0.03, aspect=30)
+    if change:
+        ticks, labels = _change_ticks(farthest, ratios=ratios)
+        bar.set_ticks(ticks, labels=labels)
+    elif norm is not None:
         plain_numbers(bar.ax.yaxis)
+
+
+def _changes(metric: str, values: list[float]) -> list[float]:
+    """How far the values of a layer are from the first; NaN where there is none, or no ratio."""
+    counted = [v if math.isfinite(v) and (v > 0 or metric not in LOGARITHMIC) else math.nan for v in values]
+    first = next((v for v in counted if v == v), math.nan)
+    return [change_of(metric, first, v) if v == v else v for v in counted]
+
+
+def _change_ticks(farthest: float, *, ratios: bool) -> tuple[list[float], list[str]]:
+    """A few ticks, at the same distances on both sides of no change, with their labels."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not ratios:
+        found = MaxNLocator(6, symmetric=True).tick_values(-farthest, farthest)
+        ticks = [float(tick) for tick in found if abs(tick) <= farthest]
+        return ticks, [f"{tick:+.3g}" if tick else "0" for tick in ticks]
+    inside = [math.log(factor) for factor in _FACTORS if math.log(factor) <= farthest]
+    shown = {*inside[-1:], *sorted(inside, key=lambda at: abs(at - inside[-1] / 2))[:1]}
+    ticks = sorted({0.0, *shown, *(-at for at in shown)})
+    return ticks, [f"{math.exp(tick):.{3 if abs(tick) > 0.009 else 4}g}" for tick in ticks]
 
 
 def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str], list[float], list[list[float]]]:
@@ -118,16 +152,15 @@ def _table(records: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[str]
     return layers, steps, [[columns[layer].get(step, float("nan")) for step in steps] for layer in layers]
 
 
-def _rows(ax: Axes) -> int:
-    """How many labels fit above one another beside an axis."""
-    line = 1.1 * ax.yaxis.get_ticklabels()[0].get_fontproperties().get_size_in_points() / 72
-    return max(2, int(ax.bbox.height / ax.figure.dpi / line))
+def _inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of an axis."""
+    return ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
 
 
 def _title(ax: Axes, metric: str, what: str) -> None:
     """Set the title, unless the axis has one."""
     if not ax.get_title():
-        ax.set_title(f"{metric[:1].upper()}{metric[1:].replace('_', ' ')} {what}")
+        ax.set_title(f"{metric[:1].upper()}{metric[1:].replace('_', ' ')}{what}")
 
 
 def _edges(steps: list[float]) -> list[float]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, UNITS, in_order, rank_scale
+from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, UNITS, in_order, layer_ticks, rank_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _NAN = float("nan")
 _COLOURS = (BLUE, ORANGE, *FIVE[3:], FIVE[1], FIVE[2])
-_OF_BASELINE = "#444444"
+_OF_BASELINE = "#777777"
 _LABELS = 16  # on the axis of the layers
 _MARKERS = "osD^v<>"
 
@@ -71,7 +71,7 @@ def measured_layers(
             rank_scale(ax)
         ax.set_title(metric)
         ax.set_ylabel(UNITS.get(metric, metric.replace("_", " ")))
-        _label(ax, layers)
+        layer_ticks(ax.xaxis, [re.sub(r"^layer_0*(?=\d)", "", layer) for layer in layers], _LABELS)
     legend = axes[0][0].legend(frameon=False, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -101,16 +101,6 @@ def _draw_differences(
             fill = colour if is_sure else "white"
             ax.plot(place + shift, value, marker, color=colour, markerfacecolor=fill, markersize=4)
     ax.set_title("bars: 95 % for each layer; hollow: 0 is within", fontsize="small", loc="left")
-
-
-def _label(ax: Axes, layers: Sequence[str]) -> None:
-    """Write numbers for the names of blocks, and not more names than there is room for."""
-    short = [re.sub(r"^layer_0*(?=\d)", "", layer) for layer in layers]
-    every = -(-len(layers) // _LABELS)
-    shown = [i for i in range(0, len(layers), every) if i + every <= len(layers) or i == len(layers) - 1]
-    shown = sorted({*shown, len(layers) - 1})
-    is_long = max(map(len, short)) > 4
-    ax.set_xticks(shown, [short[i] for i in shown], rotation=45 if is_long else 0, ha="right" if is_long else "center")
 
 
 def _number(quantity: Mapping[str, Any] | None, end: str) -> float:

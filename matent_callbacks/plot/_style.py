@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,8 @@ LOGARITHMIC = tuple(name for name, metric in METRICS.items() if metric.logarithm
 BLUE, ORANGE = "#0072B2", "#D55E00"
 BLACK = "#000000"
 FIVE = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
+# Of changes: the neutral middle is a grey that is no glare on a dark page.
+DIVERGING = ("#00304C", BLUE, "#D0D0D0", ORANGE, "#5C2800")
 _DECADE = 10
 _ALARM = "collapse/"
 _Item = TypeVar("_Item")
@@ -42,6 +46,14 @@ def numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     # By length and digits: a number from a log may be too long for `int`.
     parts = (part.lstrip("0") if part.isdigit() else part for part in re.split(r"(\d+)", name))
     return [(len(part), part) if part.isdigit() else (0, part) for part in parts]
+
+
+def change_of(metric: str, first: float, value: float) -> float:
+    """Return how far a value is from the first: the difference, or for ranks and lengths the logarithm of the ratio."""
+    if metric not in LOGARITHMIC:
+        return value - first
+    first, value = (max(number, sys.float_info.min) for number in (first, value))
+    return math.log(value / first)
 
 
 def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -81,7 +93,9 @@ def mark(
     On the cells of a heat map, which have every colour, each line has a white one below it. Cells are the same on a
     dark page, so lines on them do not get its colours.
     """
-    black, orange = ("#010101", "#C24E00") if on_cells else (BLACK, ORANGE)
+    from matplotlib import rcParams
+
+    black, orange = ("#010101", "#C24E00") if on_cells else (rcParams["text.color"], ORANGE)
     steps = sorted(set(alarm_steps))
     for step in [*steps, *([] if stop is None else [stop])] if on_cells else ():
         ax.axvline(step, color="white", linewidth=3.5)
@@ -101,8 +115,9 @@ def layer_ticks(axis: XAxis | YAxis, layers: Sequence[str], most: int, shift: fl
     every = -(-len(layers) // most)
     every = next((n for n in range(every, 2 * every) if last % n == 0), every)
     shown = [*range(0, last - every + 1, every), last]
-    axis.set_ticks([i + shift for i in shown], [short(layers[i], 20) for i in shown], parse_math=False)
-    if axis.axis_name == "x":
+    names = [short(layers[i], 20) for i in shown]
+    axis.set_ticks([i + shift for i in shown], names, parse_math=False)
+    if axis.axis_name == "x" and max(map(len, names)) > 4:
         for label in axis.get_ticklabels():
             label.set(rotation=45, ha="right", rotation_mode="anchor")
 
@@ -130,7 +145,7 @@ def plain_numbers(axis: Axis) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high < 1000 * low else (1,)
-    axis.set_major_locator(LogLocator(subs=subs) if high > 8 * low else MaxNLocator(4))
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 8 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 2 * low else MaxNLocator(4))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -49,6 +49,12 @@ class Shared(NamedTuple):
     ranks: bool = False
     lower_is_better: bool = False
     about: str = ""
+    measured: Sequence[str] = ()
+    """On what each run was measured, where that is not one and the same for all of them."""
+
+    def label(self, place: int, name: str) -> str:
+        """What the run of a name at a place of the page is called: with what it was measured on, if others differ."""
+        return f"{name} ({self.measured[place]})" if self.measured else name
 
 
 def line_style(place: int) -> tuple[str, bool]:
@@ -89,7 +95,9 @@ def _quantities(runs: Sequence[Run]) -> list[Shared]:
     for place, title in PAIRS.items():
         source = _most(runs, operator.methodcaller("sources", "alignment", place))
         curves = [run.curve(Quantity("alignment", place, source)) for run in runs]
-        found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about_data(source)))
+        found.append(
+            Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about_data(source, ""))
+        )
     finite = [shared._replace(curves=[curve.finite() for curve in shared.curves]) for shared in found]
     return [shared for shared in finite if any(curve.steps for curve in shared.curves)]
 
@@ -125,12 +133,22 @@ def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]
     source = _most(runs, lambda run: [source for source in run.sources(metric) if run.layers(metric, source)])
     last = [(run.layers(metric, source) or [""])[-1] for run in runs]
     curves = [run.curve(Quantity(metric, layer, source)) for run, layer in zip(runs, last, strict=True)]
-    about = about_data(source)
+    about, measured = _measured(runs, source, curves)
     different = sorted({layer for layer in last if layer})
     if different != ["last"]:
         about += f" The last layer that was read: {', '.join(different)}."
     title = f"{capital(metric_name(metric))}, last layer"
-    yield Shared(metric, title, AXES.get(metric, metric), curves, metric in LOGARITHMIC, about=about.strip())
+    ranks = metric in LOGARITHMIC
+    yield Shared(metric, title, AXES.get(metric, metric), curves, ranks, about=about.strip(), measured=measured)
+
+
+def _measured(runs: Sequence[Run], source: str | None, there: Sequence[Iterable[Any]]) -> tuple[str, list[str]]:
+    """A sentence on the data that the runs are compared on, and for each run its own where they differ."""
+    found = {run.measured for run, values in zip(runs, there, strict=True) if any(values)} if source is None else {""}
+    if len(found) == 1:
+        return about_data(source, *found), []
+    told = "Not all on the same data, as far as the logs say: see the legend."
+    return told, [f"on {run.measured}" if run.measured else "data not in its log" for run in runs]
 
 
 def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Item | None:
@@ -143,7 +161,7 @@ def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Ite
 
 def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Picture:
     figure, ax = empty_figure()
-    drawn = {i: names[i] for i, curve in enumerate(shared.curves) if curve.steps}
+    drawn = {i: shared.label(i, names[i]) for i, curve in enumerate(shared.curves) if curve.steps}
     limit = max(100, _POINTS // len(drawn))
     for i in drawn:
         curve = peaks(shared.curves[i], limit)
@@ -156,7 +174,7 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
     ax.set_ylabel(shared.unit)
     if shared.ranks:
         rank_scale(ax)
-    marks = [f"{name}, {text}" for i, name in drawn.items() for text in marked(runs[i])]
+    marks = [f"{names[i]}, {text}" for i in drawn for text in marked(runs[i])]
     if len(marks) > _MARKS:
         marks = ["alarms of a collapse (dotted) and plateaus (dashed), listed above"]
     thinned = any(len(curve.steps) > limit for curve in shared.curves)
@@ -229,7 +247,9 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         rank_scale(ax)
     ends = {step(value) for value in at.values()}
     when = f"At step {ends.pop()}." if len(ends) == 1 else "At each run's last reading."
-    headings = {i: f"{names[i]}, step {step(at[i])}" for i in profiles}
+    about, measured = _measured(runs, source, [profiles.get(i, {}) for i in range(len(runs))])
+    labels = {i: f"{names[i]} ({measured[i]})" if measured else names[i] for i in profiles}
+    headings = {i: f"{labels[i]}, step {step(at[i])}" for i in profiles}
     told = [
         f"{headings[i]}: {', '.join(f'{place_name(n)} {number(v)}' for n, v in profile.items())}."
         for i, profile in profiles.items()
@@ -241,9 +261,9 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         f"{capital(metric_name(metric))} by depth, at the end",
         told,
         (["layer", *headings.values()], rows, ""),
-        [when, about_data(source), _absent(names, profiles)],
+        [when, about, _absent(names, profiles)],
         legend=False,
-        runs={i: names[i] for i in profiles},
+        runs=labels,
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES
-from matent_callbacks.plot import layer_heatmap, spectrum_shares, step_curves
+from matent_callbacks.plot import layer_heatmap, layer_profile, spectrum_shares, step_curves
 from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
 from matent_callbacks.report._findings import collapses, moved, without_reading
-from matent_callbacks.report._keys import LAYER_METRICS, Quantity
-from matent_callbacks.report._picture import Picture, empty_figure, how_many, peaks, picture, style
+from matent_callbacks.report._keys import DRIFT, LAYER_METRICS, Quantity
+from matent_callbacks.report._picture import Picture, Table, empty_figure, how_many, peaks, picture, style
 from matent_callbacks.report._picture import table_over_steps as table
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
@@ -31,6 +32,8 @@ from matent_callbacks.report._words import (
     step,
 )
 
+_Lines: TypeAlias = dict[str, Curve]
+_Cells: TypeAlias = dict[str, dict[float, float]]  # values by layer and step
 _CURVES, _COLUMNS = 4, 240
 # Widths of the heat map on narrow and wide pages, and the height of a layer in it, in inches.
 _NARROW, _WIDE, _ROW = 4.2, 10.5, 0.18
@@ -53,7 +56,7 @@ def _sections(run: Run) -> dict[str, list[Picture]]:
             *_loss(run),
             *(p for m in (used_entropy, used_rank) if m for p in _metric(run, m)),
         ],
-        "Layer by layer": [*_heatmap(run, used_rank or used_entropy), *_spectrum(run)],
+        "Layer by layer": [*_heatmaps(run, used_rank or used_entropy), *_drift(run), *_spectrum(run)],
         "Image and text": [*_alignment(run), *_stages(run)],
         "Further quantities": [p for m in LAYER_METRICS if m not in (used_entropy, used_rank) for p in _metric(run, m)],
     }
@@ -74,9 +77,10 @@ def _metric(run: Run, metric: str) -> Iterator[Picture]:
         return
     curves, about = run.curves(metric, layers, source), ""
     if len(layers) > _CURVES:
-        most = sorted(layers[1:-1], key=lambda layer: -abs(curves[layer].change()))[: _CURVES - 2]
+        most = sorted(layers[1:-1], key=lambda layer: -abs(curves[layer].change(metric)))[: _CURVES - 2]
         curves = {layer: curve for layer, curve in curves.items() if layer in (layers[0], *most, layers[-1])}
         about = f"Of {len(layers)} layers the first, the last, and the two that moved most from first to last reading."
+    about = " ".join(filter(None, (about, about_data(source, run.measured) if source is None else "")))
     data = "" if source is None else f", {held_out_name(source)}"
     lines = {place_name(layer) + data: curve for layer, curve in curves.items()}
     points = _held_out(run, metric, layers[-1], f"{place_name(layers[-1])}, ") if source is None else {}
@@ -103,15 +107,7 @@ def _stages(run: Run) -> Iterator[Picture]:
 
 
 def _curves(
-    run: Run,
-    name: str,
-    title: str,
-    unit: str,
-    lines: dict[str, Curve],
-    points: dict[str, Curve],
-    about: str = "",
-    *,
-    ranks: bool = False,
+    run: Run, name: str, title: str, unit: str, lines: _Lines, points: _Lines, about: str = "", *, ranks: bool = False
 ) -> Iterator[Picture]:
     """One picture of quantities over steps, or none where none of them has a finite reading."""
     lines, points = ({k: c for k, c in group.items() if c.finite().values} for group in (lines, points))
@@ -131,40 +127,89 @@ def _curves(
     yield picture([figure], f"{run.ids}{name}", title, told, table(everything), caption)
 
 
-def _heatmap(run: Run, metric: str | None) -> Iterator[Picture]:
-    if metric is None:
+def _heatmaps(run: Run, metric: str | None) -> Iterator[Picture]:
+    """The values of all layers, and how far each is from its first."""
+    source, cells, steps = _cells(run, metric or "")
+    if metric is None or len(cells) < 2 or not steps:
         return
-    source, layers = run.shown(metric)
-    curves = {layer: curve.finite() for layer, curve in run.curves(metric, layers, source).items()}
-    # The scale is logarithmic.
-    cells = {layer: {s: v for s, v in zip(*c, strict=True) if v > 0} for layer, c in curves.items()}
-    steps = sorted({s for column in cells.values() for s in column})
-    if len(layers) < 2 or not steps:
-        return
-    shown = evenly(steps, _COLUMNS)
-    records = [{"step": s, **{f"{metric}/{n}": c[s] for n, c in cells.items() if s in c}} for s in shown]
-    figures = []
-    for width in (_NARROW, _WIDE):
-        figure, ax = empty_figure(width, max(2.4, 0.9 + _ROW * min(len(layers), 40)))
-        layer_heatmap(records, metric, ax=ax)
-        ax.set_title("")
-        mark(ax, stop=run.stop.step if run.stop else None, alarm_steps=run.alarm_steps, on_cells=True)
-        figures.append(figure)
+    records, drawn = _records(metric, cells, steps, _COLUMNS)
     empty = without_reading(run, metric, source)
     caption = [
-        "Embeddings at the bottom, the last layer on top." if "last" in layers else "",
-        about_data(source),
+        "Embeddings at the bottom, the last layer on top." if "last" in cells else "",
+        about_data(source, run.measured),
         f"Without a finite reading: {listed(empty)}." if empty else "",
-        f"Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced." if len(shown) < len(steps) else "",
+        drawn,
         f"Dashed: the plateau, at step {step(run.stop.step)}." if run.stop else "",
         f"Dotted: {', '.join(collapses(run))}." if run.alarms else "",
     ]
-    told = [moved(place_name(layer), curves[layer]) for layer in evenly(layers, 8)]
-    chosen = evenly(steps, 20)
-    rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in chosen)] for n in reversed(layers)]
-    numbers = ["layer", *(f"step {step(s)}" for s in chosen)], rows, how_many(len(chosen), len(steps))
-    title = f"{capital(metric_name(metric))} of every layer"
-    yield picture(figures, f"{run.ids}heatmap", title, told, numbers, caption, legend=False)
+    title, ratios = capital(metric_name(metric)), metric in LOGARITHMIC
+    firsts = {layer: next(iter(column.values()), 0.0) for layer, column in cells.items()}
+    changes = {
+        layer: {s: v / firsts[layer] if ratios else v - firsts[layer] for s, v in column.items()}
+        for layer, column in cells.items()
+    }
+    compared = f"Each value {'over' if ratios else 'minus'} its layer's first: grey no change, blue less, orange more."
+    for name, heading, sentence, values in (
+        ("heatmap", f"{title} of every layer", "", cells),
+        ("change", f"{title}: change since the first measurement", compared, changes),
+    )[: 1 + any(len({*column.values()}) > 1 for column in cells.values())]:
+        figures = []
+        for width in (_NARROW, _WIDE):
+            figure, ax = empty_figure(width, max(2.4, 0.9 + _ROW * min(len(cells), 40)))
+            layer_heatmap(records, metric, ax=ax, change=values is changes)
+            ax.set_title("")
+            mark(ax, stop=run.stop.step if run.stop else None, alarm_steps=run.alarm_steps, on_cells=True)
+            figures.append(figure)
+        told, numbers = _told(values), _by_layer(values, steps)
+        yield picture(figures, f"{run.ids}{name}", heading, told, numbers, [sentence, *caption], legend=False)
+
+
+def _drift(run: Run) -> Iterator[Picture]:
+    """How far each layer is from the reference, by depth."""
+    source, cells, steps = _cells(run, DRIFT)
+    if len(cells) < 2:
+        return
+    records, drawn = _records(DRIFT, cells, steps, _CURVES)
+    figure, ax = empty_figure()
+    layer_profile(records, DRIFT, ax=ax)
+    ax.set_title("")
+    ax.legend().remove()
+    caption = [
+        "How far each layer has moved from the reference; 0: not at all.",
+        about_data(source, run.measured),
+        drawn,
+    ]
+    numbers = _by_layer(cells, steps)
+    yield picture([figure], f"{run.ids}drift-by-depth", "Drift by depth", _told(cells), numbers, caption)
+
+
+def _cells(run: Run, metric: str) -> tuple[str | None, _Cells, list[float]]:
+    """The data that a metric is shown for, its finite values by layer and step, and all steps that have one."""
+    source, layers = run.shown(metric)
+    # Of ranks those above 0, as their scale is logarithmic.
+    cells = {
+        layer: {s: v for s, v in zip(*curve.finite(), strict=True) if v > 0 or metric not in RANKS}
+        for layer, curve in run.curves(metric, layers, source).items()
+    }
+    return source, cells, sorted({s for column in cells.values() for s in column})
+
+
+def _records(metric: str, cells: _Cells, steps: list[float], most: int) -> tuple[list[dict[str, float]], str]:
+    """Records of evenly spaced readings, as they are drawn, and a sentence on how many these are if not all."""
+    shown = evenly(steps, most)
+    records = [{"step": s, **{f"{metric}/{n}": c[s] for n, c in cells.items() if s in c}} for s in shown]
+    return records, f"Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced." * (len(shown) < len(steps))
+
+
+def _told(cells: _Cells) -> list[str]:
+    return [moved(place_name(n), Curve(list(cells[n]), list(cells[n].values()))) for n in evenly(list(cells), 8)]
+
+
+def _by_layer(cells: _Cells, steps: list[float]) -> Table:
+    """Columns, rows and caption of a table of layers by steps, the last layer on top."""
+    shown = evenly(steps, 20)
+    rows = [[place_name(n), *(number(cells[n][s]) if s in cells[n] else "" for s in shown)] for n in reversed(cells)]
+    return ["layer", *(f"step {step(s)}" for s in shown)], rows, how_many(len(shown), len(steps))
 
 
 def _spectrum(run: Run) -> Iterator[Picture]:
@@ -183,7 +228,10 @@ def _spectrum(run: Run) -> Iterator[Picture]:
     figure, ax = empty_figure()
     spectrum_shares({f"step {step(s)}": last[s] for s in chosen}, ax=ax)
     title = f"Spectrum of {place_name(layers[-1]) if layers[-1] != 'last' else 'the last layer'}"
-    caption = ["Which share of the variance the k strongest directions hold together.", about_data(source)]
+    caption = [
+        "Which share of the variance the k strongest directions hold together.",
+        about_data(source, run.measured),
+    ]
     told = [
         f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(last[s].items())) + "." for s in chosen
     ]

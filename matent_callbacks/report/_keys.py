@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from matent_callbacks.accumulate.catalogue import METRICS, SPECTRUM_TOP
 
+DRIFT = "drift"
 # The spectrum is logged as several numbers, which have names of their own.
 LAYER_METRICS = (*(name for name in METRICS if name != "spectrum"), "diff_erank")
 # What Lightning users call their training loss; the first that was logged is taken.

@@ -95,7 +95,7 @@ def comparison(runs: Sequence[Run]) -> str:
         left_out=f"Shown are the first {_comparison.MOST_RUNS}; left out: {', '.join(left_out)}." if left_out else "",
         runs=[_described(i, run, name) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
         pictures=_comparison.pictures(runs, names, shared),
-        groups=[_group(quantity) for quantity in shared],
+        groups=[_group(quantity, names) for quantity in shared],
         first=names[0],
         settings=dict(list(settings.items())[:_MOST_SETTINGS]),
         settings_note=_about_settings(runs, names, settings),
@@ -114,7 +114,7 @@ def _described(place: int, run: Run, label: str) -> dict[str, Any]:
     }
 
 
-def _group(shared: _comparison.Shared) -> dict[str, Any]:
+def _group(shared: _comparison.Shared, names: Sequence[str]) -> dict[str, Any]:
     """The rows of one quantity: each run's last, lowest and highest value, and when it was as good as the first."""
     best, reached = (shared.lower_is_better and _comparison.first_at_best(shared.curves)) or (None, [])
     rows = []
@@ -124,7 +124,13 @@ def _group(shared: _comparison.Shared) -> dict[str, Any]:
             for value in (min(values), max(values)):
                 cells += [number(value), step(steps[values.index(value)])]
             at = reached[place] if reached else None
-            rows.append((place, [*cells, "" if best is None else "never" if at is None else step(at)]))
+            rows.append(
+                (
+                    place,
+                    shared.label(place, names[place]),
+                    [*cells, "" if best is None else "never" if at is None else step(at)],
+                )
+            )
     return {"title": shared.title, "best": "" if best is None else f"at or below {number(best)}", "rows": rows}
 
 

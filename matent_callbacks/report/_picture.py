@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from xml.etree import ElementTree
 
 from matent_callbacks.plot._style import BLACK, BLUE, FIVE, ORANGE, evenly
@@ -49,6 +49,10 @@ _REFERENCE = re.compile(r"^#|(?<=url\(#)")
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 
 
+Table: TypeAlias = tuple[Sequence[str], list[list[str]], str]
+"""Columns, rows and caption."""
+
+
 class Picture(NamedTuple):
     """A picture with its words and its numbers."""
 
@@ -62,8 +66,8 @@ class Picture(NamedTuple):
     table_caption: str
     wide: bool
     """Whether it is as wide as the page."""
-    runs: Sequence[int]
-    """Which of several runs are drawn in it, by their place on the page."""
+    runs: Mapping[int, str]
+    """Which of several runs are drawn in it, by their place on the page, and what the legend calls them."""
 
 
 @contextmanager
@@ -93,23 +97,17 @@ def picture(
     name: str,
     title: str,
     description: Iterable[str],
-    table: tuple[Sequence[str], list[list[str]], str],
+    table: Table,
     caption: Iterable[str] = (),
     *,
     legend: bool = True,
     runs: Mapping[int, str] = MappingProxyType({}),
 ) -> Picture:
-    """Make a picture of a figure, or of two for narrow and wide pages.
+    """Make a picture of a figure, or of two for narrow and wide pages, created inside :func:`style`.
 
-    Args:
-        figures: Created inside :func:`style`.
-        name: Prefix of every id, so that several pictures can be in one page.
-        title: Above the picture.
-        description: Sentences for screen readers.
-        table: Columns, rows and caption of the numbers.
-        caption: Sentences below the picture; empty ones are left out.
-        legend: Whether there is a legend below the picture.
-        runs: Those of several runs that are drawn, by their place on the page: the tooltips of ``run<place>``.
+    ``name`` is the prefix of every id, so that several pictures can be in one page, ``description`` is for screen
+    readers, and empty sentences of ``caption`` are left out. ``legend``: below the picture. ``runs`` are those of
+    several runs that are drawn, by their place on the page; they are the tooltips of ``run<place>``.
     """
     told = " ".join(description)
     tooltips = {f"run{place}": label for place, label in runs.items()}
@@ -117,7 +115,7 @@ def picture(
     for figure, suffix in zip(figures, ("", "-wide"), strict=False):
         _finish(figure, figure.axes[0], legend)
         svgs.append(_svg(figure, name + suffix, title, told, tooltips))
-    return Picture(name, title, " ".join(filter(None, caption)), "".join(svgs), *table, len(svgs) > 1, list(runs))
+    return Picture(name, title, " ".join(filter(None, caption)), "".join(svgs), *table, len(svgs) > 1, runs)
 
 
 def _svg(figure: Figure, name: str, title: str, description: str, tooltips: Mapping[str, str]) -> str:
@@ -168,7 +166,7 @@ def _finish(figure: Figure, ax: Axes, legend: bool) -> None:
         figure.legend(loc="outside lower center", ncols=columns)
 
 
-def table_over_steps(curves: Mapping[str, Curve]) -> tuple[list[str], list[list[str]], str]:
+def table_over_steps(curves: Mapping[str, Curve]) -> Table:
     """Return columns, rows and caption of the table of curves, at evenly spaced steps where there are many."""
     steps = sorted({s for curve in curves.values() for s in curve.steps})
     values = [dict(zip(*curve, strict=True)) for curve in curves.values()]

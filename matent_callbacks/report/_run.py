@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matent_callbacks.plot._style import alarms, in_order, numbers_as_numbers
+from matent_callbacks.callbacks.loggers import measured_settings
+from matent_callbacks.plot._style import alarms, change_of, in_order, numbers_as_numbers
 from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse, parse_all
 from matent_callbacks.report._words import layers_only
 from matent_callbacks.report._words import step as at
@@ -55,10 +56,10 @@ class Curve(NamedTuple):
         pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
         return Curve([s for s, _ in pairs], [v for _, v in pairs])
 
-    def change(self) -> float:
-        """The last finite value minus the first; 0 if there is none."""
+    def change(self, metric: str = "") -> float:
+        """How far the last finite value is from the first, as the heat map of a metric shows it; 0 if there is none."""
         values = self.finite().values
-        return values[-1] - values[0] if values else 0.0
+        return change_of(metric, values[0], values[-1]) if values else 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ class Run:
     def steps(self) -> list[float]:
         """All steps that have a record."""
         return [record["step"] for record in self.records]
+
+    @property
+    def measured(self) -> str:
+        """What the layers of this part were measured on, ``a probe`` or ``training batches``; empty: not logged."""
+        return next((self.settings[key] for key in measured_settings({self.part: ""}) if key in self.settings), "")
 
     def curve(self, quantity: Quantity) -> Curve:
         """All readings of a quantity; empty where there is none."""

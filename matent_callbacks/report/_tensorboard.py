@@ -8,8 +8,8 @@ from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_r
 from matent_callbacks.report._settings import first_known, from_json
 from matent_callbacks.report._words import step as at
 
-# What the Hugging Face Trainer writes beside its numbers.
-_SETTINGS = ("model_config/text_summary", "args/text_summary")
+# What the Hugging Face Trainer and the callbacks write beside the numbers.
+_SETTINGS = ("model_config/text_summary", "args/text_summary", "matent_callbacks/text_summary")
 
 
 def find(path: Path) -> list[Path]:
@@ -34,8 +34,8 @@ def read(path: Path, files: list[Path]) -> Run:
         merged: dict[float, Record] = {}
         tags = events.Tags()
         for tag in tags["tensors"]:
-            if tag in _SETTINGS:
-                settings.update(from_json(events.Tensors(tag)[-1].tensor_proto.string_val[0]))
+            for event in events.Tensors(tag) if tag in _SETTINGS else ():
+                settings.update(from_json(event.tensor_proto.string_val[0]))
         for tag in tags["scalars"]:
             for event in events.Scalars(tag):
                 record = to_record(event.step, {tag: event.value})
@@ -49,5 +49,5 @@ def read(path: Path, files: list[Path]) -> Run:
         f"The log ends at step {at(joined[-1]['step'])}; a TensorBoard log does not tell whether the run was finished."
     )
     name = path.name if path.is_dir() else path.parent.name
-    settings = settings or first_known(file.parent for file in files[::-1])
+    settings = {**first_known(file.parent for file in files[::-1]), **settings}
     return Run(name, "TensorBoard event files", joined, [end, *notes], None, settings)

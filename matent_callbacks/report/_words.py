@@ -14,11 +14,7 @@ NAMES = {
     "loss": "training loss",
     "diff_erank": "Diff-eRank",
 }
-AXES = {
-    **UNITS,
-    "loss": "loss, as logged",
-    "diff_erank": "Diff-eRank (dimensions)",
-}
+AXES = {**UNITS, "loss": "loss, as logged", "diff_erank": "Diff-eRank (dimensions)"}
 PAIRS = {
     "image_text": "image-text alignment",
     "image_reduction_ratio": "image reduction ratio",
@@ -83,9 +79,11 @@ def pair_unit(place: str) -> str:
     return {"image_text": "mean / max (1: aligned)", "mutual_information": "nats"}.get(place, PAIRS[place])
 
 
-def about_data(source: str | None) -> str:
-    """A sentence on the data set that a picture shows; empty if that is the training data."""
-    return "" if source is None else f"Data: {held_out_name(source)}."
+def about_data(source: str | None, measured: str) -> str:
+    """A sentence on the data that a picture shows: held-out data, or what was ``measured`` if that is known."""
+    if source is not None:
+        return f"Data: {held_out_name(source)}."
+    return f"Measured on {measured}." if measured else ""
 
 
 def held_out_name(name: str) -> str:

@@ -74,9 +74,16 @@ class AttachedCallback(TrainerCallback):
                 self.load_state_dict(saved)
         with self.guard("the settings of the run in the checkpoint"):
             # For `matent report`: what the Trainer itself saves of them is a pickle. `to_dict` may change `args`.
-            state.stateful_callbacks = {**(state.stateful_callbacks or {}), SETTINGS: flat(vars(args))}
+            others = state.stateful_callbacks or {}
+            settings = {**others.get(SETTINGS, {}), **flat(vars(args)), **self.settings}
+            state.stateful_callbacks = {**others, SETTINGS: settings}
         with self.guard("what is done when training begins"):
             self.begin(state)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the callback adds to the settings of the run."""
+        return {}
 
     def check(self) -> None:
         """Called before training, when the Trainer is known; a wrong configuration raises here."""

@@ -13,12 +13,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.loggers import measured_settings
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.transformers._measuring import MeasuringCallback, Wrapper, log_record
 from matent_callbacks.transformers._padding_samples import counted_samples
-from matent_callbacks.transformers._reporters import show, takes_pictures, wandb_name, wandb_runs
+from matent_callbacks.transformers._reporters import log_settings, show, takes_pictures, wandb_name, wandb_runs
 
 
 class MatrixEntropyCallback(MeasuringCallback):
@@ -108,8 +109,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log two panels of all of them to W&B, TensorBoard, MLflow, Comet, Trackio
-            and SwanLab: the profile through the layers at the steps so far, and layer by step as a heat map (needs
-            matplotlib).
+            and SwanLab: the profile through the layers at the steps so far, and layer by step as heat maps of the
+            values and of their change; and a third of drift by depth, where that is logged (needs matplotlib).
         charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
             (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -170,6 +171,11 @@ class MatrixEntropyCallback(MeasuringCallback):
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
+        self._told = False
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return measured_settings(self._run.measured)
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
@@ -223,6 +229,11 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
+        if not self._told:
+            # Not before: reporters open their runs when training begins, after this callback is called.
+            self._told = True
+            with self.guard("what is measured among the settings of the run"):
+                log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()
 
     @guarded

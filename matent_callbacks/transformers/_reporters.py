@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.integrations import (
 )
 from transformers.integrations.integration_utils import rewrite_logs
 
+from matent_callbacks.callbacks import loggers
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.loggers import (
     Pictures,
@@ -39,6 +40,14 @@ def show(trainer: Trainer, pictures: Pictures, guard: Guard) -> None:
     """Send pictures to all reporters of the Trainer that take them, at its current step."""
     if pictures:
         to_each(_takers(trainer), pictures, trainer.state.global_step, guard)
+
+
+def log_settings(trainer: Trainer, settings: Mapping[str, str], guard: Guard) -> None:
+    """Add settings to what W&B and TensorBoard keep of those of the run."""
+    writers = (callback.tb_writer for callback in _reporters(trainer, TensorBoardCallback))
+    for thing in (*wandb_runs(trainer), *writers):
+        with guard(f"the settings of {type(thing).__name__}"):
+            loggers.log_settings(thing, settings)
 
 
 def summarize_by_maximum(trainer: Trainer, guard: Guard, *keys: str) -> bool:

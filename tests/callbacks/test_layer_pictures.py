@@ -27,3 +27,17 @@ def test_a_long_run_goes_on_being_drawn_and_is_drawn_at_its_end(monkeypatch):
     end = {"step": 301, "effective_rank/layer_00": 1.0, "effective_rank/last": 2.0}
     assert pictures.draw([*records, end], layers, last=True)
     assert not pictures.draw([*records, end], layers, last=True)
+
+
+def test_the_change_is_below_the_values_and_drift_has_a_picture_where_it_is_logged():
+    layers = [*(f"layer_{i:02d}" for i in range(30)), "last"]
+    values = {f"text/{m}/{n}": 1.0 + i for i, n in enumerate(layers) for m in ("effective_rank", "drift", "top_share")}
+    pictures = LayerPictures(["top_share", "effective_rank"], ["text/"])
+    assert pictures.shown(values) == {key: value for key, value in values.items() if "top_share" not in key}
+    records = [{"step": step, **pictures.shown(values)} for step in (1, 2)]
+    one = LayerPictures(["effective_rank"], ["text/"]).draw(records[:1], layers, last=True)
+    two = pictures.draw(records, layers)
+    kinds = ("effective_rank_profile", "effective_rank_heatmap", "drift_profile")
+    assert list(one) == list(two) == [f"text/layers/{kind}" for kind in kinds]
+    assert [pixels.shape[:2] for pixels in one.values()] == [(400, 700)] * 3
+    assert [pixels.shape[:2] for pixels in two.values()] == [(400, 700), (800, 700), (400, 700)]

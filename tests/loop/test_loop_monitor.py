@@ -297,21 +297,26 @@ class Writer:
     def __init__(self) -> None:
         self.scalars: dict[str, dict[int, float]] = {}
         self.images: dict[str, list[int]] = {}
+        self.texts: list[tuple[str, str]] = []
 
     def add_scalar(self, key: str, value: float, step: int) -> None:
         self.scalars.setdefault(key, {})[step] = value
+
+    def add_text(self, tag: str, text: str) -> None:
+        self.texts.append((tag, text))
 
     def add_image(self, key: str, pixels: Any, step: int, dataformats: str) -> None:
         assert pixels.ndim == 3
         self.images.setdefault(key, []).append(step)
 
 
-def test_a_summary_writer_gets_numbers_and_pictures():
+def test_a_summary_writer_gets_numbers_and_pictures_and_once_what_is_measured():
     writer = Writer()
     train(lambda model, log: LoopMonitor(model, 2, "all", log=writer, on_error="raise"))
     assert list(writer.scalars["effective_rank/last"]) == [2, 4, 6]
     assert writer.images.keys() == {"layers/effective_rank_profile", "layers/effective_rank_heatmap"}
     assert writer.images["layers/effective_rank_profile"][-1] == 6
+    assert writer.texts == [("matent_callbacks", '{"matent_callbacks.measured": "training batches"}')]
 
 
 def test_a_run_of_wandb_gets_them_under_the_step_of_the_users_own(own_wandb):

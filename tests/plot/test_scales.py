@@ -127,12 +127,13 @@ def test_names_of_layers_do_not_run_into_each_other(layers):
         assert ax.get_title()
 
 
-def test_of_many_steps_the_legend_names_five_and_a_title_is_kept():
+def test_the_legend_names_every_line_and_says_how_many_there_are_and_a_title_is_kept():
     ax = axis()
     ax.set_title("mine")
     layer_profile([{"step": s, "effective_rank/last": 2.0, "effective_rank/a": 1.0} for s in range(1, 101)], ax=ax)
-    assert len(ax.get_lines()) == 12
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"step {s}" for s in (1, 28, 55, 73, 100)]
+    assert len({line.get_color() for line in ax.get_lines()}) == 6
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"step {s}" for s in (1, 21, 41, 60, 80, 100)]
+    assert ax.get_legend().get_title().get_text() == "6 of 100 readings"
     assert ax.get_title() == "mine"
 
 

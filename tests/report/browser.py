@@ -29,7 +29,7 @@ CONTRAST = """() => {
   const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
   const card = getComputedStyle(document.querySelector('figure')).backgroundColor;
   const text = [...document.querySelectorAll('svg text')].map(t => ratio(getComputedStyle(t).fill, card));
-  const lines = [...document.querySelectorAll('svg [id*="line2d"]:not([id^=heatmap]) path')]
+  const lines = [...document.querySelectorAll('svg [id*="line2d"]:not([id^=heatmap], [id^=change]) path')]
     .map(p => getComputedStyle(p)).filter(s => s.stroke !== 'none' && +s.strokeOpacity > .5)
     .map(s => ratio(s.stroke, card));
   return {card, text: Math.min(...text), lines: Math.min(...lines), number: lines.length};

@@ -24,7 +24,7 @@ def test_pictures_are_drawn_and_fit(stopped: Logged, opened: Callable[..., Any],
     tab = opened(page_of(stopped.folder), width=width, scheme=scheme)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     boxes = tab.evaluate(BOXES)
-    assert len(boxes) == 12
+    assert len(boxes) == 13
     for box in boxes:
         assert_fits(box, width)
         assert box["drawn"] >= 3
@@ -46,7 +46,7 @@ def test_pictures_are_drawn_and_fit(stopped: Logged, opened: Callable[..., Any],
 
 @BOTH_WIDTHS
 def test_other_logs(resumed: Path, stopped: Logged, opened: Callable[..., Any], width: int) -> None:
-    for folder, pictures in ((resumed / "csv", 4), (resumed / "tensorboard", 4), (stopped.wandb, 12)):
+    for folder, pictures in ((resumed / "csv", 5), (resumed / "tensorboard", 5), (stopped.wandb, 13)):
         tab = opened(page_of(folder), width=width)
         assert len(tab.evaluate(BOXES)) == pictures
         assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -121,7 +121,7 @@ def test_heat_map_is_as_wide_as_the_page_and_marks_stand_where_they_belong(
     assert found["colours"] == [white, white, "rgb(194, 78, 0)", "rgb(1, 1, 1)"]
     ticks = {text: at for text, at in found["text"] if text in ("15", "45")}
     assert ticks == pytest.approx({"15": place(15), "45": place(45)}, abs=1)
-    caption = tab.locator("figure.wide figcaption").inner_text()
+    caption = tab.locator("figure.wide figcaption").first.inner_text()
     assert "Dashed: the plateau, at step 50. Dotted: effective_rank/last at step 31." in caption
     assert "The alarm was raised: effective_rank/last at step 31." in tab.locator(".words").inner_text()
     legend = tab.locator("figure svg[aria-labelledby^=loss] text").all_text_contents()

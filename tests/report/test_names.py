@@ -129,21 +129,25 @@ def test_each_name_has_a_section_and_the_unnamed_have_what_they_had(hugging_face
     # What evaluation reads has no probe in its name.
     names = ["english", "german", "late", "late/english", "late/german", "train_text", "wide"]
     assert [title.removeprefix("Readings named ") for title in found if "named" in title] == names
+    heat_maps = ["Effective rank of every layer", "Effective rank: change since the first measurement"]
     expected = {
-        "english": ["Matrix entropy", "Effective rank", "Effective rank of every layer"],
+        "english": ["Matrix entropy", "Effective rank", *heat_maps],
         "late/german": ["Matrix entropy", "Effective rank"],
-        "train_text": ["Matrix entropy", "Effective rank", "Effective rank of every layer", "Diff-eRank"],
+        "train_text": ["Matrix entropy", "Effective rank", *heat_maps, "Diff-eRank"],
         "wide": [
             "Matrix entropy of sequence embeddings",
             "Effective rank",
-            "Effective rank of every layer",
+            *heat_maps,
             "Spectrum of the last layer",
         ],
     }
     for name, titles in expected.items():
         assert re.findall(r"<h3>(.*?)</h3>", found[f"Readings named {name}"]) == titles
     run = read_run(hugging_face)
-    plain = Run(run.name, run.source, [{k: v for k, v in r.items() if not run_name(k)} for r in run.records])
+    records = [{k: v for k, v in r.items() if not run_name(k)} for r in run.records]
+    plain = Run(run.name, run.source, records, settings=run.settings)
+    measured = {name: run.named(name).measured for name in ("", "wide", "train_text", "english", "late/german")}
+    assert list(measured.values()) == ["training batches"] * 2 + ["a probe"] * 3
     for title, text in parts(page(plain)).items():
         if title not in ("What moved", "About this log", "Everything that was logged"):
             assert found[title] == text

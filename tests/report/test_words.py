@@ -156,6 +156,7 @@ def test_tables_hold_the_numbers_of_the_run(stopped: Logged, tmp_path: Path) -> 
         "matrix_entropy",
         "effective_rank",
         "heatmap",
+        "change",
         "spectrum",
         "alignment-image_text",
         "alignment-image_reduction_ratio",

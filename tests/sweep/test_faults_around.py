@@ -174,6 +174,7 @@ OF_BOTH = [
 ]
 OF_TRAINER = [
     Place(trainer_entropy, "counted_samples"),
+    Place(trainer_entropy, "log_settings"),
     Place(trainer_entropy, "takes_pictures"),
     Place(trainer_entropy, "show", takes_pictures=True),
     Place(trainer_entropy, "log_record", in_background),
@@ -183,6 +184,7 @@ OF_TRAINER = [
 ]
 OF_LIGHTNING = [
     Place(lightning_entropy, "counted_samples"),
+    Place(lightning_entropy, "log_settings"),
     Place(lightning_entropy, "takes_pictures"),
     Place(lightning_entropy, "show", takes_pictures=True),
     Place(run_monitor, "thinned", takes_pictures=True),
