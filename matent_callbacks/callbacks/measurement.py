@@ -77,7 +77,7 @@ class Measurement:
         check_reference(reference, probe)
         self._layers = layers
         self.metrics = check_metrics(metrics)
-        check_solver(solver, self.metrics)
+        check_solver(solver)
         self.probes = probes_by_prefix(probe, prefix)
         self._reference = Reference(reference, self.probes, settings, guard)
         self._mask = mask

@@ -159,7 +159,7 @@ class EntropyMonitor:
         self.model = model
         self._parts = all_modules(model)
         self.metrics = check_metrics(metrics)
-        check_solver(solver, self.metrics)
+        check_solver(solver)
         self._embedding = check_embedding(embedding)
         self._exclude_sinks = exclude_sinks
         if tokens not in ("all", "labels"):
