@@ -175,10 +175,14 @@ def _of_too_few_steps(full: Tensor, one_less: Tensor, two_less: Tensor) -> Tenso
 
 def _found(values: Tensor, last: Tensor, left: Tensor, weight: Tensor) -> Tensor:
     """``(m, n)`` bool: the strongest directions, as far as each is an eigenvector, and stands for itself only."""
-    residual = (left @ last * last).sum(-2).clamp(min=0).sqrt()
-    # Of equal eigenvalues a few directions are found, each of which takes the probes of several.
-    alone = weight < 1 + 4 * math.sqrt(2 / left.shape[-1])
-    return ((residual < _FOUND * values) & alone).flip(-1).long().cumprod(-1).flip(-1).bool()
+    block = left.shape[-1]
+    residual = (left @ last * last).sum(-2).clamp(min=0).sqrt().flip(-1)
+    # Of more equal eigenvalues than probes, only as many directions are found, and each takes the share of several.
+    sums = torch.nn.functional.pad(weight.flip(-1).cumsum(-1), (1, 0))
+    several = (sums[:, block:] - sums[:, :-block]) / block > 1 + 5 * math.sqrt(2) / block
+    several = torch.nn.functional.pad(several.double(), (block - 1, block - 1))
+    alone = torch.nn.functional.max_pool1d(several, block, 1) == 0
+    return ((residual < _FOUND * values.flip(-1)) & alone).long().cumprod(-1).flip(-1).bool()
 
 
 def _least_variance(powers: Tensor, function: Tensor, weight: Tensor, rounding: Tensor) -> Tensor:
