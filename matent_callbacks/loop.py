@@ -77,8 +77,10 @@ class LoopMonitor:
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
-        solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
-            is estimated without the eigenvalues; see :class:`~matent_callbacks.EntropyMonitor`.
+        solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
+            estimated to 0.2 % from a few matrix products, 6 times as fast at d = 2,048 and 12 times at 4,096, with the
+            standard error of the entropy as ``matrix_entropy_error/<layer>``. Warnings say once which layers that is,
+            and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
         background: Decompose in a thread, on the CPU; the values are logged at the next measurement, or at the end.
         name: Prefix of the names of all values, for a second monitor with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
@@ -129,7 +131,7 @@ class LoopMonitor:
         module: str | None = None,
         layer_offset: int | None = None,
         dtype: torch.dtype = torch.float32,
-        solver: Solver = "exact",
+        solver: Solver = "auto",
         background: bool = False,
         name: str | None = None,
         window_steps: int = 1,

@@ -16,7 +16,8 @@ Source = str
 Embedding = Literal["mean", "last", "first"]
 """Which vector stands for a sequence: the mean, the last or the first of the tokens that count."""
 
-Solver = Literal["exact", "approximate"]
+Solver = Literal["auto", "exact", "approximate"]
+"""``"approximate"`` is what ``"auto"`` was called first."""
 
 
 class Metric(NamedTuple):
@@ -32,8 +33,8 @@ class Metric(NamedTuple):
     logarithmic: bool = False
     """Whether ratios matter and not differences, so that its axis is logarithmic."""
     solver: Literal["any", "eigenvalues", "none"] = "eigenvalues"
-    """What decomposes the statistic: any solver, or only the exact one, which has eigenvalues. ``"none"``: nothing, as
-    it is a mean."""
+    """What decomposes the statistic: any solver, or only the exact one, which has all eigenvalues. ``"none"``: nothing,
+    as it is a mean."""
     quantity: str = ""
     """That of :func:`.spectral_summary`, if it is another than the name."""
     of_mean: Callable[[Tensor, Tensor], Tensor] = lambda mean, count: mean
@@ -66,13 +67,13 @@ CATALOGUE: dict[str, Metric] = {
         solver="none",
         of_mean=lambda mean, count: mean.exp(),
     ),
-    "renyi_2": Metric("pooled", "Rényi entropy of order 2", "nats", "Rényi entropy (nats)"),
+    "renyi_2": Metric("pooled", "Rényi entropy of order 2", "nats", "Rényi entropy (nats)", solver="any"),
     "rankme": Metric("raw", "RankMe", "dimensions", logarithmic=True),
-    "participation_ratio": Metric("pooled", "participation ratio", "dimensions", logarithmic=True),
-    "stable_rank": Metric("pooled", "stable rank", "dimensions", logarithmic=True),
+    "participation_ratio": Metric("pooled", "participation ratio", "dimensions", logarithmic=True, solver="any"),
+    "stable_rank": Metric("pooled", "stable rank", "dimensions", logarithmic=True, solver="any"),
     "numerical_rank": Metric("pooled", "numerical rank", "dimensions", logarithmic=True),
-    "top_share": Metric("pooled", "share of the strongest direction", "share", "share of the variance"),
-    "spectrum": Metric("pooled", "shares of the strongest directions", "share", "share of the variance"),
+    "top_share": Metric("pooled", "share of the strongest direction", "share", "share of the variance", solver="any"),
+    "spectrum": Metric("pooled", "shares of the strongest directions", "share", "share of the variance", solver="any"),
     "top_dimension_share": Metric(
         "pooled", "share of the largest dimension", "share", "share of the variance", solver="any"
     ),
@@ -82,6 +83,7 @@ CATALOGUE: dict[str, Metric] = {
         "dimensions",
         "effective rank (dimensions)",
         logarithmic=True,
+        solver="any",
         quantity="effective_rank",
     ),
     "alpha_req": Metric("pooled", "slope of the spectrum (alpha-ReQ)", axis="alpha"),
@@ -116,6 +118,7 @@ CATALOGUE: dict[str, Metric] = {
         "dimensions",
         "participation ratio (dimensions)",
         logarithmic=True,
+        solver="any",
         quantity="participation_ratio",
     ),
     "embedding_alpha_req": Metric(
@@ -130,6 +133,7 @@ CATALOGUE: dict[str, Metric] = {
         "dimensions",
         "effective rank (dimensions)",
         logarithmic=True,
+        solver="any",
         quantity="effective_rank",
     ),
     "embedding_covariance_alpha_req": Metric(
@@ -160,6 +164,7 @@ CATALOGUE: dict[str, Metric] = {
         "Holevo information: entropy that tells sequences apart",
         "nats",
         "nats",
+        solver="any",
         quantity="matrix_entropy",
         further=("sequence_by_tokens",),
     ),
@@ -189,6 +194,10 @@ COMPARISONS: dict[str, Metric] = {
 METRICS: dict[str, Metric] = CATALOGUE | COMPARISONS
 """All rows."""
 
+ENTROPIES = frozenset({"matrix_entropy", "normalized_matrix_entropy", "effective_rank"})
+"""The quantities of a spectrum that an estimate of its entropy gives."""
+ENTROPY_ERROR = "matrix_entropy_error"
+"""The standard error of such an estimate; of another source than ``pooled`` that comes before it."""
 SPECTRUM_TOP = "spectrum_top_"
 """``spectrum`` is logged under several names: this prefix and a number of directions."""
 
@@ -197,7 +206,7 @@ def quantity(name: str) -> str:
     """Return the quantity of a spectrum that a logged number is computed from, whatever the spectrum's source."""
     if name in METRICS:
         return METRICS[name].quantity or name
-    return name.removeprefix("embedding_")  # such as the standard error of an estimate
+    return ENTROPY_ERROR if name.endswith(ENTROPY_ERROR) else name
 
 
 def source_of(name: str) -> Source:
@@ -218,14 +227,10 @@ def check_embedding(embedding: str) -> Embedding:
     return cast(Embedding, embedding)
 
 
-def check_solver(solver: str, metrics: Iterable[str]) -> None:
-    """Raise if ``solver`` is not known, or cannot compute one of ``metrics``."""
+def check_solver(solver: str) -> None:
+    """Raise if ``solver`` is not known."""
     if solver not in get_args(Solver):
-        raise ValueError(f"`solver` must be 'exact' or 'approximate', got {solver!r}.")
-    refused = [name for name in metrics if solver == "approximate" and METRICS[name].solver == "eigenvalues"]
-    if refused:
-        served = (name for name, metric in CATALOGUE.items() if metric.solver == "any")
-        raise ValueError(f"`solver='approximate'` gives {', '.join(served)}, and `metrics` asks for {refused[0]!r}.")
+        raise ValueError(f"`solver` must be 'auto', 'exact' or 'approximate', got {solver!r}.")
 
 
 def check_metrics(metrics: str | Iterable[str], *, no_reference: str = "") -> tuple[str, ...]:

@@ -23,7 +23,7 @@ _DELTA = 1e-4
 class Discriminant(NamedTuple):
     """The scatter between documents relative to that within them (the matrix of a linear discriminant analysis).
 
-    It has the interface of :class:`.Matrix`.
+    It has the interface of :class:`.Matrix` for what is decomposed by eigenvalues.
     """
 
     moments: Moments
@@ -43,10 +43,6 @@ class Discriminant(NamedTuple):
 
     def lower(self) -> Tensor:
         """``(d, d)``, W^(-1/2) B W^(-1/2) in the basis of the eigenvectors of W; B is a sum, not a mean."""
-        return self.full()
-
-    def full(self) -> Tensor:
-        """As :meth:`lower`."""
         device = self.moments.scatter.device
         within = symmetric(lower_triangle(self.within.scatter))
         within /= self.within.num_tokens.clamp(min=1)

@@ -17,7 +17,7 @@ from matent_callbacks.accumulate.moments import (
     with_scatter,
 )
 from matent_callbacks.accumulate.pieces import Piece, rows_of_a_piece, slices
-from matent_callbacks.accumulate.symmetric import diagonal, lower_triangle, symmetric
+from matent_callbacks.accumulate.symmetric import blocks, diagonal, lower_triangle, symmetric
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import squares_are_lost
 from matent_callbacks.functional.entropy import entropy_of_eigenvalues, entropy_of_matrix
@@ -90,9 +90,13 @@ class Matrix(NamedTuple):
         share: Tensor = (largest / torch.linalg.vector_norm(norms)).square()
         return share
 
-    def full(self) -> Tensor:
-        """``(k, k)``: the whole matrix."""
-        return symmetric(self.lower()) if self.gram is None else self.gram
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The whole matrix for products: as one block ``(k, k)``, or as the three of ``[[A, B], [B.T, C]]``."""
+        if self.gram is not None:
+            return (self.gram,)
+        if self.moments.mean.numel() or self.as_correlation:
+            return (symmetric(self.lower()),)
+        return blocks(self.moments.scatter)
 
     def to(self, device: torch.device) -> Matrix:
         """Copy to a device."""

@@ -75,14 +75,29 @@ def lower_triangle(packed: Tensor) -> Tensor:
     Symmetric solvers read no more than that. The result is laid out column by column, as LAPACK wants it.
     """
     half, d = packed.shape[0], packed.shape[1] - 1
-    rest = d - half
-    square = packed[:, 1 : half + 1]
     upper = packed.new_empty(d, d)
-    upper[:half, :half] = square.T
+    _copy_diagonal_blocks(packed, upper[:half, :half], upper[half:, half:])
     upper[:half, half:] = packed[:, half + 1 :]
-    upper[half:, half:] = square[:rest, :rest]
-    upper[half:, half:].diagonal().copy_(packed[:rest, 0])
     return upper.T
+
+
+def blocks(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and C of a packed matrix ``[[A, B], [B.T, C]]``; B is a view. For products: they take half of the memory."""
+    half, d = packed.shape[0], packed.shape[1] - 1
+    first, last = packed.new_empty(half, half), packed.new_empty(d - half, d - half)
+    _copy_diagonal_blocks(packed, first, last)
+    return symmetric(first.T), packed[:, half + 1 :], symmetric(last.T)
+
+
+def _copy_diagonal_blocks(packed: Tensor, first: Tensor, last: Tensor) -> None:
+    """Copy A and C, which are right on and above the diagonal then."""
+    half, rest = len(first), len(last)
+    square = packed[:, 1 : half + 1]
+    for start in range(0, half, _STRIP):
+        rows = slice(start, min(start + _STRIP, half))
+        first[:, rows] = _transposed(square[rows])
+    last[:] = square[:rest, :rest]
+    last.diagonal().copy_(packed[:rest, 0])
 
 
 def diagonal(packed: Tensor) -> Tensor:
@@ -93,5 +108,15 @@ def diagonal(packed: Tensor) -> Tensor:
 
 def symmetric(lower: Tensor) -> Tensor:
     """Return the symmetric matrix with the lower triangle of ``lower``, whose upper triangle is overwritten."""
-    lower.tril_()
-    return lower + lower.tril(-1).T
+    columns = lower.T  # that of `lower_triangle` is laid out column by column
+    for start in range(0, len(lower), _STRIP):
+        own = slice(start, start + _STRIP)
+        columns[own, :start] = _transposed(columns[:start, own])
+        square = columns[own, own].triu()
+        columns[own, own] = square + square.triu(1).T
+    return columns
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """A transposed copy. Between contiguous tensors copying is several times as fast as into or from a slice."""
+    return torch.empty_like(matrix.T, memory_format=torch.contiguous_format).copy_(matrix.contiguous().T)

@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from matent_callbacks.accumulate.catalogue import METRICS, SPECTRUM_TOP
-from matent_callbacks.monitor.decomposition import ERROR, NONFINITE
+from matent_callbacks.accumulate.catalogue import ENTROPY_ERROR, METRICS, SPECTRUM_TOP
+from matent_callbacks.monitor.decomposition import NONFINITE
 
 Charts: TypeAlias = Literal["few", "all"]
 
 # With more layers than this, those between first, middle and last are hidden.
 _MOST = 6
-_METRICS = "|".join((*METRICS, rf"{SPECTRUM_TOP}\d+", "diff_erank", NONFINITE, ERROR))
+_METRICS = "|".join((*METRICS, rf"{SPECTRUM_TOP}\d+", "diff_erank", NONFINITE, ENTROPY_ERROR))
 
 
 class LayerCharts:

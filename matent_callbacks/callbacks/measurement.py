@@ -81,7 +81,7 @@ class Measurement:
         check_reference(reference, probe)
         self._layers = layers
         self.metrics = check_metrics(metrics, no_reference="" if reference is not None else _NO_REFERENCE)
-        check_solver(solver, self.metrics)
+        check_solver(solver)
         self._own_metrics = tuple(name for name in self.metrics if name not in COMPARISONS)
         compared = tuple(name for name in self.metrics if name in COMPARISONS)
         self._drift = Drift(compared, check_drift_tokens(drift_tokens), guard)

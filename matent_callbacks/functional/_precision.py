@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         elif device.type == "cpu":
             stack.enter_context(_without_reduced_matmul(getattr(torch.backends.mkldnn, "matmul", None)))
         yield
+
+
+def is_reduced_on_cpu() -> bool:
+    """Whether the CPU may multiply float32 matrices in less, which threads that must not change it have to know."""
+    backend: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(backend, "fp32_precision"):
+        return torch.get_float32_matmul_precision() != "highest"
+    return backend.fp32_precision not in ("none", "ieee")
 
 
 @contextmanager

@@ -191,7 +191,7 @@ _SUMMARY: dict[str, Callable[[_Spectrum], Tensor]] = {
     "matrix_entropy": lambda spectrum: spectrum.entropy,
     "normalized_matrix_entropy": _Spectrum.over_log_d,
     "effective_rank": lambda spectrum: spectrum.entropy.exp(),
-    "renyi_2": lambda spectrum: _renyi_2(spectrum.squares),
+    "renyi_2": lambda spectrum: renyi_2_of_squares(spectrum.squares),
     "participation_ratio": lambda spectrum: 1 / spectrum.squares,
     "stable_rank": lambda spectrum: 1 / spectrum.top,
     "top_share": lambda spectrum: spectrum.top,
@@ -204,7 +204,7 @@ _SUMMARY: dict[str, Callable[[_Spectrum], Tensor]] = {
 def entropy_of_matrix(matrix: Tensor, *, alpha: float = 1.0) -> Tensor:
     """``(..., k, k)``, positive semi-definite, of any scale, to its entropy ``(...)``."""
     if alpha == 2.0:
-        return _renyi_2(unit_trace(matrix).square().sum((-2, -1)))
+        return renyi_2_of_squares(unit_trace(matrix).square().sum((-2, -1)))
     return entropy_of_eigenvalues(unit_trace_eigenvalues(matrix), alpha=alpha)
 
 
@@ -214,7 +214,7 @@ def entropy_of_eigenvalues(eigenvalues: Tensor, *, alpha: float = 1.0) -> Tensor
         entropy: Tensor = torch.special.entr(eigenvalues).sum(-1)
         return entropy
     if alpha == 2.0:
-        return _renyi_2(eigenvalues.square().sum(-1))
+        return renyi_2_of_squares(eigenvalues.square().sum(-1))
     if alpha == math.inf:
         top = eigenvalues[..., 0]
         return -torch.where(top > 0, top, 1.0).log()
@@ -228,7 +228,8 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"`alpha` must be above 0, got {alpha}.")
 
 
-def _renyi_2(purity: Tensor) -> Tensor:
+def renyi_2_of_squares(purity: Tensor) -> Tensor:
+    """The sum of the squared shares of a spectrum to its entropy of order 2; 0, where nothing spreads, gives 0."""
     return torch.where(purity > 0, purity, 1.0).log().neg()
 
 

@@ -47,7 +47,7 @@ class MatrixEntropyCallback(MeasuringCallback):
                                                   with ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind it
     ``diff_erank/<layer>``                        with ``reference``: its effective rank minus that of the model now
     ``nonfinite_tokens/<layer>``                  in training, where tokens were left out because they held NaN or Inf
-    ``matrix_entropy_error/<layer>``              with ``solver="approximate"``: the standard error of the entropy, nats
+    ``matrix_entropy_error/<layer>``              of estimated layers: standard error of the entropy, nats
     ============================================  ===================================================================
 
     The transformer is found inside the LightningModule: a Hugging Face model, or else the outermost stack of blocks
@@ -106,10 +106,10 @@ class MatrixEntropyCallback(MeasuringCallback):
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it. Layers are then
             selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
-        solver: ``"exact"``, or ``"approximate"``: from d = 1,024 on (or as many tokens, if they are fewer) the entropy
-            is estimated without the eigenvalues, 6 times as fast or more and off by less than 1 %; its standard error
-            is ``matrix_entropy_error/<layer>``. It supports ``matrix_entropy``, ``normalized_matrix_entropy``,
-            ``effective_rank``, the first and the last also of embeddings, and means over sequences, which stay exact.
+        solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
+            estimated to 0.2 % from a few matrix products, 6 times as fast at d = 2,048 and 12 times at 4,096, with the
+            standard error of the entropy as ``matrix_entropy_error/<layer>``. Warnings say once which layers that is,
+            and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
         background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The
             values are logged under their own step, but only at the next measurement, checkpoint, or end of training.
         name: Prefix of the names of all values, ``<name>/<metric>/<layer>`` and ``eval_<name>/...``: for a second
@@ -158,7 +158,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         module: str | None = None,
         layer_offset: int | None = None,
         dtype: torch.dtype = torch.float32,
-        solver: Solver = "exact",
+        solver: Solver = "auto",
         background: bool = False,
         name: str | None = None,
         window_steps: int = 1,

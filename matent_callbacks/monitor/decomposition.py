@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, SPECTRUM_TOP, Source, quantity
+from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPY_ERROR, SPECTRUM_TOP, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.pooled_tokens import Matrix
 from matent_callbacks.accumulate.probe_tokens import TokenPairs
 from matent_callbacks.accumulate.statistics import STATISTICS
-from matent_callbacks.functional._estimate import estimate_entropy
-from matent_callbacks.functional._precision import full_precision
-from matent_callbacks.functional.entropy import summarized
+from matent_callbacks.functional._estimate import STEPS, Estimate, Projection, estimates, project
+from matent_callbacks.functional._precision import full_precision, is_reduced_on_cpu
+from matent_callbacks.functional.entropy import renyi_2_of_squares, summarized
 from matent_callbacks.functional.spectrum import over_trace, solved
 from matent_callbacks.monitor.solvers import side_by_side
 
@@ -26,12 +25,16 @@ from matent_callbacks.monitor.solvers import side_by_side
 _BATCH_NUMBERS = 2**17
 # From this width on, each matrix is decomposed on a thread of its own. A smaller one takes no longer than waking one.
 _WORTH_A_THREAD = 256
+_OF_DIRECTIONS = {"top_share", "stable_rank"}
 NONFINITE = "nonfinite_tokens"
 COUNTED = "counted"
-ERROR = "matrix_entropy_error"
-# From this width on the approximate solver is at least 5 times as fast as the eigenvalues, with an error below 1 %
-# (benchmarks/solver.py).
-_WIDE = 1024
+# From this width on numbers are estimated, where that is asked for. On two CPU cores it is 3 times as fast there, and 6
+# and 12 times at 2,048 and 4,096 (benchmarks/solver.py).
+WIDE = 1024
+# An estimate has the shares of so many directions, at most. They take further products, so that those of a flat
+# spectrum are right to 0.2 % as well.
+_DIRECTIONS = 16
+_STEPS_FOR_DIRECTIONS = 10
 
 Unit = tuple[Source, str]
 """What has a spectrum of its own: a layer, and how its tokens were centred and normalised."""
@@ -41,15 +44,18 @@ Work = Matrix | Discriminant | TokenPairs
 """What the numbers of a unit are computed from."""
 
 
-def decompose(work: dict[Unit, Work], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
+def decompose(
+    work: dict[Unit, Work], names: Mapping[Unit, list[str]], estimated: Collection[Source] = ()
+) -> dict[Unit, Tensor]:
     """Compute the numbers of each unit, ``(names,)``; NaN where too few tokens were seen. The counts come last.
 
-    Each matrix is removed from the dict, so that it is freed afterwards.
+    Matrices of one shape are decomposed together. Each is removed from the dict, so that it is freed afterwards. Those
+    of ``estimated`` sources are not decomposed if they are wide.
     """
     matrices = {unit: own for unit, own in work.items() if not isinstance(own, TokenPairs)}
     pairs = {unit: own for unit, own in work.items() if isinstance(own, TokenPairs)}
     work.clear()
-    return _decomposed(matrices, names) | _compared(pairs, names)
+    return _decomposed(matrices, names, estimated) | _compared(pairs, names)
 
 
 def _compared(pairs: dict[Unit, TokenPairs], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
@@ -66,28 +72,25 @@ def _compared(pairs: dict[Unit, TokenPairs], names: Mapping[Unit, list[str]]) ->
     }
 
 
-def _decomposed(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
-    """Decompose the matrices of one shape together."""
-    alike: dict[tuple[int, int, Source], list[Unit]] = defaultdict(list)
-    for unit in matrices:
-        alike[matrices[unit].size, matrices[unit].num_features, unit[0]].append(unit)
+def _decomposed(
+    matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit, list[str]], estimated: Collection[Source]
+) -> dict[Unit, Tensor]:
+    alike: dict[tuple[int, int, Source, torch.device], list[Unit]] = defaultdict(list)
+    for unit, matrix in matrices.items():
+        alike[matrix.size, matrix.num_features, unit[0], matrix.moments.num_tokens.device].append(unit)
     found: dict[Unit, Tensor] = {}
-    for (size, num_features, source), units in alike.items():
+    for (size, num_features, source, device), units in alike.items():
         wanted = names[units[0]][:-2]
         num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
         nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
         if size == 0:
-            table = torch.full((len(units), len(wanted)), torch.nan, device=num_tokens.device)
+            table = torch.full((len(units), len(wanted)), torch.nan, device=device)
         else:
             by_dimension = [_of_dimensions(matrices[unit], wanted) for unit in units]
-            eigenvalues = _eigenvalues([matrices.pop(unit) for unit in units])
-            quantities = {quantity(name) for name in wanted if name in CATALOGUE} - by_dimension[0].keys()
-            summary = {
-                **summarized(eigenvalues, quantities, num_features=num_features),
-                **_shares(eigenvalues, wanted),
-                **{name: torch.stack([own[name] for own in by_dimension]) for name in by_dimension[0]},
-                ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
-            }
+            own = [matrices.pop(unit) for unit in units]
+            compute = _estimates if size >= WIDE and source in estimated else _of_eigenvalues
+            summary = compute(own, wanted, num_features)
+            summary |= {name: torch.stack([own[name] for own in by_dimension]) for name in by_dimension[0]}
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
         table = torch.where(num_tokens.unsqueeze(-1) >= STATISTICS[source].fewest, table, torch.nan)
         table = torch.cat([table, torch.stack([num_tokens, nonfinite], -1).to(table.dtype)], -1)
@@ -95,34 +98,66 @@ def _decomposed(matrices: dict[Unit, Matrix | Discriminant], names: Mapping[Unit
     return found
 
 
-def estimate(work: dict[Unit, Work], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
-    """Like :func:`decompose`, but with the approximate solver for wide matrices."""
-    estimated = {}
-    for unit in list(work):
-        matrix = work[unit]
-        if not isinstance(matrix, TokenPairs) and matrix.size >= _WIDE:
-            del work[unit]
-            estimated[unit] = _estimated(matrix, names[unit], STATISTICS[unit[0]].fewest)
-            del matrix
-    return {**decompose(work, names), **estimated}
+def spectrum_names(num_features: int, *, estimated: bool) -> list[str]:
+    """Return the names under which ``spectrum`` is logged: of 1, 2, 4, ... directions."""
+    most = _DIRECTIONS if estimated and num_features >= WIDE else num_features
+    return [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length()) if 2**i <= most]
 
 
-def _estimated(matrix: Matrix | Discriminant, names: Sequence[str], fewest: int) -> Tensor:
-    full = matrix.full()
-    # TF32 is a setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
-    with full_precision(full.device) if full.device.type == "cuda" else nullcontext():
-        entropy, error = estimate_entropy(full)
-    usable = torch.isfinite(full.sum()) & (matrix.moments.num_tokens >= fewest)
-    values = {
-        "matrix_entropy": entropy,
-        "normalized_matrix_entropy": entropy / math.log(matrix.num_features),
-        "effective_rank": entropy.exp(),
-        ERROR: error,
-        **_of_dimensions(matrix, names),
+def estimated_sources(metrics: Iterable[str]) -> frozenset[Source]:
+    """Return the sources of ``metrics`` of which no eigenvalue is needed."""
+    rows = [CATALOGUE[name] for name in metrics]
+    return frozenset(row.source for row in rows if row.solver == "any") - {
+        row.source for row in rows if row.solver == "eigenvalues"
     }
-    numbers = [torch.where(usable, values[quantity(name)], torch.nan) for name in names[:-2]]
-    counts = (matrix.moments.num_tokens, matrix.moments.num_nonfinite)
-    return torch.stack([*numbers, *(count.to(entropy.dtype) for count in counts)])
+
+
+def _of_eigenvalues(
+    matrices: list[Matrix | Discriminant], names: Sequence[str], num_features: int
+) -> dict[str, Tensor]:
+    eigenvalues = _eigenvalues(matrices)
+    quantities = {quantity(name) for name in names if name in CATALOGUE} - {"top_dimension_share"}
+    return {
+        **summarized(eigenvalues, quantities, num_features=num_features),
+        **_shares(eigenvalues.cumsum(-1), names),
+        ENTROPY_ERROR: torch.full_like(eigenvalues[:, 0], torch.nan),  # eigenvalues are exact
+    }
+
+
+def _estimates(matrices: list[Matrix | Discriminant], names: Sequence[str], num_features: int) -> dict[str, Tensor]:
+    """Compute the numbers of wide matrices from products. The list is emptied, so that each matrix is freed."""
+    of_directions = any(name in _OF_DIRECTIONS or name.startswith(SPECTRUM_TOP) for name in names)
+    steps = _STEPS_FOR_DIRECTIONS if of_directions else STEPS
+    size, counts = matrices[0].size, matrices[0].moments.num_tokens
+    # The solver has no MPS kernel, and no float64 either.
+    device = counts.device if counts.device.type == "cuda" else torch.device("cpu")
+    # A setting of the process, which a background thread must leave alone. There all matrices are on the CPU.
+    in_float64 = device.type == "cpu" and is_reduced_on_cpu()
+
+    def estimate(some: list[Matrix | Discriminant]) -> Estimate:
+        with torch.autocast("cpu", enabled=False) if device.type == "cpu" else full_precision(device):
+            return estimates([_projected(some.pop(0).to(device)) for _ in range(len(some))], size)
+
+    def _projected(matrix: Matrix | Discriminant) -> Projection:
+        assert isinstance(matrix, Matrix)  # no quantity of the other is estimated
+        blocks = [block.double() if in_float64 else block for block in matrix.blocks()]
+        return project(blocks, steps=steps)
+
+    on_threads = device.type == "cpu"
+    batches = [[matrices.pop(0)] for _ in range(len(matrices))] if on_threads else [matrices]
+    columns = zip(*(side_by_side(estimate, batches) if on_threads else map(estimate, batches)), strict=True)
+    found = Estimate(*(torch.cat(column).to(counts.device, torch.float32) for column in columns))
+    return {
+        "matrix_entropy": found.entropy,
+        "normalized_matrix_entropy": found.entropy / math.log(num_features),
+        "effective_rank": found.entropy.exp(),
+        ENTROPY_ERROR: found.error,
+        "renyi_2": renyi_2_of_squares(found.squares),
+        "participation_ratio": 1 / found.squares,
+        "top_share": found.top[:, 0],
+        "stable_rank": 1 / found.top[:, 0],
+        **_shares(found.top.cumsum(-1), names),
+    }
 
 
 def _of_dimensions(matrix: Matrix | Discriminant, names: Sequence[str]) -> dict[str, Tensor]:
@@ -152,12 +187,9 @@ def _solve(batch: list[Matrix | Discriminant]) -> tuple[Tensor, Tensor]:
     return solved(lower[0].unsqueeze(0) if len(lower) == 1 else torch.stack(lower), overwrite=True)
 
 
-def _shares(eigenvalues: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Sums of the largest 1, 2, 4, ... eigenvalues of a unit-trace spectrum ``(..., k)``, under their names."""
+def _shares(cumulative: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The largest 1, 2, 4, ... eigenvalues of a unit-trace spectrum by their names, from their sums ``(..., k)``."""
     directions = {name: int(name.removeprefix(SPECTRUM_TOP)) for name in names if name.startswith(SPECTRUM_TOP)}
-    if not directions:
-        return {}
-    cumulative = eigenvalues.cumsum(-1)
-    last = eigenvalues.shape[-1] - 1
+    last = cumulative.shape[-1] - 1
     # A Gram matrix may have fewer than that many eigenvalues: the others are 0.
     return {name: cumulative[..., min(k - 1, last)] for name, k in directions.items()}

@@ -78,6 +78,7 @@ def messages(
     with_sinks = remembered.untold("sinks", readings.sinks)
     if with_sinks:
         yield left_out_sinks(with_sinks, list(readings.given), [readings.sinks[layer][1] for layer in with_sinks])
+    yield from _solved(readings, remembered)
     for cause, undefined in _undefined_by_cause(readings, seen).items():
         new = remembered.untold(cause, undefined)
         # What broke off was told with its own error, and missing labels are told below.
@@ -87,6 +88,25 @@ def messages(
     yield from _counted_padding({layer: seen.unmasked[layer] for layer in new_layers})
     new_layers = remembered.untold("labels", seen.unlabelled)
     yield from _without_labels({layer: seen.unlabelled[layer] for layer in new_layers}, model)
+
+
+def _solved(readings: Readings, remembered: Remembered) -> Iterator[str]:
+    """Say which layers are estimated, and why others are not although they are as wide."""
+    layers = list(readings.given)
+    estimated = remembered.untold("estimated", sorted(readings.estimated, key=layers.index))
+    if estimated:
+        yield (
+            f"Numbers of {_listed(_in_ranges(estimated, layers))} are estimated, to 0.2 %, since they are wide. "
+            'See the page "At scale" in the documentation. `solver="exact"` computes them from all eigenvalues.'
+        )
+    slow = remembered.untold("slow", readings.slow)
+    if slow:
+        wide = _listed(_in_ranges({layer for layer, _ in slow}, layers))
+        names = _listed(sorted({name for _, name in slow}))
+        yield (
+            f"All eigenvalues of {wide} are computed, which takes long since these layers are wide: {names} cannot be "
+            "estimated, and what comes from the same eigenvalues is not."
+        )
 
 
 def _undefined_by_cause(readings: Readings, seen: Seen) -> dict[Cause, list[Undefined]]:

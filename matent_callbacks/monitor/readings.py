@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matent_callbacks.accumulate.catalogue import CATALOGUE, METRICS, SPECTRUM_TOP, Solver, Source
+from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPIES, ENTROPY_ERROR, METRICS, Solver, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
@@ -28,7 +29,16 @@ from matent_callbacks.accumulate.reduction import (
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
 from matent_callbacks.accumulate.statistics import STATISTICS, State, Statistic
 from matent_callbacks.monitor.comparison import Comparison
-from matent_callbacks.monitor.decomposition import COUNTED, ERROR, NONFINITE, Unit, Work, decompose, estimate
+from matent_callbacks.monitor.decomposition import (
+    COUNTED,
+    NONFINITE,
+    WIDE,
+    Unit,
+    Work,
+    decompose,
+    estimated_sources,
+    spectrum_names,
+)
 from matent_callbacks.monitor.explanations import how_ranks_differ
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
@@ -52,6 +62,10 @@ class Readings(NamedTuple):
     """Sinks that were left out, and how many times as long as other tokens (geometric mean), by layer with any."""
     counted: dict[tuple[str, Source], int]
     """What counted, by layer and source: tokens, or sequences."""
+    estimated: set[str]
+    """Layers of which numbers were estimated."""
+    slow: set[tuple[str, str]]
+    """Layers of which all eigenvalues were computed though that takes long, and the metrics that need them."""
     unlike: str = ""
     """How ranks differ in what they read, so that nothing could be computed."""
 
@@ -101,14 +115,23 @@ class PendingReadings:
             dtype = next(iter(accumulators.values())).dtype
             pairs = comparison.pairs(kept, gathered.failed, self._device, dtype)
             gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
-        self._decompose, extra = (decompose, ()) if solver == "exact" else (estimate, (ERROR,))
+        estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
+        self._decompose = partial(decompose, estimated=estimated)
         self._names = {
-            unit: _names(unit[0], metrics, width, [_prefix(unit[0]) + name for name in extra])
+            unit: _names(unit[0], metrics, width, estimated=unit[0] in estimated)
             for unit, width in gathered.widths.items()
         }
         for layer in compared:
             if comparison is not None and layer not in gathered.failed:
                 self._names[_REFERENCE, layer] = _names(_REFERENCE, comparison.metrics)
+        # Those of metrics that no estimate serves.
+        self._slow = [
+            (layer, name, source)
+            for (source, layer), width in gathered.widths.items()
+            for name in metrics
+            if solver != "exact" and width >= WIDE
+            if CATALOGUE[name].source == source and CATALOGUE[name].solver == "eigenvalues"
+        ]
         self._mean_names = {unit: _names(unit[0], metrics) for unit in gathered.means}
         self._gathered = gathered
         self._given = {layer: accumulator.num_given for layer, accumulator in accumulators.items()}
@@ -122,7 +145,7 @@ class PendingReadings:
     def result(self) -> Readings:
         """Return the numbers, which are bitwise the same on every rank."""
         if self._gathered.unlike:
-            return Readings({}, {}, self._gathered.failed, {}, {}, {}, self._gathered.unlike)
+            return Readings({}, {}, self._gathered.failed, {}, {}, {}, set(), set(), self._gathered.unlike)
         found, error = self._decomposed()
         pieces = [self._piece(found.get(unit), len(names)) for unit, names in self._names.items()]
         own_means = not self._distributed or dist.get_rank(self._group) == 0
@@ -171,7 +194,7 @@ class PendingReadings:
             for layer, (number, logs) in zip(self._sinks, pairs, strict=True)
             if number
         }
-        readings = Readings({}, {}, self._gathered.failed, given, sinks, {})
+        readings = Readings({}, {}, self._gathered.failed, given, sinks, {}, set(), set())
         for (source, layer, name), number in zip(columns, numbers[: len(columns)], strict=True):
             values = readings.values.setdefault(layer, {})
             if name == NONFINITE:
@@ -179,8 +202,15 @@ class PendingReadings:
                 readings.nonfinite[layer] = max(int(number), readings.nonfinite.get(layer, 0))
             elif name == COUNTED:
                 readings.counted[layer, source] = int(number)
-            elif not (name.endswith(ERROR) and math.isnan(number)):  # of what was not estimated
+            elif not name.endswith(ENTROPY_ERROR):
                 values[name] = number if math.isfinite(number) else math.nan
+            elif not math.isnan(number):  # as that of what was not estimated
+                readings.estimated.add(layer)
+                if any(quantity(own) in ENTROPIES for own in self._names[source, layer]):
+                    values[name] = number
+        readings.slow.update(
+            (layer, name) for layer, name, source in self._slow if readings.counted[layer, source] >= WIDE
+        )
         for values in readings.values.values():
             if _WITHIN in values:
                 difference = values.get("holevo_information", math.nan) - values.pop(_WITHIN)
@@ -200,14 +230,14 @@ class _Gathered(NamedTuple):
 
 def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
     statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
-    matrices = _matrices(statistics, next(iter(accumulators.values())).device)
+    matrices = _matrices(statistics)
     widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
     return _Gathered(widths, {**matrices}, _means(statistics), set(failed))
 
 
-def _matrices(statistics: Mapping[str, Sequence[Statistic]], device: torch.device) -> dict[Unit, Matrix | Discriminant]:
+def _matrices(statistics: Mapping[str, Sequence[Statistic]]) -> dict[Unit, Matrix | Discriminant]:
     return {
-        (source, layer): statistic.matrix(source).to(device)
+        (source, layer): statistic.matrix(source)
         for layer, own in statistics.items()
         for statistic in own
         for source in statistic.decomposed
@@ -273,21 +303,21 @@ def _gather_over_ranks(
         for source in statistic.decomposed
         if (statistic.sources[0], layer) in agreed
     }
-    return _Gathered(known, {**_matrices(whole, device)}, dict(zip(means, common_means, strict=True)), everywhere)
+    return _Gathered(known, {**_matrices(whole)}, dict(zip(means, common_means, strict=True)), everywhere)
 
 
-def _prefix(source: Source) -> str:
-    return "embedding_" if source == "embedding" else ""
+def _error(source: Source) -> str:
+    return ENTROPY_ERROR if source == "pooled" else f"{source}_{ENTROPY_ERROR}"
 
 
-def _names(source: Source, metrics: Sequence[str], num_features: int = 0, extra: Sequence[str] = ()) -> list[str]:
+def _names(source: Source, metrics: Sequence[str], num_features: int = 0, *, estimated: bool = False) -> list[str]:
     """Return the names of the numbers of one source of a layer, in the order in which ranks exchange them."""
     names = [name for name in metrics if METRICS[name].source == source and name != "spectrum"]
     if source == "sequence_by_tokens":
         names.append(_WITHIN)
     if "spectrum" in metrics and CATALOGUE["spectrum"].source == source and num_features:
-        names += [f"{SPECTRUM_TOP}{2**i}" for i in range((num_features - 1).bit_length())]
-    return [*names, *extra, COUNTED, NONFINITE]
+        names += spectrum_names(num_features, estimated=estimated)
+    return [*names, *([_error(source)] if estimated else []), COUNTED, NONFINITE]
 
 
 def _mean_numbers(mean: SequenceMean, names: Sequence[str]) -> Tensor:

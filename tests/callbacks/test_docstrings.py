@@ -48,6 +48,15 @@ def test_what_is_the_same_is_told_with_the_same_words():
         assert set(others) - set(same) <= {"model", "metrics", "probe", "on_error", "process_group", "context_group"}
 
 
+def test_callbacks_estimate_wide_layers_and_the_monitor_does_not():
+    from matent_callbacks.lightning import MatrixEntropyCallback as OfLightning
+    from matent_callbacks.transformers import MatrixEntropyCallback
+
+    defaults = {EntropyMonitor: "exact", LoopMonitor: "auto", MatrixEntropyCallback: "auto", OfLightning: "auto"}
+    for documented, default in defaults.items():
+        assert inspect.signature(documented).parameters["solver"].default == default
+
+
 def test_the_monitor_of_loops_tells_of_each_argument():
     assert list(told(LoopMonitor)) == list(inspect.signature(LoopMonitor).parameters)
 

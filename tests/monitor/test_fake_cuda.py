@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from matent_callbacks import EffectiveRank, EntropyMonitor, MatrixEntropy, SequenceEffectiveRank, SequenceMatrixEntropy
 from matent_callbacks.accumulate.catalogue import CATALOGUE
+from matent_callbacks.functional import _estimate
 from tests.versions import needs
 
 pytestmark = [
@@ -107,6 +109,38 @@ def test_no_wait_in_a_forward_and_one_in_a_reading(waits, metrics, width, kind):
     assert waits.count == 0
     monitor.compute()
     assert waits.count == 1
+
+
+SERVED = tuple(name for name, row in CATALOGUE.items() if row.solver == "any" and row.source != "embedding")
+
+
+@pytest.mark.parametrize("metrics", [("matrix_entropy", "effective_rank"), SERVED], ids=["the default", "all"])
+def test_an_estimate_waits_once_too_and_each_layer_stays_where_it_is(waits, metrics, monkeypatch):
+    devices = []
+    product = _estimate.project
+
+    def project(blocks: Any, **arguments: Any) -> Any:
+        devices.append(blocks[0].device)
+        return product(blocks, **arguments)
+
+    monkeypatch.setattr("matent_callbacks.monitor.decomposition.project", project)
+
+    class OnTwo(nn.Sequential):
+        def forward(self, hidden: Tensor) -> Tensor:
+            for layer in self:
+                hidden = layer(hidden.to(layer[0].weight.device))
+            return hidden
+
+    model = OnTwo(*(nn.Sequential(nn.Linear(1024, 1024, device=f"cuda:{number}")) for number in (0, 1)))
+    monitor = EntropyMonitor(model, layers=["0", "1"], metrics=metrics, solver="auto")
+    with monitor:
+        model(torch.zeros(4, 400, 1024))
+    waits.count = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monitor.compute()
+    assert waits.count == 1
+    assert set(devices) == {torch.device("cuda", 0), torch.device("cuda", 1)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
