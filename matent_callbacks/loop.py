@@ -15,18 +15,9 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import (
-    check_log,
-    destinations,
-    log_settings,
-    log_values,
-    measured_settings,
-    takers,
-    to_each,
-    wandb_runs,
-)
+from matent_callbacks.callbacks.loop_log import LoopLog
 from matent_callbacks.callbacks.measurement import measured_arguments
-from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
+from matent_callbacks.callbacks.run_monitor import RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
 
 
@@ -42,9 +33,8 @@ class LoopMonitor:
     the values are then logged when the block ends.
 
     Logged are ``<metric>/<layer>`` at each monitored step, ``eval_<metric>/<layer>`` over each evaluation, and whatever
-    else :class:`matent_callbacks.transformers.MatrixEntropyCallback` lists.
-
-    On several ranks, each has to make the same calls, and has the same values: those of the tokens of all ranks.
+    else :class:`matent_callbacks.transformers.MatrixEntropyCallback` lists. On several ranks, each has to make the same
+    calls, and has the same values: those of the tokens of all ranks.
 
     Args:
         model: The model as it is trained: plain, or prepared by accelerate or Fabric, compiled, sharded.
@@ -53,8 +43,7 @@ class LoopMonitor:
             (embeddings, every block but the last, ``last``), ints (0: embeddings; negative allowed), ``"every:4"``,
             module names or globs (``"*.mlp"``), or a list of these.
         log: A function of values and step, an Accelerator, Fabric, a run of W&B, Trackio or SwanLab, or a
-            SummaryWriter, used on every rank;
-            ``None``: nothing is logged. Pictures go to all of these but a function.
+            SummaryWriter, used on every rank; ``None``: nothing is logged. Pictures go to all but a function.
         metrics: Names from the catalogue, which :class:`~matent_callbacks.EntropyMonitor` describes: ``matrix_entropy``
             (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more. With
             ``reference`` also ``drift``, ``subspace_overlap`` and ``token_cosine``: what moved since then.
@@ -87,7 +76,7 @@ class LoopMonitor:
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log the profile through the layers and heat maps (needs matplotlib).
         charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
-            (``"few"``), or of all (``"all"``). All values are logged, and can be put into panels, either way.
+            (``"few"``), or of all (``"all"``); all values are logged either way.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Accelerator's or Fabric's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences; ``None`` without ``process_group``: as the mesh.
@@ -141,16 +130,15 @@ class LoopMonitor:
         context_group: dist.ProcessGroup | None = None,
     ) -> None:
         given = locals()
-        check_log(log)
         self.guard = Guard(type(self).__name__, on_error)
         self._model = model
-        self._reference_dir = reference_dir
-        self._log_to = log
+        self._run_begins: dict[str, Any] = {"around": getattr(log, "autocast", nullcontext), "directory": reference_dir}
         self._run = RunMonitor(self.guard, every_n_steps, on_error=on_error, **measured_arguments(given))
+        self._log = LoopLog(log, self._run, self.guard)
         # Where accelerate, Fabric and models have their device meshes.
         owner = SimpleNamespace(accelerator=log, strategy=getattr(log, "strategy", None), model=model)
         self._run.watch(model, owner=owner)
-        self._began = self._resumed = self._under_way = self._told = False
+        self._began = self._resumed = self._under_way = False
         self._last = 0
 
     @contextmanager
@@ -190,7 +178,7 @@ class LoopMonitor:
             self._end_batch()
         found = self.guard.values("the values of an evaluation", lambda: self._run.evaluation_ends(self._model))
         values.update({f"{prefix}_{key}": value for key, value in found.items()})
-        self._log({self._last: values})
+        self._log.values({self._last: values})
 
     @guarded
     def evaluating(self, batch: Any, *, sample_mask: Tensor | None = None) -> None:
@@ -220,8 +208,8 @@ class LoopMonitor:
         """End the last step, and log what is left: values from the background, those of the probe, pictures."""
         self._end_step()
         if self._began:
-            self._log(self._run.run_ends(self._model, at=self._last))
-            self._show_pictures(last=True)
+            self._log.values(self._run.run_ends(self._model, at=self._last))
+            self._log.pictures(self._last, last=True)
 
     def __enter__(self) -> LoopMonitor:
         return self
@@ -238,11 +226,8 @@ class LoopMonitor:
         self._last, self._under_way = step, True
         if not self._began:
             self._began = True
-            around = getattr(self._log_to, "autocast", nullcontext)
             resumed = self._resumed or step > 1
-            self._run.run_begins(
-                self._model, step=step - 1, resumed=resumed, around=around, directory=self._reference_dir
-            )
+            self._run.run_begins(self._model, step=step - 1, resumed=resumed, **self._run_begins)
             self._run.save_reference()
 
     @guarded
@@ -259,32 +244,10 @@ class LoopMonitor:
     def _end_step(self) -> None:
         if self._under_way:
             self._under_way = False
-            self._log(self._run.step_ends(self._model, self._last, at=self._last) or {})
+            self._log.values(self._run.step_ends(self._model, self._last, at=self._last) or {})
 
     @guarded
     def _begin_evaluation(self) -> None:
         self._run.evaluation_begins()
         if self._run.mask is None:
             self._run.evaluation_batch_begins(self._model)
-
-    def _log(self, logged: Logged) -> None:
-        for step, values in logged.items():
-            self._log_settings()
-            with self.guard("the log of the values"):
-                if values and self._log_to is not None:
-                    log_values(self._log_to, values, step)
-            with self.guard("the choice of charts"):
-                self._run.hide_charts(values, wandb_runs(destinations(self._log_to)))
-            self._run.remember(step, values)
-            self._show_pictures()
-
-    def _log_settings(self) -> None:
-        told, self._told = self._told, True
-        with self.guard("what is measured among the settings of the run"):
-            for thing in [] if told else destinations(self._log_to):
-                log_settings(thing, measured_settings(self._run.measured))
-
-    def _show_pictures(self, *, last: bool = False) -> None:
-        with self.guard("pictures"):
-            if self._run.has_pictures and (found := takers(destinations(self._log_to))):
-                to_each(found, self._run.pictures(last=last), self._last, self.guard)

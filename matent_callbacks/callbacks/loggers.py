@@ -93,19 +93,6 @@ def _is_from(library: str, thing: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == library for kind in type(thing).__mro__)
 
 
-def log_values(log: Any, values: Mapping[str, float], step: int) -> None:
-    """Log values under a step with what :class:`~matent_callbacks.LoopMonitor` takes as ``log``."""
-    if hasattr(log, "log_dict"):  # Fabric
-        log.log_dict(values, step=step)
-    elif hasattr(log, "add_scalar"):  # TensorBoard
-        for key, value in values.items():
-            log.add_scalar(key, value, step)
-    elif hasattr(log, "log"):  # Accelerator, a run of W&B
-        log.log(dict(values), step=step)
-    else:
-        log(dict(values), step)
-
-
 def measured_settings(measured: Mapping[str, str]) -> dict[str, str]:
     """Return the settings of a run that say what is measured, from that by the name of the callback or probe."""
     return {f"matent_callbacks.measured{name and '.'}{name}": data for name, data in measured.items()}
@@ -122,15 +109,6 @@ def log_settings(thing: Any, settings: Mapping[str, str]) -> None:
         thing.log_hparams(dict(settings))
 
 
-def check_log(log: Any) -> None:
-    """Raise TypeError unless it is None or :func:`log_values` can log with it."""
-    if not (log is None or callable(log) or any(hasattr(log, name) for name in ("log_dict", "add_scalar", "log"))):
-        raise TypeError(
-            "`log` must be a function of values and step, an Accelerator, Fabric, a run of W&B or a SummaryWriter, "
-            f"got {type(log).__name__}."
-        )
-
-
 def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
     """Find the runs of W&B behind loggers of Lightning, trackers of accelerate, and runs themselves."""
     found = []
@@ -140,13 +118,6 @@ def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
             if _is_from("wandb", run := experiment(logger)):
                 found.append(run)
     return found
-
-
-def destinations(log: Any) -> list[Any]:
-    """What is behind the ``log`` of :class:`~matent_callbacks.LoopMonitor` on this rank: loggers, a run, a writer."""
-    if not getattr(log, "is_global_zero", True):
-        return []
-    return list(getattr(log, "loggers", None) or getattr(log, "trackers", None) or [log])
 
 
 def to_each(takers: Iterable[Taker], pictures: Pictures, step: int, guard: Guard) -> None:
