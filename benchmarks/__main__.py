@@ -17,6 +17,7 @@ PARTS = (
     "steps",
     "definition",
     "monitors",
+    "drift",
     "rankme",
     "communication",
     "thousand_ranks",

@@ -151,7 +151,7 @@ OF_BOTH = [
     Place(LayerPictures, "draw", takes_pictures=True),
     Place(Measurement, "state_dict", on_probe, RESUMED),
     Place(Measurement, "load_state_dict", on_probe, RESUMED),
-    Place(ProbeTokens, "add", drifting),
+    Place(ProbeTokens, "of_all_ranks", drifting),
     Place(Comparison, "choose", drifting),
     Place(Comparison, "keep", drifting),
     Place(Comparison, "pairs", drifting),
