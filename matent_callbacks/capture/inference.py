@@ -36,7 +36,7 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
             if "support_avx512bf16_for_cpu" in vars(module):
                 # On a CPU the 4-bit layers of bitsandbytes would repack their weights in evaluation, for good, and
                 # training would go on with other rounding.
-                module.support_avx512bf16_for_cpu = False
+                vars(module)["support_avx512bf16_for_cpu"] = False
         _on_the_side.append(model)
         try:
             yield
