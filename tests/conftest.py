@@ -30,9 +30,12 @@ SLOW = (
     *(
         "distributed/",
         "docs/",
+        "frameworks/",
+        "integrations/",
         "loggers/",
         "loop/",
         "plot/",
+        "quantized/",
         "report/",
         "sweep/",
         "trl/",

@@ -1,12 +1,12 @@
 """Plugin for axolotl, with the ``matent:`` section that :mod:`matent_callbacks.integrations` describes.
 
-.. code-block:: yaml
-
-    plugins:
-      - matent_callbacks.integrations.axolotl.MatentPlugin
-    matent:
-      every_n_steps: 50
-      layers: all
+```yaml
+plugins:
+  - matent_callbacks.integrations.axolotl.MatentPlugin
+matent:
+  every_n_steps: 50
+  layers: all
+```
 
 Then ``axolotl train config.yaml`` as usual. Axolotl only logs a plugin that cannot be imported, and trains without it;
 this one prints a line with its callbacks when the file is read.

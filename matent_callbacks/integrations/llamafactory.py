@@ -5,14 +5,14 @@ callbacks of a section in that file; on several GPUs
 ``torchrun --nproc-per-node 8 -m matent_callbacks.integrations.llamafactory train.yaml``. As there, ``key=value`` on the
 command line replaces what the file says, such as ``matent.every_n_steps=10``.
 
-.. code-block:: yaml
-
-    model_name_or_path: Qwen/Qwen2.5-0.5B
-    stage: sft
-    do_train: true
-    matent:
-      every_n_steps: 50
-      layers: all
+```yaml
+model_name_or_path: Qwen/Qwen2.5-0.5B
+stage: sft
+do_train: true
+matent:
+  every_n_steps: 50
+  layers: all
+```
 """
 
 from __future__ import annotations

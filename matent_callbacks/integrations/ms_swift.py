@@ -3,19 +3,19 @@ r"""Plugin file for ms-swift, with the ``matent:`` section that :mod:`matent_cal
 ``python -m matent_callbacks.integrations.ms_swift`` prints the path of this file. The settings are in the environment
 variable ``MATENT``: the section itself, as YAML or JSON, or the path of a YAML file that has it.
 
-.. code-block:: yaml
-
-    external_plugins: /path/to/matent_callbacks/integrations/ms_swift.py
-    callbacks: matent
-    ENV:
-      MATENT: {every_n_steps: 50, layers: all}
+```yaml
+external_plugins: /path/to/matent_callbacks/integrations/ms_swift.py
+callbacks: matent
+ENV:
+  MATENT: {every_n_steps: 50, layers: all}
+```
 
 for ``swift sft train.yaml``, or on the command line
 
-.. code-block:: bash
-
-    MATENT=matent.yaml swift sft --callbacks matent \
-        --external_plugins "$(python -m matent_callbacks.integrations.ms_swift)" ...
+```bash
+MATENT=matent.yaml swift sft --callbacks matent \
+    --external_plugins "$(python -m matent_callbacks.integrations.ms_swift)" ...
+```
 """
 
 from __future__ import annotations

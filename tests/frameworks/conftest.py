@@ -88,7 +88,7 @@ def call(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         offline = {
             **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "USE_HF"), "1"),
             **{"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "offline"},
-            **{"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            **{"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         done = subprocess.run(
@@ -110,6 +110,17 @@ def log_history(folder: Path) -> list[dict[str, Any]]:
     """The records of the last checkpoint below a folder."""
     paths = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(paths[-1].read_text(encoding="utf-8"))["log_history"]
+
+
+def assert_same_training(watched: Path, alone: Path) -> None:
+    """Whether the losses and the adapters at the end are bitwise the same."""
+    histories = [log_history(folder) for folder in (watched, alone)]
+    losses = [[r[key] for r in history for key in ("loss", "eval_loss") if key in r] for history in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 10
+    adapters = [sorted(folder.rglob("checkpoint-*/adapter_model.safetensors")) for folder in (watched, alone)]
+    assert len(adapters[0]) == len(adapters[1]) == 1
+    assert adapters[0][0].read_bytes() == adapters[1][0].read_bytes()
 
 
 def steps_with(history: list[dict[str, Any]], key: str) -> list[int]:

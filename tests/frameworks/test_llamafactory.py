@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.frameworks.conftest import log_history, steps_with
+from tests.frameworks.conftest import assert_same_training, log_history, steps_with
 
 LAUNCHER = (sys.executable, "-m", "matent_callbacks.integrations.llamafactory")
 SECTION = {
@@ -71,6 +71,10 @@ def test_readings_are_in_its_log(config, call, tmp_path):
     assert steps_with(history, "plateau/effective_rank/last/since_progress") == [2, 4, 6, 8]
     assert "effective_rank/last" in done.stdout
 
+    plain = call("llamafactory-cli", "train", config(output_dir=str(tmp_path / "plain")))
+    assert plain.returncode == 0, plain.stdout[-3000:]
+    assert_same_training(tmp_path / "out", tmp_path / "plain")
+
 
 def test_the_command_line_replaces_what_the_file_says(config, call, tmp_path):
     done = call(*LAUNCHER, config(matent=SECTION), "matent.every_n_steps=4")
@@ -91,3 +95,28 @@ def test_what_is_wrong_is_told_before_training(settings, message, config, call, 
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+def test_swanlab_which_is_built_in_gets_numbers_and_pictures(config, call, tmp_path):
+    pytest.importorskip("swanlab")
+    from tests.loggers.libraries import PICTURES, SwanLab
+
+    logs = tmp_path / "swanlog"
+    own = {"use_swanlab": True, "swanlab_mode": "local", "swanlab_logdir": str(logs)}
+    done = call(*LAUNCHER, config(matent=SECTION, **own))
+    assert done.returncode == 0, done.stdout[-3000:]
+    stored = SwanLab(logs).stored()
+    history = log_history(tmp_path / "out")
+    for key in ("effective_rank/last", "matrix_entropy/layer_01"):
+        expected = {record["step"]: pytest.approx(record[key]) for record in history if key in record}
+        assert stored.numbers[f"train/{key}"] == expected
+    assert sorted(stored.pictures) == PICTURES
+    assert list(stored.pictures[PICTURES[0]]) == [4, 6, 8]
+
+
+def test_two_processes_have_one_reading(config, call, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", *LAUNCHER[1:])
+    done = call(sys.executable, *launch, config(matent=SECTION, ddp_backend="gloo"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("MatrixEntropyCallback(every_n_steps=2") == 1
+    assert steps_with(log_history(tmp_path / "out"), "effective_rank/last") == [2, 4, 6, 8]

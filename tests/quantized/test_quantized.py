@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from matent_callbacks import EntropyMonitor
+from matent_callbacks.capture.inference import side_effect_free
 from matent_callbacks.transformers import MatrixEntropyCallback
 from tests.conftest import collate, llama, slow_pooled_entropy, text_examples
 
@@ -34,6 +35,30 @@ def torchao(bits: int) -> tuple[str, Callable[[], Any]]:
         return TorchAoConfig(Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(weight_dtype=torch.int4))
 
     return "torchao", make
+
+
+class Repacking(torch.nn.Linear):
+    """As bitsandbytes' 4-bit layers on a CPU with AVX-512: the first forward in evaluation changes the weights."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.support_avx512bf16_for_cpu = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad:
+            self.weight.data = self.weight.data.bfloat16().float()
+        return super().forward(x)
+
+
+def test_a_probe_does_not_make_a_layer_repack_its_weights():
+    layer = Repacking()
+    model = torch.nn.Sequential(layer)
+    before = layer.weight.detach().clone()
+    with side_effect_free(model):
+        model(torch.ones(1, 4))
+    assert torch.equal(layer.weight, before)
+    model.eval()(torch.ones(1, 4))
+    assert not torch.equal(layer.weight, before)
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
