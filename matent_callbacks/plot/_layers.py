@@ -117,6 +117,9 @@ def layer_heatmap(
         bar.set_ticks(ticks, labels=labels)
     elif norm is not None:
         plain_numbers(bar.ax.yaxis)
+        # A bar that is not told of them puts its own in their place when the limits of the colours are set.
+        bar.locator, bar.formatter = bar.ax.yaxis.get_major_locator(), bar.ax.yaxis.get_major_formatter()
+        bar.minorformatter = bar.ax.yaxis.get_minor_formatter()
 
 
 def _changes(metric: str, values: list[float]) -> list[float]:

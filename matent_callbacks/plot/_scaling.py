@@ -59,8 +59,10 @@ def scaling_law(
     ax.errorbar(x, y, yerr=errors, color=BLUE, fmt="o", capsize=3, label="measured, 95 % over texts")
     middle = math.sqrt(min(x) * max(x))
     for place, name in zip(zip(x, y, strict=True), names, strict=False):
-        # On the side that has room, where a falling curve is not.
-        offset, ha, va = ((-6, -6), "right", "top") if place[0] > middle else ((6, 6), "left", "bottom")
+        # Where a falling curve is not; a long name on the side that has room.
+        offset, ha, va = ((-6, -8), "right", "top") if place[0] > middle else ((6, 8), "left", "bottom")
+        if len(name) < 15:
+            offset, ha = (0, offset[1]), "center"
         text = ax.annotate(short(name, 40), place, offset, textcoords="offset points", ha=ha, va=va, fontsize="small")
         text.set_parse_math(False)
     if fit is not None:

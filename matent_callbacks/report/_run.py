@@ -129,7 +129,8 @@ class Run:
     @property
     def measured(self) -> str:
         """What the layers of this part were measured on, ``a probe`` or ``training batches``; empty: not logged."""
-        return next((self.settings[key] for key in measured_settings({self.part: ""}) if key in self.settings), "")
+        (setting,) = measured_settings({self.part: ""})
+        return self.settings.get(setting, "")
 
     def curve(self, quantity: Quantity) -> Curve:
         """All readings of a quantity; empty where there is none."""

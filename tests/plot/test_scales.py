@@ -145,6 +145,10 @@ def test_all_steps_are_named_and_no_colour_is_a_power_of_ten():
     figure.canvas.draw()
     legend = [text.get_text() for text in above.get_legend().get_texts()]
     assert legend == ["step 1", "step 5", "step 9"]
-    bar = [text.get_text() for text in figure.axes[-1].get_yticklabels(which="both")]
-    assert {"5", "10", "100"} <= set(bar)
-    assert not any("$" in text for text in bar)
+    for limits in (None, (1, 400)):
+        if limits:
+            below.collections[0].set_clim(*limits)
+            figure.canvas.draw()
+        bar = [text.get_text() for text in figure.axes[-1].get_yticklabels(which="both")]
+        assert {"5", "10", "100"} <= set(bar)
+        assert not any("$" in text for text in bar)

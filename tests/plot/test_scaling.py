@@ -38,6 +38,16 @@ def test_names_stay_in_the_frame():
         assert frame.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= frame.x1
 
 
+def test_names_of_neighbours_do_not_touch():
+    x, y = [1e5, 2.1e5, 3.9e5, 7.9e5, 1.6e6, 3.3e6, 5.8e6], [0.536, 0.556, 0.567, 0.556, 0.514, 0.45, 0.428]
+    (ax,) = scaling_law(x, y, names=[f"llama-{n}x5" for n in range(100, 107)]).axes
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    places = ax.transData.transform(list(zip(x, y, strict=True)))
+    assert not any(box.contains(*place) for box in boxes for place in places)
+
+
 def test_points_alone():
     (ax,) = scaling_law(X, Y, size="steps").axes
     assert ax.get_xlabel() == "steps"
