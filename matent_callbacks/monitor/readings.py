@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPIES, ENTROPY_ERROR, Solver, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
@@ -103,7 +104,7 @@ class PendingReadings:
         else:
             gathered = _gather(accumulators, failed)
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
-        self._decompose = partial(decompose, estimated=estimated)
+        self._decompose = record_function("matent_callbacks: decompose")(partial(decompose, estimated=estimated))
         self._names = {
             unit: _names(unit[0], metrics, width, estimated=unit[0] in estimated)
             for unit, width in gathered.widths.items()
@@ -142,7 +143,8 @@ class PendingReadings:
         table = torch.cat(pieces)
         if self._distributed:
             dist.all_reduce(table, group=self._group)
-        *numbers, num_failed = table.tolist()
+        with record_function("matent_callbacks: wait"):
+            *numbers, num_failed = table.tolist()
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
         return self._read_back(numbers)
