@@ -9,16 +9,17 @@ from a normal distribution have no direction, so that the estimates have the sam
 hidden states in float64; the exponential is there to show how an estimate fails: it is not among what the rule holds
 for.
 
-*Time*: all of `compute()` of a monitor of four layers, `solver="exact"` / `solver="auto"`, in turn in one process.
+*Time*: all of `compute()` for four layers, `solver="exact"` / `solver="auto"`, in turn in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,15 +28,18 @@ from torch import Tensor
 from benchmarks._markdown import begin, table
 from benchmarks._spectra import spectra
 from benchmarks._stack import identities
-from benchmarks._timing import ratio
+from benchmarks._timing import interleaved, ratio
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.accumulate.catalogue import Solver
 from matent_callbacks.functional._estimate import BLOCK, STEPS, Estimate, Projection, estimates, krylov, normal, project
 from matent_callbacks.monitor import decomposition
+from matent_callbacks.monitor.readings import PendingReadings
 
 BOUND, HELD = 0.002, 0.95
 DIRECTIONS = (1, 2, 4, 8, 16)
 STEPS_FOR_DIRECTIONS = 10
+LAYERS = 4
+METRICS = {"the default": ("matrix_entropy", "effective_rank"), "with shares": ("effective_rank", "spectrum")}
 
 
 def main() -> None:
@@ -53,8 +57,7 @@ def main() -> None:
     if arguments.part != "accuracy":
         print(f"Load of the machine as it began: {os.getloadavg()[0]:.1f}.\n")
         widths = {512: 3} if quick else {512: 9, 768: 9, 1024: 9, 2048: 5, 4096: 3}
-        metrics = {"the default": ("matrix_entropy", "effective_rank"), "with shares": ("effective_rank", "spectrum")}
-        rows = [times(width, name, own, rounds) for width, rounds in widths.items() for name, own in metrics.items()]
+        rows = (row for width, rounds in widths.items() for row in times(width, rounds))
         table(["d", "metrics", "exact / auto, time", "difference of the entropy"], rows)
 
 
@@ -96,31 +99,25 @@ def of_shares(found: Estimate, values: Tensor) -> str:
     return f"{max((estimated[:, k - 1] / exact[k - 1] - 1).abs().max().item() for k in DIRECTIONS):.3%}"
 
 
-def times(width: int, name: str, metrics: tuple[str, ...], rounds: int) -> list[str]:
-    """Measure all of ``compute()``, in turn, with the same tokens, twice as many as dimensions."""
+def times(width: int, rounds: int) -> Iterator[list[str]]:
+    """Measure all that follows the forward pass, in turn, with the same tokens, a few more than dimensions."""
     torch.manual_seed(0)
-    tokens = torch.randn(1, 2 * width, width) * torch.arange(1, width + 1).pow(-0.5)
-    seconds: dict[Solver, list[float]] = {"exact": [], "auto": []}
-    entropies: dict[Solver, float] = {}
-    for number in range(rounds + 1):
-        for solver in seconds if number % 2 else reversed(seconds):
-            monitor = EntropyMonitor(identities(4), "*", metrics=metrics, solver=solver)
-            with monitor:
-                monitor.model(tokens)
-            with mock.patch.multiple(decomposition, WIDE=0), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                taken, values = timed(monitor.compute)
-            entropies[solver] = torch.tensor(values["effective_rank/0"]).log().item()
-            if number:
-                seconds[solver].append(taken)
-    difference = abs(entropies["auto"] / entropies["exact"] - 1)
-    return [f"{width:,}", name, str(ratio(seconds["exact"], seconds["auto"])), f"{difference:.3%}"]
+    tokens = torch.randn(1, width + width // 8, width) * torch.arange(1, width + 1).pow(-0.5)
+    for name, metrics in METRICS.items():
+        monitor = EntropyMonitor(identities(LAYERS), "*", metrics=metrics)
+        with monitor:
+            monitor.model(tokens)
+        statistics, entropies = monitor._recording.accumulators, dict[str, float]()
+        solvers: tuple[Solver, ...] = ("exact", "auto")
 
+        def compute(solver: Solver, statistics: Any = statistics, metrics: Any = metrics, own: Any = entropies) -> None:
+            readings = PendingReadings(statistics, metrics, solver=solver).result()
+            own[solver] = math.log(readings.values["0"]["effective_rank"])
 
-def timed(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
-    start = time.perf_counter()
-    values = function()
-    return time.perf_counter() - start, values
+        with mock.patch.object(decomposition, "WIDE", 0):
+            seconds = interleaved({solver: partial(compute, solver) for solver in solvers}, rounds=rounds)
+        difference = abs(entropies["auto"] / entropies["exact"] - 1)
+        yield [f"{width:,}", name, str(ratio(seconds["exact"], seconds["auto"])), f"{difference:.3%}"]
 
 
 if __name__ == "__main__":
