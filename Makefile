@@ -14,7 +14,7 @@ PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
 
-.PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest test-frameworks lint types docs bench bench-rankme clean
+.PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest test-frameworks lint types docs bench bench-gpu bench-rankme clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain_text.py
@@ -71,6 +71,13 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+
+# On a GPU: its tests, and what a measurement costs there; under 8 minutes. Elsewhere `make bench-gpu DEVICE=cpu` shows
+# that both run, and writes nothing.
+DEVICE ?= cuda
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--small)
+	$(BIN)/python -m benchmarks --only gpu $(if $(filter cpu,$(DEVICE)),--quick)
 
 # stable-pretraining needs a torchvision that does not fit the torch of the tests: an environment of its own.
 bench-rankme:

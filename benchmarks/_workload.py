@@ -19,7 +19,7 @@ BATCH, LENGTH = 8, 128
 TOKENS = BATCH * LENGTH
 
 
-def make_model(width: int, layers: int) -> Any:
+def make_model(width: int, layers: int, length: int = LENGTH) -> Any:
     """Create a model with shapes as in Llama: heads of width 64, an MLP 4 times as wide."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -28,7 +28,7 @@ def make_model(width: int, layers: int) -> Any:
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64),
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
     )
     return transformers.LlamaForCausalLM(config)
 

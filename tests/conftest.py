@@ -49,6 +49,13 @@ SLOW = (
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cuda", help="where the tests marked `cuda` run; without a GPU they are skipped"
+    )
+    parser.addoption("--small", action="store_true", help="make these tests small")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
     for item in items:

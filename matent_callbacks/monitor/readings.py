@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPIES, ENTROPY_ERROR, METRICS, Solver, Source, quantity
 from matent_callbacks.accumulate.documents import Discriminant
@@ -116,7 +117,7 @@ class PendingReadings:
             pairs = comparison.pairs(kept, gathered.failed, self._device, dtype)
             gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
-        self._decompose = partial(decompose, estimated=estimated)
+        self._decompose = record_function("matent_callbacks: decompose")(partial(decompose, estimated=estimated))
         self._names = {
             unit: _names(unit[0], metrics, width, estimated=unit[0] in estimated)
             for unit, width in gathered.widths.items()
@@ -158,7 +159,8 @@ class PendingReadings:
         table = torch.cat(pieces)
         if self._distributed:
             dist.all_reduce(table, group=self._group)
-        *numbers, num_failed = table.tolist()
+        with record_function("matent_callbacks: wait"):
+            *numbers, num_failed = table.tolist()
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
         return self._read_back(numbers)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
@@ -82,7 +83,8 @@ class Recording:
             share = Share(lambda: check_hidden_states(hidden_states, mask), [], [], counts=True)
         else:
             if not failed:
-                accumulator.update(hidden_states, mask, vectors)
+                with record_function("matent_callbacks: accumulate"):
+                    accumulator.update(hidden_states, mask, vectors)
             return
         communicating, sharing = [*share.communicating, *self._context], [*share.sharing, *self._context]
         if not communicating:
@@ -107,7 +109,8 @@ class Recording:
             self._failed_everywhere.add(layer)
             raise
         if share.counts:
-            accumulator.update_split(sequences)
+            with record_function("matent_callbacks: accumulate"):
+                accumulator.update_split(sequences)
         else:
             share.local()
 
