@@ -135,8 +135,8 @@ def check_python(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Of this package with extras, which ``pyproject.toml`` must have."""
-    extras = re.fullmatch(r"matent-callbacks\[([\w,]+)\]", arguments[1])
+    """Of this package, from a checkout, with extras, which ``pyproject.toml`` must have."""
+    extras = re.fullmatch(r"(?:matent-callbacks|\.)\[([\w,]+)\]", arguments[1])
     assert extras is not None, arguments
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for extra in extras[1].split(","):
