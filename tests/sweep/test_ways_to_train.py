@@ -62,7 +62,11 @@ def test_training_is_bitwise_the_same_and_nothing_is_left_after_any_batch(runs):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("way", [Way(lora=True, resume=True), Way(bf16=True, compiled="whole", evaluate=True)], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [Way(lora=True, resume=True), Way(bf16=True, compiled="whole", evaluate=True)],
+    ids=["lora, resumed", "bf16, compiled"],
+)
 def test_comparing_tokens_with_those_of_the_start_changes_nothing(framework, way, tmp_path):
     metrics = ("drift", "subspace_overlap", "token_cosine")
     callback = FRAMEWORKS[framework][1](
