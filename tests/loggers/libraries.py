@@ -297,7 +297,7 @@ class SwanLab(Library):
                 stored.numbers[record.scalar.key][record.scalar.step] = record.scalar.value.number
             elif record.HasField("media"):
                 (item,) = record.media.value.items
-                (file,) = self.folder.rglob(item.filename)
+                (file,) = self.folder.glob(f"*/media/image/{item.filename}")
                 stored.pictures[record.media.key][record.media.step] = pixels(file)
         reader.close()
         return stored
