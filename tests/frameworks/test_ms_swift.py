@@ -48,7 +48,8 @@ def config(only_with: Any, model: Path, data: Path, tmp_path: Path) -> Any:
             "callbacks": ["matent"],
             **settings,
         }
-        path.write_text(yaml.safe_dump(given), encoding="utf-8")
+        kept = {name: value for name, value in given.items() if value is not None}
+        path.write_text(yaml.safe_dump(kept), encoding="utf-8")
         return str(path)
 
     return write
@@ -73,7 +74,7 @@ def test_readings_are_in_its_log(where, config, call, tmp_path):
     assert steps_with(history, "plateau/effective_rank/last/since_progress") == [2, 4, 6, 8]
 
     if where == "in the YAML":
-        plain = call("swift", "sft", config(output_dir=str(tmp_path / "plain"), external_plugins=[], callbacks=[]))
+        plain = call("swift", "sft", config(output_dir=str(tmp_path / "plain"), external_plugins=None, callbacks=None))
         assert plain.returncode == 0, plain.stdout[-3000:]
         assert_same_training(tmp_path / "out", tmp_path / "plain")
 
