@@ -9,11 +9,17 @@ is in the middle of the world: if there are more ranks than layers, it decompose
 
 *Seconds* are the bytes that a rank sends in a ring (2 (W - 1) / W of an all-reduce, (W - 1) / W of a reduce or a
 reduce-scatter) at a bandwidth as between machines, and as within one; the share is that of a step of 10 s.
+
+The second table is a measurement by part, with the default `solver="auto"`. It is counted, not measured on a GPU: the
+operations, at 40 TFLOP/s of float32 without tensor cores, divided by the *efficiency*: the rate of that part on this
+machine over that of a large matrix product, both measured. Eigenvalues are no matrix products: half of their work reads
+the matrix again for each of its columns, d^3 / 3 numbers, which is counted at 3 TB/s. That is their least time.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,8 +39,11 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks._markdown import begin, table
 from benchmarks._stack import identities
+from benchmarks._timing import interleaved
 from matent_callbacks import EntropyMonitor
+from matent_callbacks.accumulate.symmetric import add_second_moment, blocks
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
+from matent_callbacks.functional._estimate import BLOCK, STEPS, estimates, project
 
 POOLED = ("matrix_entropy", "effective_rank")
 SEQUENCES = "sequence_matrix_entropy"
@@ -118,6 +127,46 @@ def main() -> None:
     collectives = ["collectives in the forward", "in the reading"]
     header = ["", *collectives, "bytes handed in", "state", "peak beyond it", "50 GB/s", "400 GB/s"]
     table(header, (measured(strategy, layers, width) for strategy in STRATEGIES))
+    table(["part", "operations", "efficiency", "seconds", "of 10 s"], by_part(layers, width, 256 if quick else 2048))
+
+
+def by_part(layers: int, width: int, measured_at: int) -> Iterator[list[str]]:
+    """The time of each part of a measurement on one rank; rates are measured at another width."""
+    d, tokens = measured_at, SEQUENCES_OF_A_STEP * LENGTH
+    torch.manual_seed(0)
+    z, packed = torch.randn(d, d), torch.zeros((d + 1) // 2, d + 1)
+    add_second_moment(packed, z)
+    products, seconds = {"large": 2 * d**3, "accumulate": 9 / 8 * d**3, "estimate": estimated_operations(d)}, {}
+    ways: dict[str, Callable[[], Any]] = {
+        "large": lambda: z @ z,
+        "accumulate": lambda: add_second_moment(packed, z),
+        "estimate": lambda: estimates([project(blocks(packed))], d),
+    }
+    for name, taken in interleaved(ways, rounds=7).items():
+        seconds[name] = statistics.median(taken)
+    rates = {name: products[name] / seconds[name] for name in ways}
+    accumulated = 9 / 8 * tokens * width**2 * layers
+    yield part(f"accumulate: {layers} layers, {tokens:,} tokens", accumulated, rates["accumulate"] / rates["large"])
+    sent = layers * width * (width + 1) / 2 * 4
+    yield [f"send to the owners: {sent / 2**30:.1f} GiB at 50 GB/s", "", "", *share(sent / 50e9)]
+    for ranks in (1024, 8):
+        own = max(1, layers // ranks)
+        on = f"{own} layer{'s' if own > 1 else ''}: {ranks:,} ranks"
+        operations = own * estimated_operations(width)
+        yield part(f"decompose {on}, `auto`", operations, rates["estimate"] / rates["large"])
+        yield [f"decompose {on}, `exact`", f"{own * 4 / 3 * width**3:.1e}", "", *share(own * width**3 / 3 * 4 / 3e12)]
+
+
+def estimated_operations(width: int) -> float:
+    return 2.0 * STEPS * BLOCK * width**2
+
+
+def part(name: str, operations: float, efficiency: float) -> list[str]:
+    return [name, f"{operations:.1e}", f"{efficiency:.2f}", *share(operations / 40e12 / efficiency)]
+
+
+def share(seconds: float) -> list[str]:
+    return [f"{seconds:.2g}", f"{seconds / 10:.2%}"]
 
 
 @contextmanager
@@ -140,7 +189,8 @@ def of_one_rank(strategy: Strategy, layers: int, width: int) -> list[str]:
     mesh = init_device_mesh("cpu", tuple(strategy.mesh.values()), mesh_dim_names=tuple(strategy.mesh))
     # Tokens of DTensors belong together along the tensor-parallel dimension, too.
     groups = parallel_groups(mesh) if strategy.placement is None else ParallelGroups()
-    monitor = EntropyMonitor(identities(layers), "*", metrics=strategy.metrics, **groups._asdict())
+    own = dict(metrics=strategy.metrics, solver="auto", **groups._asdict())
+    monitor = EntropyMonitor(identities(layers), "*", **own)
     spread_over = None if strategy.placement is None else mesh["tp"]
     sent: Sent = []
     with FakeTensorMode(), answered(width), listening(sent), Held(sent) as held:

@@ -128,23 +128,22 @@ def estimates(projections: Sequence[Projection], num_eigenvalues: int) -> Estima
     - The error of too few steps falls like a geometric series, so that the last steps tell what is left of it.
     """
     inside, start, left, squares = (torch.stack(found) for found in zip(*projections, strict=True))
-    count, size, block = len(inside), inside.shape[-1], start.shape[-1]
+    size, block = inside.shape[-1], start.shape[-1]
     # Not a number, or overflowed: the solver would raise. The result is not finite, since `squares` are not.
     usable = torch.isfinite(inside).all((-2, -1), keepdim=True)
     inside, start, left = (torch.where(usable, found, 0.0) for found in (inside, start, left))
-    # With one and two steps less, as a matrix of the same size, so that one call solves all.
-    shorter = [inside.clone() for _ in range(2)]
-    for number, matrix in enumerate(shorter, 1):
-        matrix[:, size - number * block :] = 0.0
-        matrix[:, :, size - number * block :] = 0.0
-    values, vectors = torch.linalg.eigh(torch.cat([inside, *shorter]))
-    # What each probe and eigenvalue contribute to a sum over all eigenvalues: ``(3 m, n, b)``.
-    weights = num_eigenvalues * (vectors[:, :block].mT @ start.repeat(3, 1, 1)).double().square()
-    values = values.double().clamp(min=0)
-    quadrature = (torch.special.entr(values) * weights.mean(-1)).sum(-1)
-    correction = _of_too_few_steps(*quadrature.split(count))
-    values, vectors, weights = values[:count], vectors[:count], weights[:count]
-    found = _found(values, vectors[:, -block:], left, weights.mean(-1))
+    # In float64: errors of the largest eigenvalue are as large as the squares of all that are not found.
+    values, vectors = torch.linalg.eigh(inside.double())
+    values = values.clamp(min=0)
+    # What each probe and eigenvalue contribute to a sum over all eigenvalues: ``(m, n, b)``.
+    weights = num_eigenvalues * (vectors[:, :block].mT @ start.double()).square()
+    quadratures = [(torch.special.entr(values) * weights.mean(-1)).sum(-1)]
+    for kept in (size - block, size - 2 * block):  # with one and two steps less
+        shorter, own = torch.linalg.eigh(inside[:, :kept, :kept])
+        share = num_eigenvalues * (own[:, :block].mT @ start).double().square().mean(-1)
+        quadratures.append((torch.special.entr(shorter.double().clamp(min=0)) * share).sum(-1))
+    correction = _of_too_few_steps(*quadratures)
+    found = _found(values, vectors[:, -block:], left.double(), weights.mean(-1))
     weights = weights * ~found.unsqueeze(-1)
     scale = torch.where(found, 0.0, values).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     powers = torch.stack([torch.ones_like(values), values / scale, (values / scale).square()], -1)
