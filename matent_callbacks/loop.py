@@ -54,10 +54,9 @@ class LoopMonitor:
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler, provides these vectors itself.
         exclude_sinks: Leave out attention sinks, as :class:`~matent_callbacks.EntropyMonitor` does.
-        tokens: ``"all"``, or ``"labels"``: only those that count in the loss, with labels other than -100.
+        tokens: ``"all"``, or ``"labels"``: only those that count in the loss.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
-        reference: For Diff-eRank and ``drift``, measured on the probe: ``"start"``, the model when training begins, or
-            a model with the same layers.
+        reference: For Diff-eRank and ``drift``, measured on the probe: ``"start"``, or a model with the same layers.
         reference_dir: Folder in which the hidden states of ``"start"`` are saved, since :meth:`state_dict` does not
             have them: a run that is resumed needs it for ``drift``. ``None``: they are not saved.
         drift_tokens: How many tokens of the probe are compared with the reference at most. Their hidden states in the
@@ -65,18 +64,16 @@ class LoopMonitor:
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, which overrides the model's own.
         module: Path of the part of the model whose layers these are; ``None``: the language model, or the encoder.
         layer_offset: If ``model`` is a pipeline stage, the number of blocks in the stages before it.
-        dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
+        dtype: Of the statistics, ``torch.float32`` or ``torch.float64``.
         solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
-            estimated to 0.2 % from a few matrix products, 6 times as fast at d = 2,048 and 12 times at 4,096, with the
-            standard error of the entropy as ``matrix_entropy_error/<layer>``. Warnings say once which layers that is,
-            and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
+            estimated to 0.2 % from a few matrix products, with the standard error ``matrix_entropy_error/<layer>``.
+            Warnings say once which layers that is, and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
         background: Decompose in a thread, on the CPU; the values are logged at the next measurement, or at the end.
         name: Prefix of the names of all values, for a second monitor with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
             it. Metrics of one vector per sequence need more sequences than one step has.
         pictures: With two layers or more, log the profile through the layers and heat maps (needs matplotlib).
-        charts: With more than 6 layers, W&B draws charts of its own only of the first, the middle and the last one
-            (``"few"``), or of all (``"all"``); all values are logged either way.
+        charts: ``"few"``: with more than 6 layers, W&B draws charts of three and has the values of all; ``"all"``.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
             dimensions of the Accelerator's or Fabric's device mesh, or else all.
         context_group: The ranks that hold parts of the same sequences; ``None`` without ``process_group``: as the mesh.
@@ -194,7 +191,7 @@ class LoopMonitor:
         """What a resumed run needs, as JSON types. It makes no collective call: one rank may do it alone."""
         state: dict[str, Any] = {}
         with self.guard("its state in the checkpoint"):
-            state.update(self._run.state_dict())
+            state |= self._run.state_dict()
         return state
 
     @guarded
