@@ -67,7 +67,7 @@ class LoopMonitor:
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``.
         solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
             estimated to 0.2 % from a few matrix products, with the standard error ``matrix_entropy_error/<layer>``.
-            Warnings say once which layers that is, and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
+            Warnings say once which layers these are, and what is exact all the same. ``"approximate"``: as ``"auto"``.
         background: Decompose in a thread, on the CPU; the values are logged at the next measurement, or at the end.
         name: Prefix of the names of all values, for a second monitor with the same layers.
         window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
