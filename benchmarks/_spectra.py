@@ -49,7 +49,7 @@ def of_network(width: int, quick: bool) -> Iterator[tuple[str, Tensor]]:
         return x
 
     some = windows[torch.randint(len(windows), (2 * width,))]
-    for steps in (0, 2 if quick else 60):
+    for steps in (0, 2 if quick else 60 if width <= 2048 else 20):
         for _ in range(steps):
             rows = windows[torch.randint(len(windows), (256,))]
             optimizer.zero_grad()

@@ -86,7 +86,9 @@ def krylov(multiply: Callable[[Tensor], Tensor], probes: Tensor, squares: Tensor
         outside = product - basis @ columns[-1][: basis.shape[1]]
         if step < steps - 1:
             # A matrix of low rank leaves nothing but rounding errors outside. Random vectors are as good, if they are
-            # of that size, and they are independent. Orthogonal to all before: float32 is not, the first time.
+            # of that size, and they are independent. Orthogonal to all before: float32 is not, the first time, and such
+            # errors all point to the strongest direction, so they are taken out before they are scaled up.
+            outside = outside - basis @ (basis.T @ outside)
             noise = probes.roll(step + 1, 0) * torch.linalg.vector_norm(product)
             new = _orthonormal(outside + torch.finfo(probes.dtype).eps * noise)
             new = _orthonormal(new - basis @ (basis.T @ new))
