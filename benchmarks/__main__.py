@@ -28,6 +28,7 @@ PARTS = (
     "collapse",
     "alignment",
     "stopping_alignment",
+    "foretelling",
     "gpu",
 )
 RESULTS = Path(__file__).parent / "RESULTS.md"
