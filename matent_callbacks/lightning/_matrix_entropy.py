@@ -107,7 +107,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             selected and named by their numbers in the whole model; ``None``: ``model`` is the whole model.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
-            estimated to 0.2 % from a few matrix products, 5 times as fast at d = 2,048 and 12 times at 4,096, with the
+            estimated to 0.2 % from a few matrix products, 5 times as fast at d = 2,048 and 11 times at 4,096, with the
             standard error of the entropy as ``matrix_entropy_error/<layer>``. Warnings say once which layers that is,
             and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
         background: Decompose in a background thread, on the CPU, while training goes on: for wide models on a GPU. The

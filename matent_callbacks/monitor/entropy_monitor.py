@@ -112,7 +112,7 @@ class EntropyMonitor:
             labels are missing or have another shape than the hidden states, numbers are NaN, and one warning says why.
         dtype: Of the statistics, ``torch.float32`` or ``torch.float64``, whatever the model computes in.
         solver: ``"exact"``: from all eigenvalues. ``"auto"``: layers of d = 1,024 and more (and as many tokens) are
-            estimated to 0.2 % from a few matrix products, 5 times as fast at d = 2,048 and 12 times at 4,096, with the
+            estimated to 0.2 % from a few matrix products, 5 times as fast at d = 2,048 and 11 times at 4,096, with the
             standard error of the entropy as ``matrix_entropy_error/<layer>``. Warnings say once which layers that is,
             and which metrics still take all eigenvalues. ``"approximate"`` is the same as ``"auto"``.
         on_error: ``"raise"``, or ``"warn"``: warn once per layer, leave that layer out, and go on.
