@@ -23,7 +23,7 @@ import json
 import math
 import multiprocessing
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from scipy import stats
 
 from benchmarks._forgetting import LEARNING_RATES, METRICS, Setting, finetune, settings
 from benchmarks._markdown import begin, conditions, table
+from benchmarks.stopping_alignment import spread
 from benchmarks.stopping_alignment import train as train_alignment
 
 RUNS = Path(__file__).parent / "foretelling.json"
@@ -48,11 +49,12 @@ MEASURES = (
     "image_text",
     "image_reduction_ratio",
 )
+LAST = "last"
 BANDS = {
     "embeddings to 8": ("layer_00", "layer_04", "layer_08"),
     "12 to 20": ("layer_12", "layer_16", "layer_20"),
     "24, 28": ("layer_24", "layer_28"),
-    "last": ("last",),
+    "last": (LAST,),
 }
 FREE = ("training_loss", "gradient_norm")
 KNOWN = ("learning_rate", *FREE, "narrow_loss", "general_loss")
@@ -88,6 +90,7 @@ def main() -> None:
     else:
         found = cached(retrain=arguments.retrain, workers=arguments.workers)
         print(f"Trained: {found['trained']}.\n")
+    show_settings(found["finetuning"])
     show_finetuning(found["finetuning"])
     show_alignment(found["alignment"])
 
@@ -127,6 +130,27 @@ def align(learning_rate: float, seed: int, *options: str) -> Run:
         "early": records[0],
         "grounding": records[-1]["alignment/grounding"],
     }
+
+
+def show_settings(runs: list[Run]) -> None:
+    """Print what is known at a tenth and at the end for each method and learning rate: the median and the range."""
+    early = {
+        "training loss": "training_loss",
+        "narrow loss": "narrow_loss",
+        "`drift`, last": f"narrow/drift/{LAST}",
+        "`effective_rank`, last": f"narrow/effective_rank/{LAST}",
+    }
+    cells = dict.fromkeys((run["method"], run["learning_rate"]) for run in runs)
+    header = ["weights, learning rate", *(f"{name} at a tenth" for name in early), "forgetting", "best narrow loss"]
+
+    def rows() -> Iterator[list[str]]:
+        for method, rate in cells:
+            own = [run for run in runs if (run["method"], run["learning_rate"]) == (method, rate)]
+            found = [[run["early"][key] for run in own] for key in early.values()]
+            found += [[run[name] for run in own] for name in ("forgetting", "best_narrow_loss")]
+            yield [f"{method}, {rate:g}", *(spread(values, ".3g") for values in found)]
+
+    table(header, rows())
 
 
 def show_finetuning(runs: list[Run]) -> None:
