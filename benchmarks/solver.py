@@ -65,7 +65,7 @@ def accuracy(width: int, draws: int, quick: bool) -> Iterator[list[str]]:
     for name, values in spectra(width, quick=quick):
         exact = torch.special.entr(values).sum()
         found = estimates([of_diagonal(values, seed, STEPS) for seed in range(draws)], width)
-        shares = estimates([of_diagonal(values, seed, STEPS_FOR_DIRECTIONS) for seed in range(draws // 5 or 1)], width)
+        shares = estimates([of_diagonal(values, seed, STEPS_FOR_DIRECTIONS) for seed in range(draws // 10 or 1)], width)
         yield [f"{width:,}", name, *judged(found, exact), of_shares(shares, values)]
         if name.endswith("exponent 1") and (quick or width == 2048):
             basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0]

@@ -19,8 +19,8 @@ _FOUND = 0.02
 # What rounding does to sums of eigenvalues and of their squares, and to the entropy, in units of the last place.
 _ROUNDING, _ROUNDING_OF_ENTROPY = 8, 400
 # Of the correction for too few steps: by how much it is larger than that of a geometric series, since convergence slows
-# down, and which share of it is its standard error.
-_SLOWER, _UNSURE = 1.25, 0.25
+# down, and which share of it is its standard error: three of them cover it even where it is nothing but rounding.
+_SLOWER, _UNSURE = 1.25, 0.35
 
 
 class Projection(NamedTuple):

@@ -28,8 +28,8 @@ _WORTH_A_THREAD = 256
 _OF_DIRECTIONS = {"top_share", "stable_rank"}
 NONFINITE = "nonfinite_tokens"
 COUNTED = "counted"
-# From this width on numbers are estimated, where that is asked for. On two CPU cores it is 2.6 times as fast there, 5
-# times at 2,048 and 11 times at 4,096 (benchmarks/solver.py).
+# From this width on numbers are estimated, where that is asked for. On two CPU cores that is 2.6 times as fast, 5 and
+# 11 times at 2,048 and 4,096 (benchmarks/solver.py).
 WIDE = 1024
 # An estimate has the shares of so many directions, at most. They take further products, so that those of a flat
 # spectrum are right to 0.2 % as well.
