@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from matent_callbacks.plot._style import numbers_as_numbers
 from matent_callbacks.report._run import Part, Record, Run, RunError, join, to_record
 from matent_callbacks.report._settings import first_known, from_json
 from matent_callbacks.report._words import step as at
@@ -16,8 +18,12 @@ def find(path: Path) -> list[Path]:
     """Find the event files in the folder, or in its subfolders, sorted by name and so by time."""
     if path.is_file():
         return [path] * ("tfevents" in path.name)
-    own = sorted(p for p in path.glob("*tfevents*") if p.is_file())
-    return own or sorted((p for p in path.rglob("*tfevents*") if p.is_file()), key=lambda p: (p.name, p.parent))
+
+    def by_time(found: Iterable[Path]) -> list[Path]:
+        # Within a second the files of a process are numbered, without zeros in front.
+        return sorted((p for p in found if p.is_file()), key=lambda p: (numbers_as_numbers(p.name), p.parent))
+
+    return by_time(path.glob("*tfevents*")) or by_time(path.rglob("*tfevents*"))
 
 
 def read(path: Path, files: list[Path]) -> Run:

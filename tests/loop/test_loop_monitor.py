@@ -287,7 +287,7 @@ def test_a_wrong_configuration_raises_at_once():
 
 def test_the_arguments_are_those_of_the_callback():
     callback, loop = (inspect.signature(cls).parameters for cls in (MatrixEntropyCallback, LoopMonitor))
-    own = {name: argument for name, argument in loop.items() if name not in ("model", "log")}
+    own = {name: argument for name, argument in loop.items() if name not in ("model", "log", "reference_dir")}
     assert list(own.items()) == [item for item in callback.items() if item[0] not in ("during_eval", "prog_bar")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from matent_callbacks.report import Run, RunError, read_run
+from matent_callbacks.report._tensorboard import find
 from tests.report.conftest import Logged
 from tests.report.test_cli_report import invoke
 
@@ -89,6 +90,13 @@ def test_a_folder_of_runs_names_all(kind: object, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert invoke(tmp_path, "--all", "--out", out).exit_code == 0
     assert "seed_2 and seed_10</title>" in out.read_text()
+
+
+def test_event_files_of_one_second_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"events.out.tfevents.1764000000.host.7.{number}" for number in (9, 10)]
+    for name in names[::-1]:
+        (tmp_path / name).touch()
+    assert [file.name for file in find(tmp_path)] == names
 
 
 def test_runs_in_folders_are_not_joined_though_one_begins_where_another_ends(tmp_path: Path) -> None:
