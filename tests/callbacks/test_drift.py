@@ -251,7 +251,8 @@ def test_a_resumed_run_has_the_same_reference(model, saved, tmp_path):
     assert resumed(model, state, tmp_path / "one", drift_tokens=60) == values
     assert sorted((tmp_path / "one/matent_reference").iterdir()) == files
     # Into another folder, which has it from then on; the order of the batches is that of the start.
-    assert resumed(model, state, tmp_path / "two", drift_tokens=60, probe=BATCHES[::-1]) == pytest.approx(values)
+    again = resumed(model, state, tmp_path / "two", drift_tokens=60, probe=BATCHES[::-1])
+    assert again == pytest.approx(values, rel=1e-5, abs=1e-5)
     assert [path.name for path in sorted((tmp_path / "two/matent_reference").iterdir())] == [p.name for p in files]
 
 
