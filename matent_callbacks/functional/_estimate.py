@@ -15,19 +15,19 @@ STEPS = 6
 """Number of products of the matrix with a block."""
 
 # The strongest directions are taken as found up to the first whose residual is more than this share of its eigenvalue.
-_FOUND = 0.02
+_FOUND = 0.01
 # What rounding does to sums of eigenvalues and of their squares, and to the entropy, in units of the last place.
 _ROUNDING, _ROUNDING_OF_ENTROPY = 8, 400
 # Of the correction for too few steps: by how much it is larger than that of a geometric series, since convergence slows
-# down, and which share of it is its standard error: three of them cover it even where it is nothing but rounding.
-_SLOWER, _UNSURE = 1.25, 0.35
+# down, and which share of it is its standard error.
+_SLOWER, _UNSURE = 1.25, 0.25
 
 
 class Projection(NamedTuple):
     """A covariance of unit trace in the space that its products with a block of probes span."""
 
     inside: Tensor
-    """``(n, n)``: the covariance in an orthonormal basis of that space, whose first vectors span the probes."""
+    """``(n, n)``: the covariance in an orthonormal basis of that space, beginning with one of the probes."""
     start: Tensor
     """``(b, b)``: the probes in that basis."""
     left: Tensor
@@ -82,8 +82,9 @@ def krylov(multiply: Callable[[Tensor], Tensor], probes: Tensor, squares: Tensor
     columns = []
     for step in range(steps):
         product = multiply(basis[:, step * block :])
-        columns.append(torch.nn.functional.pad(basis.T @ product, (0, 0, 0, (steps - 1 - step) * block)))
-        outside = product - basis @ columns[-1][: basis.shape[1]]
+        inside = basis.T @ product
+        columns.append(torch.nn.functional.pad(inside, (0, 0, 0, (steps - 1 - step) * block)))
+        outside = product - basis @ inside
         if step < steps - 1:
             # A matrix of low rank leaves nothing but rounding errors outside. Random vectors are as good, if they are
             # of that size, and they are independent. Orthogonal to all before: float32 is not, the first time, and such
@@ -134,16 +135,17 @@ def estimates(projections: Sequence[Projection], num_eigenvalues: int) -> Estima
     # Not a number, or overflowed: the solver would raise. The result is not finite, since `squares` are not.
     usable = torch.isfinite(inside).all((-2, -1), keepdim=True)
     inside, start, left = (torch.where(usable, found, 0.0) for found in (inside, start, left))
-    # In float64: errors of the largest eigenvalue are as large as the squares of all that are not found.
-    values, vectors = torch.linalg.eigh(inside.double())
+    # In float64: an error of the largest eigenvalue may exceed all that is left of a layer with an outlier.
+    inside = inside.double()
+    values, vectors = torch.linalg.eigh(inside)
     values = values.clamp(min=0)
     # What each probe and eigenvalue contribute to a sum over all eigenvalues: ``(m, n, b)``.
     weights = num_eigenvalues * (vectors[:, :block].mT @ start.double()).square()
     quadratures = [(torch.special.entr(values) * weights.mean(-1)).sum(-1)]
     for kept in (size - block, size - 2 * block):  # with one and two steps less
         shorter, own = torch.linalg.eigh(inside[:, :kept, :kept])
-        share = num_eigenvalues * (own[:, :block].mT @ start).double().square().mean(-1)
-        quadratures.append((torch.special.entr(shorter.double().clamp(min=0)) * share).sum(-1))
+        share = num_eigenvalues * (own[:, :block].mT @ start.double()).square().mean(-1)
+        quadratures.append((torch.special.entr(shorter.clamp(min=0)) * share).sum(-1))
     correction = _of_too_few_steps(*quadratures)
     found = _found(values, vectors[:, -block:], left.double(), weights.mean(-1))
     weights = weights * ~found.unsqueeze(-1)
@@ -153,7 +155,7 @@ def estimates(projections: Sequence[Projection], num_eigenvalues: int) -> Estima
     strongest = torch.where(found, values, 0.0)
     known = total - torch.stack([found.double(), strongest, strongest.square()], -1).sum(-2)
     units = torch.cat([torch.ones_like(scale), scale, scale.square()], -1)
-    unit = torch.finfo(inside.dtype).eps
+    unit = torch.finfo(start.dtype).eps
     rounding = _ROUNDING * unit * torch.stack([0 * squares, squares.sign(), squares], -1)
     known, rounding = known.clamp(min=0) / units, rounding / units
     entropy = torch.special.entr(values)
