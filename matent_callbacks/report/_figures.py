@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.plot import layer_heatmap, layer_profile, spectrum_shares, step_curves
 from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
 from matent_callbacks.report._findings import collapses, moved, without_reading
@@ -19,7 +19,6 @@ from matent_callbacks.report._words import (
     ENTROPIES,
     PAIRS,
     RANKS,
-    TOWERS,
     about_data,
     capital,
     held_out_name,

@@ -6,12 +6,11 @@ import itertools
 from statistics import median
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
     PAIRS,
-    TOWERS,
     capital,
     held_out_name,
     layers_only,

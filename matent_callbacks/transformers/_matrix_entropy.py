@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import measured_settings
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -175,7 +174,7 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     @property
     def settings(self) -> dict[str, str]:
-        return measured_settings(self._run.measured)
+        return self._run.settings
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
