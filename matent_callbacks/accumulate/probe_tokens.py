@@ -55,7 +55,7 @@ class ProbeTokens:
         self.dtype = torch.float32
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, states: Tensor, told: Tensor, counts: Tensor, *, is_split: bool = False) -> None:
+    def add(self, states: Tensor, unmasked: Tensor, counts: Tensor, *, is_split: bool = False) -> None:
         """Add one forward: ``(B, T, d)``, the mask ``(B, T)``, and the mask without sinks.
 
         Raises:
@@ -63,11 +63,11 @@ class ProbeTokens:
         """
         batch = self._batch()
         first = self._seen.get(batch, 0)
-        self._seen[batch] = first + told.numel()
+        self._seen[batch] = first + unmasked.numel()
         self.width, self.dtype = states.shape[-1], states.dtype
         self.is_split |= is_split
         if self._places is None:
-            self.masks.append((batch, told.flatten()))
+            self.masks.append((batch, unmasked.flatten()))
             return
         if self._places.width != self.width:
             raise ValueError(
@@ -77,7 +77,7 @@ class ProbeTokens:
         positions, rows = (own.get(batch) for own in (self._places.positions, self._places.rows))
         if positions is None or rows is None:
             return
-        start, end = torch.searchsorted(positions, torch.tensor([first, first + told.numel()])).tolist()
+        start, end = torch.searchsorted(positions, torch.tensor([first, first + unmasked.numel()])).tolist()
         chosen = positions[start:end].to(states.device, non_blocking=True) - first
         tokens = states.detach().reshape(-1, self.width).index_select(0, chosen)
         own = rows[start:end].to(states.device, non_blocking=True)

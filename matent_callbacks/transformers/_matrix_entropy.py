@@ -170,7 +170,7 @@ class MatrixEntropyCallback(MeasuringCallback):
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
-        self._told = False
+        self._has_settings = False
 
     @property
     def settings(self) -> dict[str, str]:
@@ -228,9 +228,9 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
-        if not self._told:
+        if not self._has_settings:
             # Not before: reporters open their runs when training begins, after this callback is called.
-            self._told = True
+            self._has_settings = True
             with self.guard("what is measured among the settings of the run"):
                 log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()
