@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,16 @@ class Places(NamedTuple):
     width: int
     dtype: torch.dtype
     """Of the hidden states."""
+
+    @property
+    def summed_in(self) -> torch.dtype:
+        """The dtype in which the rows of ranks are added up: not every backend adds up others."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Shape of the rows that are added up. The last column tells which of them count: one tensor is sent."""
+        return self.number, self.width + 1
 
 
 class ProbeTokens:
@@ -84,29 +95,48 @@ class ProbeTokens:
         self._kept.append((own, tokens, counts.flatten().index_select(0, chosen)))
 
     def of_all_ranks(
-        self, device: torch.device, owner: int | None, group: dist.ProcessGroup | None
+        self,
+        device: torch.device,
+        room: Tensor | None = None,
+        *,
+        owner: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Return the states ``(n, d)`` and which of them count ``(n,)``, on their owner; ``None`` on other ranks.
 
         Each rank fills in the rows that it has, and their sum is sent to one rank: it takes no more than the tokens
-        themselves, however many ranks there are. Without an ``owner`` nothing is sent.
+        themselves, however many ranks there are. An error is raised afterwards, so that no rank waits in vain.
+
+        Args:
+            device: Of the states.
+            room: Bytes for the rows of one layer, from :meth:`.Comparison.room`. ``None``: there are no other ranks.
+            owner: The rank that they are sent to.
+            group: The ranks that take part.
         """
-        assert self._places is not None
-        number, width, dtype = self._places.number, self._places.width, self._places.dtype
-        if owner is not None and dtype != torch.float64:
-            dtype = torch.float32  # not every backend adds up others
-        # The last column tells which rows count, so that there is one tensor to send.
-        table = torch.zeros(number, width + 1, dtype=dtype, device=device)
-        for rows, tokens, counts in self._kept:
-            rows = rows.to(device)
-            table[rows, :-1] = tokens.to(device, dtype)
-            table[rows, -1] = counts.to(device, dtype)
+        places = self._places
+        assert places is not None
+        if room is None:
+            table = torch.zeros(places.table, dtype=places.dtype, device=device)
+        else:
+            size = math.prod(places.table) * places.summed_in.itemsize
+            table = room[:size].view(places.summed_in).view(places.table).zero_()
+        failure = None
+        try:
+            for rows, tokens, counts in self._kept:
+                rows = rows.to(device)
+                table[rows, :-1] = tokens.to(device, table.dtype)
+                table[rows, -1] = counts.to(device, table.dtype)
+        except Exception as error:
+            failure = error
         self._kept = []  # in memory once
-        if owner is not None:
+        if room is not None:
             dist.reduce(table, dst=global_rank(owner, group), group=group)
-            if dist.get_rank(group) != owner:
-                return None
-        return table[:, :-1].to(self._places.dtype), table[:, -1] > 0
+        if failure is not None:
+            raise failure
+        if room is not None and dist.get_rank(group) != owner:
+            return None
+        # The room is that of the next layer, too.
+        return table[:, :-1].to(places.dtype, copy=room is not None), table[:, -1] > 0
 
 
 def on_host(tensor: Tensor, device: torch.device) -> Tensor:

@@ -93,7 +93,13 @@ class PendingReadings:
         compared = comparison.layers if comparison is not None else ()
         self._distributed = is_distributed(group) and not local
         self._group = group
+        self._error: Exception | None = None
+        room = None
         if self._distributed:
+            try:
+                room = None if comparison is None else comparison.room(self._device)
+            except Exception as error:
+                self._error, failed = error, {*failed, *compared}
             settings = {"metrics": metrics, "solver": solver, "compared": compared}
             gathered = gather_over_ranks(accumulators, failed, settings, group)
         else:
@@ -101,8 +107,13 @@ class PendingReadings:
         if comparison is not None and not gathered.unlike:
             kept = {layer: own.probe_tokens for layer, own in accumulators.items() if own.probe_tokens is not None}
             dtype = next(iter(accumulators.values())).dtype
-            pairs = comparison.pairs(kept, gathered.failed, self._device, dtype)
-            gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
+            try:
+                pairs = comparison.pairs(kept, gathered.failed, self._device, dtype, room)
+                gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
+            except Exception as error:
+                if not self._distributed:
+                    raise
+                self._error = self._error or error  # raised on all ranks by `result`
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
         self._decompose = record_function("matent_callbacks: decompose")(partial(decompose, estimated=estimated))
         self._names = {
@@ -154,6 +165,9 @@ class PendingReadings:
 
     def _decomposed(self) -> tuple[dict[Unit, Tensor], Exception | None]:
         """Return the numbers of this rank. In a distributed run an error is returned: the others wait for this rank."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            return {}, error
         try:
             found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
         except Exception as error:
