@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -167,17 +167,17 @@ class TokenPairs(NamedTuple):
         """Return a copy with the states of now on a device."""
         return self._replace(states=self.states.to(device), counts=self.counts.to(device))
 
-    def compare(self) -> dict[str, Tensor]:
-        """Compute all that :func:`.compare_tokens` returns."""
+    def compare(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Compute what :func:`.compare_tokens` returns for these names."""
         device = self.states.device
         if device.type == "cpu":
             # Whose products in float64 do not depend on settings of the process, which a thread must leave alone.
-            return self._compared(torch.float64)
+            return self._compared(torch.float64, names)
         with full_precision(device):
-            return self._compared(self.dtype)
+            return self._compared(self.dtype, names)
 
-    def _compared(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _compared(self, dtype: torch.dtype, names: Iterable[str]) -> dict[str, Tensor]:
         device = self.states.device
         before = self.reference.states.to(device, non_blocking=True).to(dtype)
         counts = self.reference.counts.to(device, non_blocking=True) & self.counts
-        return compare_tokens(before, self.states.to(dtype), counts)
+        return compare_tokens(before, self.states.to(dtype), counts, names)
