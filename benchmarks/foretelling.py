@@ -84,9 +84,10 @@ def main() -> None:
     arguments = parser.parse_args()
     begin("What the numbers foretell", __doc__)
     if arguments.quick:
-        found = {"finetuning": [finetune(each, steps=4) for each in settings(1)[1::3]], "alignment": []}
-        for rate in ALIGNMENT_RATES:
-            found["alignment"].append(align(rate, 0, "--steps", "8", "--tower-steps", "2", "--every", "1"))
+        found: dict[str, Any] = {"finetuning": [], "alignment": []}
+        few = ("--steps", "8", "--tower-steps", "2", "--every", "1")
+        pairs = [(rate, 0) for rate in ALIGNMENT_RATES[:2]]
+        train(found, settings(1)[1::3], pairs, few, steps=4, workers=arguments.workers)
     else:
         found = cached(retrain=arguments.retrain, workers=arguments.workers)
         print(f"Trained: {found['trained']}.\n")
@@ -108,15 +109,30 @@ def cached(*, retrain: bool, workers: int) -> dict[str, Any]:
     tuned = missing("finetuning", settings(SEEDS), Setting._fields)
     pairs = [(rate, seed) for seed in range(SEEDS) for rate in ALIGNMENT_RATES]
     aligned = missing("alignment", pairs, ("learning_rate", "seed"))
+    options = ("--steps", str(ALIGNMENT_STEPS), "--every", str(ALIGNMENT_STEPS // 10))
+    train(found, tuned, aligned, options, steps=STEPS, workers=workers, path=RUNS)
+    return found
+
+
+def train(
+    found: dict[str, Any],
+    tuned: Sequence[Sequence[Any]],
+    aligned: Sequence[Sequence[Any]],
+    options: Sequence[str],
+    *,
+    steps: int,
+    workers: int,
+    path: Path | None = None,
+) -> None:
+    """Add runs to those that were found, each as soon as it is finished, and write all to ``path``."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        kinds = {pool.submit(finetune, Setting(*each), steps=STEPS): "finetuning" for each in tuned}
-        options = ("--steps", str(ALIGNMENT_STEPS), "--every", str(ALIGNMENT_STEPS // 10))
+        kinds = {pool.submit(finetune, Setting(*each), steps=steps): "finetuning" for each in tuned}
         kinds |= {pool.submit(align, *each, *options): "alignment" for each in aligned}
         for future in concurrent.futures.as_completed(kinds):
             found[kinds[future]].append(future.result())
-            RUNS.write_text(json.dumps(found), encoding="utf-8")
-    return found
+            if path is not None:
+                path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def align(learning_rate: float, seed: int, *options: str) -> Run:

@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matent_callbacks.callbacks.alignment_measurement import measure_alignment
+    from matent_callbacks.alignment.measurement import measure_alignment
+    from matent_callbacks.alignment.vision_language import Stage
     from matent_callbacks.capture.meshes import parallel_groups
-    from matent_callbacks.capture.vision_language import Stage
     from matent_callbacks.collapse import CollapseDetector
     from matent_callbacks.loop import LoopMonitor
     from matent_callbacks.metrics import (
@@ -43,8 +43,8 @@ _MODULES = {
     "EntropyMonitor": "monitor",
     "LoopMonitor": "loop",
     "PlateauDetector": "plateau",
-    "Stage": "capture.vision_language",
-    "measure_alignment": "callbacks.alignment_measurement",
+    "Stage": "alignment.vision_language",
+    "measure_alignment": "alignment.measurement",
     "parallel_groups": "capture.meshes",
     "untrained_like": "untrained",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple, cast, get_args
 
 from torch import Tensor
@@ -218,6 +218,11 @@ def sources_of(metrics: Iterable[str]) -> frozenset[Source]:
     """Return all statistics that have to be accumulated for ``metrics``."""
     rows = [CATALOGUE[name] for name in metrics]
     return frozenset(source for row in rows for source in (row.source, *row.further))
+
+
+def measured_settings(measured: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of a run that say what is measured, from that by the name of the callback or probe."""
+    return {f"matent_callbacks.measured{name and '.'}{name}": data for name, data in measured.items()}
 
 
 def check_embedding(embedding: str) -> Embedding:

@@ -8,21 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from matent_callbacks.accumulate.averages import Average
 from matent_callbacks.accumulate.catalogue import Embedding, Source, sources_of
+from matent_callbacks.accumulate.interface import Settings, State, Statistic
 from matent_callbacks.accumulate.moments import empty_moments
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.accumulate.sequences import Sequences, Vectors, in_groups, log_norms_in_pieces
 from matent_callbacks.accumulate.split_sequences import Groups, SplitSequences
-from matent_callbacks.accumulate.statistics import (
-    OF_VECTORS,
-    OF_WHOLE_SEQUENCES,
-    STATISTICS,
-    Average,
-    Settings,
-    State,
-    Statistic,
-)
+from matent_callbacks.accumulate.statistics import OF_VECTORS, OF_WHOLE_SEQUENCES, STATISTICS
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._tokens import check_hidden_states
 from matent_callbacks.functional.sinks import TokenNorms, may_have_sinks, token_norms
@@ -142,7 +136,7 @@ class LayerAccumulator:
             TypeError: If ``hidden_states`` is not a floating point tensor.
             ValueError: If a shape is wrong, or d or d' is not that of the forward passes before.
         """
-        states, told = check_hidden_states(hidden_states, attention_mask)
+        states, unmasked = check_hidden_states(hidden_states, attention_mask)
         is_one_row = hidden_states is not None and hidden_states.ndim == 2
         if is_one_row:
             vectors = hidden_states
@@ -150,10 +144,10 @@ class LayerAccumulator:
             raise ValueError(f"`vectors` must be one for each of {len(states)} sequences, got {tuple(vectors.shape)}.")
         # What counts is decided here, once for all statistics.
         reads_tokens = vectors is None or not self._sources <= OF_VECTORS
-        norms = self._norms(states, told) if reads_tokens else None
-        mask = given = self._without_sinks(told, norms)
+        norms = self._norms(states, unmasked) if reads_tokens else None
+        mask = given = self._without_sinks(unmasked, norms)
         if self.probe_tokens is not None:
-            self.probe_tokens.add(states, told, given)
+            self.probe_tokens.add(states, unmasked, given)
         whole = None
         if self._max_tokens is not None:
             is_whole = attention_mask is None and norms is None
@@ -165,7 +159,7 @@ class LayerAccumulator:
         standing = None
         if vectors is not None and self._sources & OF_VECTORS:
             # A vector that stands for a sequence is no token that others attend to, however long it is.
-            counts = mask | (told & ~given)[: len(mask)]
+            counts = mask | (unmasked & ~given)[: len(mask)]
             counts = counts if whole is None else counts & whole.unsqueeze(1)
             counts = counts[0] if is_one_row else counts.any(1)
             standing = Vectors(vectors[: len(counts)], counts)
@@ -236,9 +230,9 @@ class LayerAccumulator:
         """
 
         def limited(mask: Tensor, norms: TokenNorms | None) -> Tensor:
-            told, mask = mask, self._without_sinks(mask, norms)
+            unmasked, mask = mask, self._without_sinks(mask, norms)
             if self.probe_tokens is not None:
-                self.probe_tokens.add(sequences.states, told, mask, is_split=True)
+                self.probe_tokens.add(sequences.states, unmasked, mask, is_split=True)
             return mask if self._max_tokens is None else self._first_tokens(mask, self._max_tokens)
 
         try:

@@ -276,6 +276,8 @@ class PooledTokens:
 
     def _fold_kept(self) -> None:
         """Add the kept tokens to the scatter, which is empty as long as tokens are kept."""
+        if not self._kept:
+            return
         count = torch.zeros_like(self._moments.num_tokens)
         while self._kept:
             values, valid = self._kept.pop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,16 @@ class Places(NamedTuple):
     dtype: torch.dtype
     """Of the hidden states."""
 
+    @property
+    def summed_in(self) -> torch.dtype:
+        """The dtype in which the rows of ranks are added up: not every backend adds up others."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Shape of the rows that are added up. The last column tells which of them count: one tensor is sent."""
+        return self.number, self.width + 1
+
 
 class ProbeTokens:
     """The tokens of one layer at certain places of a probe, while it is read; before these are known, all masks.
@@ -55,7 +66,7 @@ class ProbeTokens:
         self.dtype = torch.float32
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, states: Tensor, told: Tensor, counts: Tensor, *, is_split: bool = False) -> None:
+    def add(self, states: Tensor, unmasked: Tensor, counts: Tensor, *, is_split: bool = False) -> None:
         """Add one forward: ``(B, T, d)``, the mask ``(B, T)``, and the mask without sinks.
 
         Raises:
@@ -63,11 +74,11 @@ class ProbeTokens:
         """
         batch = self._batch()
         first = self._seen.get(batch, 0)
-        self._seen[batch] = first + told.numel()
+        self._seen[batch] = first + unmasked.numel()
         self.width, self.dtype = states.shape[-1], states.dtype
         self.is_split |= is_split
         if self._places is None:
-            self.masks.append((batch, told.flatten()))
+            self.masks.append((batch, unmasked.flatten()))
             return
         if self._places.width != self.width:
             raise ValueError(
@@ -77,36 +88,55 @@ class ProbeTokens:
         positions, rows = (own.get(batch) for own in (self._places.positions, self._places.rows))
         if positions is None or rows is None:
             return
-        start, end = torch.searchsorted(positions, torch.tensor([first, first + told.numel()])).tolist()
+        start, end = torch.searchsorted(positions, torch.tensor([first, first + unmasked.numel()])).tolist()
         chosen = positions[start:end].to(states.device, non_blocking=True) - first
         tokens = states.detach().reshape(-1, self.width).index_select(0, chosen)
         own = rows[start:end].to(states.device, non_blocking=True)
         self._kept.append((own, tokens, counts.flatten().index_select(0, chosen)))
 
     def of_all_ranks(
-        self, device: torch.device, owner: int | None, group: dist.ProcessGroup | None
+        self,
+        device: torch.device,
+        room: Tensor | None = None,
+        *,
+        owner: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Return the states ``(n, d)`` and which of them count ``(n,)``, on their owner; ``None`` on other ranks.
 
         Each rank fills in the rows that it has, and their sum is sent to one rank: it takes no more than the tokens
-        themselves, however many ranks there are. Without an ``owner`` nothing is sent.
+        themselves, however many ranks there are. An error is raised afterwards, so that no rank waits in vain.
+
+        Args:
+            device: Of the states.
+            room: Bytes for the rows of one layer, from :meth:`.Comparison.room`. ``None``: there are no other ranks.
+            owner: The rank that they are sent to.
+            group: The ranks that take part.
         """
-        assert self._places is not None
-        number, width, dtype = self._places.number, self._places.width, self._places.dtype
-        if owner is not None and dtype != torch.float64:
-            dtype = torch.float32  # not every backend adds up others
-        # The last column tells which rows count, so that there is one tensor to send.
-        table = torch.zeros(number, width + 1, dtype=dtype, device=device)
-        for rows, tokens, counts in self._kept:
-            rows = rows.to(device)
-            table[rows, :-1] = tokens.to(device, dtype)
-            table[rows, -1] = counts.to(device, dtype)
+        places = self._places
+        assert places is not None
+        if room is None:
+            table = torch.zeros(places.table, dtype=places.dtype, device=device)
+        else:
+            size = math.prod(places.table) * places.summed_in.itemsize
+            table = room[:size].view(places.summed_in).view(places.table).zero_()
+        failure = None
+        try:
+            for rows, tokens, counts in self._kept:
+                rows = rows.to(device)
+                table[rows, :-1] = tokens.to(device, table.dtype)
+                table[rows, -1] = counts.to(device, table.dtype)
+        except Exception as error:
+            failure = error
         self._kept = []  # in memory once
-        if owner is not None:
+        if room is not None:
             dist.reduce(table, dst=global_rank(owner, group), group=group)
-            if dist.get_rank(group) != owner:
-                return None
-        return table[:, :-1].to(self._places.dtype), table[:, -1] > 0
+        if failure is not None:
+            raise failure
+        if room is not None and dist.get_rank(group) != owner:
+            return None
+        # The room is that of the next layer, too.
+        return table[:, :-1].to(places.dtype, copy=room is not None), table[:, -1] > 0
 
 
 def on_host(tensor: Tensor, device: torch.device) -> Tensor:
@@ -137,17 +167,17 @@ class TokenPairs(NamedTuple):
         """Return a copy with the states of now on a device."""
         return self._replace(states=self.states.to(device), counts=self.counts.to(device))
 
-    def compare(self) -> dict[str, Tensor]:
-        """Compute all that :func:`.compare_tokens` returns."""
+    def compare(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Compute what :func:`.compare_tokens` returns for these names."""
         device = self.states.device
         if device.type == "cpu":
             # Whose products in float64 do not depend on settings of the process, which a thread must leave alone.
-            return self._compared(torch.float64)
+            return self._compared(torch.float64, names)
         with full_precision(device):
-            return self._compared(self.dtype)
+            return self._compared(self.dtype, names)
 
-    def _compared(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _compared(self, dtype: torch.dtype, names: Iterable[str]) -> dict[str, Tensor]:
         device = self.states.device
         before = self.reference.states.to(device, non_blocking=True).to(dtype)
         counts = self.reference.counts.to(device, non_blocking=True) & self.counts
-        return compare_tokens(before, self.states.to(dtype), counts)
+        return compare_tokens(before, self.states.to(dtype), counts, names)

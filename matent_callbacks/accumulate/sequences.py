@@ -279,9 +279,12 @@ def places(states: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
 
 def log_norms_in_pieces(states: Tensor, dtype: torch.dtype) -> Tensor:
     """Logarithms ``(B, T)`` of the lengths of tokens."""
-    logs = torch.empty(states.shape[:-1], dtype=torch.promote_types(states.dtype, dtype), device=states.device)
-    for some, part in places(states, dtype):
-        logs[some, part] = log_norms(states[some, part], logs.dtype)
+    wide = torch.promote_types(states.dtype, dtype)
+    if len(parts := list(places(states, dtype))) == 1:
+        return log_norms(states, wide)
+    logs = torch.empty(states.shape[:-1], dtype=wide, device=states.device)
+    for part in parts:
+        logs[part] = log_norms(states[part], wide)
     return logs
 
 

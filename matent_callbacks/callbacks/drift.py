@@ -14,8 +14,8 @@ import torch
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens, ReferenceTokens
 from matent_callbacks.accumulate.reduction import AllOrNone, agreed_failures, all_reduce_sum, is_distributed
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.probe import fingerprint
 from matent_callbacks.capture.inference import device_of
+from matent_callbacks.capture.probes import fingerprint
 from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.monitor.comparison import Comparison
 

@@ -93,11 +93,6 @@ def _is_from(library: str, thing: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == library for kind in type(thing).__mro__)
 
 
-def measured_settings(measured: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of a run that say what is measured, from that by the name of the callback or probe."""
-    return {f"matent_callbacks.measured{name and '.'}{name}": data for name, data in measured.items()}
-
-
 def log_settings(thing: Any, settings: Mapping[str, str]) -> None:
     """Add settings to those that a run of W&B, a ``SummaryWriter`` or a ``CSVLogger`` keeps; others keep none."""
     thing = experiment(thing)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.loggers import log_settings, measured_settings, takers, to_each, wandb_runs
+from matent_callbacks.callbacks.loggers import log_settings, takers, to_each, wandb_runs
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 
 
@@ -51,7 +51,7 @@ class LoopLog:
     def _settings(self) -> None:
         with self._guard("what is measured among the settings of the run"):
             for logger in self._loggers():
-                log_settings(logger, measured_settings(self._run.measured))
+                log_settings(logger, self._run.settings)
 
     def _loggers(self) -> list[Any]:
         """What is behind ``log`` on this rank: loggers, trackers, a run, a writer."""

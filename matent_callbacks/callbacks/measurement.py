@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import COMPARISONS, Solver, check_metrics, check_solver
 from matent_callbacks.callbacks.drift import Drift, check_drift_tokens
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.influence import Influence, sample_of_weights
-from matent_callbacks.callbacks.probe import hashes, probes_by_prefix
 from matent_callbacks.callbacks.reference import DATA_SET_RANK, Reference, check_reference
 from matent_callbacks.capture.inference import device_of, why_unfit
+from matent_callbacks.capture.influence import Influence, sample_of_weights
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.meshes import ParallelGroups, parallel_groups
+from matent_callbacks.capture.probes import hashes, probes_by_prefix
 from matent_callbacks.monitor import EntropyMonitor
 from matent_callbacks.monitor.comparison import Comparison
 from matent_callbacks.monitor.decomposition import NONFINITE

@@ -13,7 +13,7 @@ from torch import nn
 from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
 from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.probe import hashes
+from matent_callbacks.capture.probes import hashes
 
 DATA_SET_RANK = "sequence_effective_rank"
 """The metric that Diff-eRank is a difference of."""

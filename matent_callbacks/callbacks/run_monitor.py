@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from matent_callbacks.accumulate.catalogue import Embedding, check_embedding
+from matent_callbacks.accumulate.catalogue import Embedding, check_embedding, measured_settings
 from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.charts import Charts, LayerCharts
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
 from matent_callbacks.callbacks.measurement import Around, Finish, Measurement, check_every_n_steps, warn_if_never_due
-from matent_callbacks.callbacks.probe import prefix_of
 from matent_callbacks.capture.layers import LayerSpec
+from matent_callbacks.capture.probes import prefix_of
 from matent_callbacks.monitor import EntropyMonitor
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ class RunMonitor:
         return bool(self._measurement.probes)
 
     @property
-    def measured(self) -> dict[str, str]:
-        """What the layers are measured on in training, by the name that the names of values begin with."""
+    def settings(self) -> dict[str, str]:
+        """What the run's settings are to say: what the layers are measured on in training."""
         data = "a probe" if self.has_probe else "training batches"
         only = ", tokens with labels" if self._arguments.get("tokens") == "labels" else ""
-        return {prefix.rstrip("/"): data + only for prefix in self._measurement.prefixes}
+        return measured_settings({prefix.rstrip("/"): data + only for prefix in self._measurement.prefixes})
 
     @property
     def has_pictures(self) -> bool:

@@ -81,9 +81,9 @@ class Unlogged:
         self.settled = True
         names = sorted(logged)
         near = difflib.get_close_matches(self._monitor, names, n=4, cutoff=0.4) or names
-        told = f" Told after {after}; a value that is logged later still counts." if after else ""
+        advice = f" Told after {after}; a value that is logged later still counts." if after else ""
         warnings.warn(
-            f"`monitor` {self._monitor!r} was never logged, so {self._without}. Near: {', '.join(near)}.{told}",
+            f"`monitor` {self._monitor!r} was never logged, so {self._without}. Near: {', '.join(near)}.{advice}",
             stacklevel=4,
         )
 

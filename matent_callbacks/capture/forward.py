@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.callers import functions_running
 from matent_callbacks.capture.labels import Labels, Unlabelled
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing
+from matent_callbacks.capture.purpose import functions_running
 
 
 @dataclass

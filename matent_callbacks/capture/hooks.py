@@ -1,34 +1,22 @@
-"""Reading hidden states and their mask out of a forward pass, with hooks that exist only while they are needed."""
+"""Reads hidden states and their mask out of a forward pass, with hooks that exist only while they are needed."""
 
 from __future__ import annotations
 
 import functools
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.adapters import AdapterState
-from matent_callbacks.capture.callers import functions_running, has_filled_cache, is_generating
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance
-from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
+from matent_callbacks.capture.events import Events, Guard, Reader, Wanted
+from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.inference import inference_depth, preserved
-from matent_callbacks.capture.labels import Labels
 from matent_callbacks.capture.layers import Layers, ReadPoint
-from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.stack import ancestries, is_hugging_face
-from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
-
-Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
-Guard = Callable[[str], AbstractContextManager[None]]
-
-# Held while a reader runs: the threads of nn.DataParallel update the same statistics.
-_reading = threading.RLock()
+from matent_callbacks.capture.purpose import AdapterState
+from matent_callbacks.capture.stack import ancestries
 
 
 class Capture:
@@ -60,34 +48,29 @@ class Capture:
 
         ``only_in_loss``: of the tokens of the masks, those whose label says that they count in the loss.
         """
-        self.seen = Seen()
         self._model = model
         self._layers = layers
-        self._reader = reader
         self._guard = guard
-        self._discard = discard
-        self._whole_sequences = whole_sequences
         self._only_in_loss = only_in_loss
-        self._read_modules = frozenset(point.module for point in layers.points)
-        # The layers inside each transformer: its call on other tokens is a new pass over them.
-        self._inside_of = {
-            module: [point.key for point in layers.points if point.module in set(module.modules())]
-            for module in (*layers.chain, *layers.inside)
-            if is_hugging_face(module)
-        }
-        self._called_again: set[str] = set()
+        self._events = Events(
+            model,
+            layers,
+            reader,
+            guard,
+            discard=discard,
+            whole_sequences=whole_sequences,
+            only_in_loss=only_in_loss,
+        )
         self._undo: list[Callable[[], None]] = []
-        self._training_only = False
-        self._adapters: AdapterState | None = None
-        self._outer_mask: Tensor | None = None
-        self._sample_mask: Tensor | None = None
-        self._given_labels: Tensor | None = None
-        self._runs_eagerly = False
-        self._inference_depth = 0
-        self._has_counted = False
-        self._forwards: dict[int, Forward] = {}
-        # By thread: those of modules around the chain, while such a module runs.
-        self._labels: dict[int, Labels] = {}
+
+    @property
+    def seen(self) -> Seen:
+        """What ran since :meth:`forget_seen`."""
+        return self._events.seen
+
+    def forget_seen(self) -> None:
+        """Begin a new record of what ran."""
+        self._events.seen = Seen()
 
     def open(
         self,
@@ -104,11 +87,9 @@ class Capture:
         where no module is given labels that fit.
         """
         self.close()
-        self._training_only = training_only
-        self._outer_mask = attention_mask
-        self._sample_mask = sample_mask
-        self._given_labels = labels
-        self._inference_depth = inference_depth()
+        wanted = self._events.wanted = Wanted(
+            training_only, None, attention_mask, sample_mask, labels, inference_depth()
+        )
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)
             if entrance is None:
@@ -117,42 +98,40 @@ class Capture:
                 self._undo.append(before_calls(entrance, self._read_eagerly))
                 self._undo.extend(self._around(ancestries(self._model)[entrance][:-1]))
             # After the hooks: they replace `forward` methods, by which the state of the adapters is recognised.
-            self._adapters = AdapterState(self._model) if same_adapters else None
+            wanted.adapters = AdapterState(self._model) if same_adapters else None
 
     def close(self) -> None:
         """Remove the hooks and drop every reference to the forward."""
         for undo in self._undo:
             undo()
         self._undo.clear()
-        self._adapters = None
-        self._outer_mask = self._sample_mask = self._given_labels = None
-        self._has_counted = False
-        self._forwards.clear()
-        self._labels.clear()
+        self._events.end()
 
     @contextmanager
     def masked(self, attention_mask: Tensor | None) -> Iterator[None]:
         """Let ``attention_mask`` override the masks that the model is given; None: they hold. Its labels hold."""
-        before = self._outer_mask, self._given_labels
-        self._outer_mask, self._given_labels = attention_mask, None
+        wanted = self._events.wanted
+        before = wanted.mask, wanted.labels
+        wanted.mask, wanted.labels = attention_mask, None
         try:
             yield
         finally:
-            self._outer_mask, self._given_labels = before
+            wanted.mask, wanted.labels = before
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Read with plain hooks, during forwards that are known to run eagerly."""
         undo: list[Callable[[], None]] = []
-        before, self._inference_depth = self._inference_depth, inference_depth()
+        wanted = self._events.wanted
+        before, wanted.inference_depth = wanted.inference_depth, inference_depth()
         try:
             undo.extend(self._hooks())
             yield
         finally:
             for remove in undo:
                 remove()
-            self._inference_depth = before
-            self._forwards.clear()
+            wanted.inference_depth = before
+            self._events.forget_forwards()
 
     def _hooks(self) -> Iterator[Callable[[], None]]:
         """Register hook by hook, yielding how to remove each: if one fails, those before it can still be removed."""
@@ -160,272 +139,41 @@ class Capture:
         hooked = [module for module in chain if module not in self._layers.unhooked]
         yield from self._around(self._layers.around)
         for module in hooked:
-            enter = functools.partial(self._enter, module)
+            enter = functools.partial(self._events.enter, module)
             yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
         for module in inside:
             if module in self._layers.unhooked:
-                yield around_calls(module, self._call_inside, replicas=False)
+                yield around_calls(module, self._events.call_inside, replicas=False)
             else:
-                collect = functools.partial(self._collect_inside, module)
+                collect = functools.partial(self._events.collect_inside, module)
                 yield module.register_forward_pre_hook(collect, with_kwargs=True).remove
         for point in points:
             yield self._read_hook(point)
         for module in chain:
-            yield around_calls(module, self._call, replicas=module in hooked)
+            yield around_calls(module, self._events.call, replicas=module in hooked)
         # Registered after the read points: a module in the chain must be read before its forward ends.
         for module in hooked:
-            yield module.register_forward_hook(self._leave, always_call=True).remove
+            yield module.register_forward_hook(self._events.leave, always_call=True).remove
 
     def _around(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
         """Look for labels among the arguments of modules around what is hooked."""
         for module in modules if self._only_in_loss else ():
-            yield around_calls(module, self._call_around, replicas=False)
+            yield around_calls(module, self._events.call_around, replicas=False)
 
     def _read_hook(self, point: ReadPoint) -> Callable[[], None]:
         if point.module in self._layers.unhooked:
-            return around_calls(point.module, functools.partial(self._call_point, point), replicas=False)
+            return around_calls(point.module, functools.partial(self._events.call_point, point), replicas=False)
         if point.where == "input":
-            before = functools.partial(self._read_input, point)
+            before = functools.partial(self._events.read_input, point)
             return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
-        return point.module.register_forward_hook(functools.partial(self._read, point), with_kwargs=True).remove
+        return point.module.register_forward_hook(functools.partial(self._events.read, point), with_kwargs=True).remove
 
     def _read_eagerly(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._runs_eagerly or not self._is_wanted(module):
+        if self._events.runs_eagerly or not self._events.is_wanted(module):
             return
-        self._runs_eagerly = True
+        self._events.runs_eagerly = True
         try:
             with self._guard("all"), preserved(module), self.uncompiled():
                 call_eagerly(module, args, kwargs)
         finally:
-            self._runs_eagerly = False
-
-    # Hooks before and after a module in the chain that is called by `module(...)`. Under nn.DataParallel they also fire
-    # on its replicas, so `module` may be a replica of `watched`.
-
-    def _enter(self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        forward = self._forwards.setdefault(threading.get_ident(), self._new_forward())
-        around = forward.calls[-1] if forward.calls else None
-        call = Call(watched, functions_running())
-        call.has_gradients = torch.is_grad_enabled() if around is None else forward.has_gradients()
-        forward.calls.append(call)
-        forward.awaits_forward = True
-        with self._guard("all"):
-            self.seen.ran.add(watched)
-            arguments = named_arguments(module, args, kwargs)
-            if around is None:
-                forward.graph_task = torch._C._current_graph_task_id()
-                is_wanted = (self._runs_eagerly or self._is_wanted(module)) and not (
-                    _in_backward() and self._has_counted
-                )
-            else:
-                is_wanted = around.counts
-            # A cache that the caller of the model fills; or the model's own forward, which decodes in a loop.
-            is_decoding = has_filled_cache(arguments) and (around is None or watched in around.called)
-            call.counts = is_wanted and not is_decoding and not is_generating(self._read_modules)
-            if around is not None:
-                around.called.add(watched)
-            call.is_again = not self._begins_pass(forward, watched, arguments, forward.calls[:-1])
-            forward.collect(watched, arguments, is_given=True)
-            if call.counts:
-                forward.find_packing(arguments, numbered=_may_number(watched, arguments))
-                if forward.packing is not None and not self._whole_sequences:
-                    raise ValueError(
-                        "a batch is packed, so `context_group` does not tell whose tokens are one document."
-                    )
-
-    def _begins_pass(
-        self, forward: Forward, module: nn.Module, arguments: dict[str, Any], around: Sequence[Call]
-    ) -> bool:
-        """Whether a transformer begins a pass over its tokens. Then what is held of the pass before is read."""
-        if module not in self._inside_of:
-            return True
-        if not forward.is_new_pass(module, arguments, around):
-            return False
-        forward.is_past_embeddings &= module is not self._layers.owner
-        forward.packing, forward.packed_by = None, ()
-        for key in self._inside_of[module]:
-            held = forward.held.pop((key, forward.passes[key]), None)
-            if held is not None:
-                self._record(key, held)
-            forward.passes[key] += 1
-        return True
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = None if torch.compiler.is_compiling() else self._forward
-        if forward is None:
-            return
-        forward.calls.pop()
-        if not forward.calls:
-            del self._forwards[threading.get_ident()]
-            graded = {key for key, _ in forward.read | forward.held.keys()}
-            alone = {own: held for own, held in forward.without_gradients.items() if own[0] not in graded}
-            for (key, _), held in (forward.held | alone).items():
-                self._record(key, held)
-
-    # Wrappers around `forward`, which also see `module.forward(...)`.
-
-    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        current = self._forward
-        if current is not None and current.awaits_forward and current.calls[-1].module is module:
-            current.awaits_forward = False
-            return forward(*args, **kwargs)
-        try:
-            self._enter(module, module, args, kwargs)
-            self._forwards[threading.get_ident()].awaits_forward = False
-            points = [point for point in self._layers.points if point.module is module]
-            for point in points:
-                forward = functools.partial(self._call_point, point, module, forward)
-            return forward(*args, **kwargs)
-        finally:
-            self._leave(module, args, None)
-
-    def _call_around(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        thread = threading.get_ident()
-        is_outermost = thread not in self._labels
-        try:
-            with self._guard("all"):
-                labels = self._labels.setdefault(thread, Labels(self._model, self._given_labels))
-                labels.collect(module, named_arguments(module, args, kwargs))
-            return forward(*args, **kwargs)
-        finally:
-            if is_outermost:
-                self._labels.pop(thread, None)
-
-    def _call_inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._collect_inside(module, module, args, kwargs)
-        return forward(*args, **kwargs)
-
-    def _call_point(
-        self, point: ReadPoint, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if point.where == "input":
-            self._read_input(point, module, args, kwargs)
-            return forward(*args, **kwargs)
-        output = forward(*args, **kwargs)
-        self._read(point, module, args, kwargs, output)
-        return output
-
-    def _collect_inside(
-        self, watched: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if torch.compiler.is_compiling():
-            return
-        with self._guard("all"):
-            self.seen.ran.add(watched)
-            if self._forward is not None:
-                arguments = named_arguments(module, args, kwargs)
-                self._begins_pass(self._forward, watched, arguments, self._forward.calls)
-                self._forward.collect(watched, arguments)
-
-    def _read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward = self._forward
-        if forward is None or not forward.is_past_embeddings:
-            self._read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
-        if forward is not None:
-            forward.is_past_embeddings = True
-
-    def _read(
-        self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> None:
-        if torch.compiler.is_compiling():
-            return
-        forward = self._forward
-        has_gradients = torch.is_grad_enabled() if forward is None else forward.has_gradients()
-        with self._guard(point.key), torch.no_grad():
-            self.seen.called.add(point.key)
-            if not self._is_read(module):
-                return
-            self.seen.counted = True
-            self._has_counted |= not _in_backward()
-            hidden_states = first_tensor(value)
-            mask = None
-            if hidden_states is not None:
-                arguments = functools.partial(named_arguments, module, args, kwargs)
-                hidden_states, mask = (forward or self._new_forward()).tokens(
-                    point, hidden_states, arguments, self.seen
-                )
-            reading = Reading(hidden_states, mask, sentence_embedding(value))
-            if forward is None:
-                self._record(point.key, reading)
-            else:
-                self._read_in_pass(forward, point.key, reading, is_alone=self._training_only and not has_gradients)
-
-    def _read_in_pass(self, forward: Forward, key: str, reading: Reading, *, is_alone: bool) -> None:
-        """Read one call of a layer, or hold it where another one may follow that counts in its place.
-
-        ``is_alone``: it has no gradients, where only training counts. Then it counts if no other call has any.
-        """
-        own = key, forward.passes[key]
-        if is_alone and not self._runs_eagerly:
-            forward.without_gradients[own] = reading.kept()
-        elif key in self._called_again:
-            forward.held.pop(own, None)  # in the order of the last calls, which is that of all ranks
-            forward.held[own] = reading.kept()
-        elif own in forward.read:
-            # The first time that this is seen: the call before has been read as if it were the only one.
-            self._called_again.add(key)
-            if self._discard is not None:
-                self._discard(key)
-                if self.seen.passes[key] > 1:
-                    warnings.warn(
-                        f"Layer {key!r} ran several times in a forward, and once in those before: of these, the "
-                        "tokens read so far are left out of this one reading.",
-                        stacklevel=2,
-                    )
-                self.seen.passes[key] = 0
-            forward.held[own] = reading.kept()
-        else:
-            forward.read.add(own)
-            self._record(key, reading)
-
-    def _record(self, key: str, reading: Reading) -> None:
-        with self._guard(key), torch.no_grad(), _reading:
-            self.seen.passes[key] += 1
-            self._reader(key, *reading)
-
-    def _is_read(self, module: nn.Module) -> bool:
-        forward = self._forward
-        if forward is not None:
-            return forward.counts and not _in_backward(since=forward.graph_task)
-        if _in_backward() or self._is_of_another() or is_generating(self._read_modules):
-            return False
-        return self._runs_eagerly or not self._training_only or module.training
-
-    def _is_of_another(self) -> bool:
-        """Whether this forward is the inference of another reader, such as a second callback's probe."""
-        return inference_depth() > self._inference_depth
-
-    def _is_wanted(self, module: nn.Module) -> bool:
-        if self._is_of_another():
-            return False
-        if self._adapters is not None and not self._adapters.unchanged():
-            return False
-        return not self._training_only or (module.training and torch.is_grad_enabled())
-
-    def _new_forward(self) -> Forward:
-        labels = None
-        if self._only_in_loss:
-            labels = self._labels.get(threading.get_ident()) or Labels(self._model, self._given_labels)
-        return Forward(Masks(self._model, self._outer_mask), self._sample_mask, labels)
-
-    @property
-    def _forward(self) -> Forward | None:
-        return self._forwards.get(threading.get_ident())
-
-
-def _may_number(module: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the numbers of a mask may be those of documents, and can be looked at where it does not cost a wait.
-
-    Kernels for variable lengths make use of such numbers, if they are taught to. For others a mask says yes or no.
-    """
-    mask = arguments.get("attention_mask")
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return isinstance(mask, Tensor) and (mask.device.type == "cpu" or "flash" in str(implementation))
-
-
-def _in_backward(since: int = -1) -> bool:
-    """Whether this thread is in another backward pass than the one with graph task ``since`` (-1: in any)."""
-    # torch.utils.checkpoint itself tells recomputation from a forward this way.
-    return torch._C._current_graph_task_id() != since
+            self._events.runs_eagerly = False

@@ -109,7 +109,7 @@ def run(runnable: Sequence[nn.Module], batch: Any) -> None:
         call_eagerly(model, args, {**kwargs, **cheap_arguments(model, kwargs)} if kwargs else kwargs)
     except Exception as error:
         own = next((module for module in runnable if _has_forward(module)), model)
-        error.add_note(_told(model, own, args, kwargs))
+        error.add_note(_call_in_words(model, own, args, kwargs))
         raise
 
 
@@ -149,7 +149,7 @@ def _has_forward(module: nn.Module) -> bool:
     return getattr(forward, "__qualname__", "") not in ("_forward_unimplemented", "LightningModule.forward")
 
 
-def _told(model: nn.Module, own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _call_in_words(model: nn.Module, own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     given = ", ".join(kwargs) if kwargs else f"{len(args)} positional"
     how = f"It was run as {type(model).__name__}({given})"
     if own is not model:

@@ -36,6 +36,17 @@ class Projection(NamedTuple):
     """``()``: the sum of the squared eigenvalues."""
 
 
+class Krylov(NamedTuple):
+    """The space that the products of a matrix ``(k, k)`` with a block of probes span."""
+
+    basis: Tensor
+    """``(k, n)``, orthonormal; the first vectors span the probes."""
+    inside: Tensor
+    """``(n, n)``: the matrix in that basis."""
+    outside: Tensor
+    """``(k, b)``: what the last product has outside of the space."""
+
+
 class Estimate(NamedTuple):
     """What is known of several covariances of unit trace."""
 
@@ -74,11 +85,17 @@ def project(blocks: Sequence[Tensor], *, block: int = BLOCK, steps: int = STEPS,
 
 def krylov(multiply: Callable[[Tensor], Tensor], probes: Tensor, squares: Tensor, steps: int) -> Projection:
     """Multiply ``probes`` ``(k, b)``, from a normal distribution, ``steps`` times by a matrix of unit trace."""
-    block = probes.shape[1]
     # Of one length: the number of eigenvalues is known, and is no longer a source of variance.
     probes = probes / torch.linalg.vector_norm(probes, dim=0)
+    found = spanned(multiply, probes, steps)
+    start = found.basis[:, : probes.shape[1]].T @ probes
+    return Projection(found.inside, start, found.outside.T @ found.outside, squares)
+
+
+def spanned(multiply: Callable[[Tensor], Tensor], probes: Tensor, steps: int) -> Krylov:
+    """Span a space by ``steps`` products of a symmetric matrix of any scale with ``probes`` ``(k, b)``."""
+    block = probes.shape[1]
     basis = _orthonormal(probes)
-    start = basis.T @ probes
     columns = []
     for step in range(steps):
         product = multiply(basis[:, step * block :])
@@ -95,7 +112,7 @@ def krylov(multiply: Callable[[Tensor], Tensor], probes: Tensor, squares: Tensor
             new = _orthonormal(new - basis @ (basis.T @ new))
             basis = torch.cat([basis, new], 1)
     upper = torch.cat(columns, 1).triu()
-    return Projection(upper + upper.triu(1).T, start, outside.T @ outside, squares)
+    return Krylov(basis, upper + upper.triu(1).T, outside)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from matent_callbacks.functional._rows import common_dtype
 
 STAGES = ("vision_encoder", "connector", "image", "text", "image_text")
 """Where the paper reads an image-text pair, e1 to e5."""
+TOWERS = ("image_tower", "text_tower")
+"""Where a dual encoder is read."""
 
 
 def image_reduction_ratio(e1: float | Tensor, e2: float | Tensor) -> Tensor:

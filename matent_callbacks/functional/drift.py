@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
+from matent_callbacks.functional._estimate import normal, spanned
 from matent_callbacks.functional._precision import full_precision
 from matent_callbacks.functional._rows import centred_features, paired_rows, prepared
 from matent_callbacks.functional._tokens import finite_rows
 from matent_callbacks.functional.pairs import similarity, u_centred
 
 _DIRECTIONS = 16
+# The strongest directions of a wide side are found in the space that products with a block of probes span, this many
+# more than directions: their error is then that of rounding, unless many more directions are about as strong.
+_MORE_PROBES, _PRODUCTS = 16, 10
 
 
 def subspace_overlap(x: Tensor, y: Tensor, *, directions: int = _DIRECTIONS) -> Tensor:
@@ -49,8 +55,7 @@ def subspace_overlap(x: Tensor, y: Tensor, *, directions: int = _DIRECTIONS) -> 
         raise ValueError(f"`directions` must be at least 1, got {directions}.")
     x, y = _of_one_width(x, y)
     with full_precision(x.device):
-        features = centred_features(x), centred_features(y)
-        return _overlap(features, [_product(side, side) for side in features], directions)
+        return _overlap([centred_features(side) for side in (x, y)], directions)
 
 
 def token_cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -83,39 +88,45 @@ def token_cosine(x: Tensor, y: Tensor) -> Tensor:
         return _mean_cosine(x, y, torch.ones(len(x), dtype=torch.bool, device=x.device))
 
 
-def compare_tokens(x: Tensor, y: Tensor, counts: Tensor) -> dict[str, Tensor]:
+_ALL = ("drift", "subspace_overlap", "token_cosine")
+
+
+def compare_tokens(x: Tensor, y: Tensor, counts: Tensor, names: Iterable[str] = _ALL) -> dict[str, Tensor]:
     """Compute what moved between the tokens ``(n, d)`` of a reference and those of now, in one go.
 
     Whatever ``counts`` ``(n,)`` says, nothing is read on the host: a token that does not count is a row of zeros.
 
     Returns:
-        ``drift``, 1 - :func:`debiased_cka`; ``subspace_overlap`` and ``token_cosine``; NaN where too few tokens count.
-        And ``count``: how many do.
+        Of these what ``names`` has: ``drift``, 1 - :func:`debiased_cka`; ``subspace_overlap`` and ``token_cosine``; NaN
+        where too few tokens count. And ``count``: how many do.
     """
     if x.device.type == "mps":  # which has neither float64 nor the solver
         x, y, counts = x.cpu(), y.cpu(), counts.cpu()
     counts = counts & finite_rows(x) & finite_rows(y)
-    features = [centred_features(side, counts) for side in (x, y)]
-    n, (most, width) = counts.sum(), x.shape
-    # Of many tokens the products of features are smaller. In float64, as the diagonal of the Gram matrix, which is to
-    # be left out, is subtracted, and one long token may be most of it.
-    if most > width:
-        features = [side.double() for side in features]
-    products = [_product(side, side) for side in features]
-    if most > width:
-        shared = (features[0].T @ features[1]).square().sum()
-        lengths = [side.square().sum(1) for side in features]
-        cka = _debiased([product.square().sum() for product in products], shared, lengths, n.double())
+    found = {"count": counts.sum()}
+    features = [centred_features(side, counts) for side in (x, y)] if {"drift", "subspace_overlap"} & {*names} else []
+    for name in names:
+        if name == "token_cosine":
+            found[name] = _mean_cosine(x, y, counts)
+        elif name == "subspace_overlap":
+            found[name] = _overlap(features, _DIRECTIONS)
+        else:
+            found[name] = 1 - _cka(features, counts)
+    return found
+
+
+def _cka(features: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Debiased CKA of two sides that :func:`.centred_features` made; NaN where too few rows count."""
+    n, (most, width) = counts.sum(), features[0].shape
+    if most <= width:
+        cka = similarity(*(u_centred(side @ side.T, counts) for side in features))
     else:
-        cka = similarity(*(u_centred(product, counts) for product in products))
-    cka = torch.where(n >= _FEWEST, cka, torch.nan)
-    products, features = [[side.to(x.dtype) for side in sides] for sides in (products, features)]
-    return {
-        "drift": 1 - cka,
-        "subspace_overlap": _overlap(features, products, _DIRECTIONS),
-        "token_cosine": _mean_cosine(x, y, counts),
-        "count": n,
-    }
+        # Of many tokens the products of features are smaller. In float64, as the diagonal of the Gram matrix, which is
+        # to be left out, is subtracted, and one long token may be most of it.
+        x, y = (side.double() for side in features)
+        own, shared = [(side.T @ side).square().sum() for side in (x, y)], (x.T @ y).square().sum()
+        cka = _debiased(own, shared, [side.square().sum(1) for side in (x, y)], n.double())
+    return torch.where(n >= _FEWEST, cka, torch.nan)
 
 
 _FEWEST = 4
@@ -126,11 +137,6 @@ def _of_one_width(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape[-1:] != y.shape[-1:]:
         raise ValueError(f"`y` must have as many features as `x`, {tuple(x.shape)}, got {tuple(y.shape)}.")
     return paired_rows(x, y)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """The smaller of ``(n, n)`` and ``(d, d)``; the non-zero eigenvalues of a side with itself are the same."""
-    return x.T @ y if len(x) > x.shape[1] else x @ y.T
 
 
 def _debiased(own: list[Tensor], shared: Tensor, lengths: list[Tensor], n: Tensor) -> Tensor:
@@ -148,20 +154,31 @@ def _debiased(own: list[Tensor], shared: Tensor, lengths: list[Tensor], n: Tenso
     return (hsic(shared, a, b) / norms).clamp(min=-1, max=1)
 
 
-def _overlap(features: list[Tensor] | tuple[Tensor, ...], products: list[Tensor], directions: int) -> Tensor:
-    """Overlap of the principal directions of centred features ``(n, d)``, from the :func:`_product` of each side."""
-    u, v = (_principal(*side, directions) for side in zip(features, products, strict=True))
+def _overlap(features: Sequence[Tensor], directions: int) -> Tensor:
+    """Overlap of the principal directions of centred features ``(n, d)``."""
+    u, v = (_principal(side, directions) for side in features)
     most = torch.maximum(u.square().sum(), v.square().sum()).round()
     return ((u.T @ v).square().sum() / most).clamp(max=1)
 
 
-def _principal(features: Tensor, product: Tensor, directions: int) -> Tensor:
+def _principal(features: Tensor, directions: int) -> Tensor:
     """Orthonormal columns ``(d, k)``: the strongest directions, zeros beyond the rank."""
-    eigenvalues, vectors = torch.linalg.eigh(product)
-    eigenvalues, vectors = eigenvalues.flip(-1)[:directions], vectors.flip(-1)[:, :directions]
-    if len(features) <= features.shape[1]:
-        vectors = torch.linalg.qr(features.T @ vectors).Q
-    noise = 4 * max(features.shape) ** 0.5 * torch.finfo(product.dtype).eps
+    count, width = features.shape
+    probes = directions + _MORE_PROBES
+    if 2 * _PRODUCTS * probes > min(count, width):
+        eigenvalues, vectors = torch.linalg.eigh(features.T @ features if count > width else features @ features.T)
+        vectors = vectors.flip(-1)[:, :directions]
+        if count <= width:
+            vectors = torch.linalg.qr(features.T @ vectors).Q
+    else:
+        start = normal(width, probes, 0, features)
+        basis, inside, _ = spanned(lambda block: features.T @ (features @ block), start, _PRODUCTS)
+        # Without any variance there are no products, and no basis.
+        basis, inside = (torch.where(torch.isfinite(inside).all(), found, 0.0) for found in (basis, inside))
+        eigenvalues, vectors = torch.linalg.eigh(inside)
+        vectors = basis @ vectors.flip(-1)[:, :directions]
+    eigenvalues = eigenvalues.flip(-1)[:directions]
+    noise = 4 * max(count, width) ** 0.5 * torch.finfo(features.dtype).eps
     strongest: Tensor = vectors * (eigenvalues > noise * eigenvalues[0])
     return strongest
 

@@ -72,10 +72,12 @@ def log_norms(states: Tensor, dtype: torch.dtype) -> Tensor:
     x = states.to(dtype)
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
     # A look at a value costs nothing on the CPU. Elsewhere tokens beyond the range of squares have no length.
-    if norms.device.type == "cpu" and bool(((norms < torch.finfo(dtype).tiny ** 0.25) | norms.isinf()).any()):
-        factor = into_range(largest_of_rows(x), dtype)
-        norms = torch.linalg.vector_norm(x * factor.unsqueeze(-1), dim=-1)
-        return norms.log() - factor.log()
+    if norms.device.type == "cpu" and norms.numel():
+        least, greatest = norms.aminmax()
+        if not bool((least >= torch.finfo(dtype).tiny ** 0.25) & (greatest < torch.inf)):
+            factor = into_range(largest_of_rows(x), dtype)
+            norms = torch.linalg.vector_norm(x * factor.unsqueeze(-1), dim=-1)
+            return norms.log() - factor.log()
     return norms.log()
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
-from matent_callbacks.callbacks.alignment_statistics import Stages
+from matent_callbacks.alignment.measurement import AlignmentMeasurement
+from matent_callbacks.alignment.statistics import Stages
 from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.measurement import check_every_n_steps, measured_arguments, warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models

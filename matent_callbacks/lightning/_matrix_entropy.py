@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import measured_settings
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -199,7 +198,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         self._find_layers(trainer, pl_module)
         if not self.off:
             with self.guard("what is measured among the settings of the run"):
-                log_settings(trainer, measured_settings(self._run.measured), self.guard)
+                log_settings(trainer, self._run.settings, self.guard)
             self._run.run_begins(
                 pl_module,
                 step=trainer.global_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -119,8 +120,11 @@ class Comparison:
             raise ValueError(f"`reference` must be a model with the same layers: it has no {', '.join(missing)}.")
         reference: dict[str, ReferenceTokens | None] = {}
         groups = [self.group] if is_distributed(self.group) else []
-        with AllOrNone(device, groups, "another rank could not keep the reference.") as attempt:
-            for layer, found in self._gathered(layers, kept, device):
+        message = "another rank could not keep the reference."
+        with AllOrNone(device, groups, message):
+            room = self.room(device)
+        with AllOrNone(device, groups, message) as attempt:
+            for layer, found in self._gathered(layers, kept, device, room):
                 reference[layer] = attempt(_kept, *found, device)
         self.reference = {layer: tokens for layer, tokens in reference.items() if tokens is not None}
         self.layers = layers
@@ -139,21 +143,44 @@ class Comparison:
         places = (self.places or {})[layer]
         return tokens.states.shape == (places.number, places.width) and tokens.counts.shape == (places.number,)
 
+    def room(self, device: torch.device) -> Tensor | None:
+        """Return the memory in which the ranks add up one layer after the other; ``None`` without other ranks.
+
+        It is allocated before they exchange anything: one that ran out of memory then would keep the others waiting.
+        """
+        if not is_distributed(self.group):
+            return None
+        sizes = (math.prod(own.table) * own.summed_in.itemsize for own in (self.places or {}).values())
+        return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
+
     def pairs(
-        self, kept: Mapping[str, ProbeTokens], failed: Collection[str], device: torch.device, dtype: torch.dtype
+        self,
+        kept: Mapping[str, ProbeTokens],
+        failed: Collection[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        room: Tensor | None,
     ) -> dict[str, TokenPairs]:
-        """Return by layer what is to be compared on this rank. Every rank has to call it."""
+        """Return by layer what is to be compared on this rank. Every rank has to call it, with its :meth:`room`."""
         layers = [layer for layer in self.layers if layer not in failed]
-        found = self._gathered(layers, kept, device)
+        found = self._gathered(layers, kept, device, room)
         return {layer: TokenPairs(self.reference[layer], *now, dtype) for layer, now in found}
 
     def _gathered(
-        self, layers: Sequence[str], kept: Mapping[str, ProbeTokens], device: torch.device
+        self, layers: Sequence[str], kept: Mapping[str, ProbeTokens], device: torch.device, room: Tensor | None
     ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Yield the layers that this rank owns. An error is raised at the end, when nobody waits for this rank."""
+        failure: Exception | None = None
         for layer in layers:
-            gathered = kept[layer].of_all_ranks(device, self._owner(layer), self.group)
+            try:
+                gathered = kept[layer].of_all_ranks(device, room, owner=self._owner(layer) or 0, group=self.group)
+            except Exception as error:
+                failure = failure or error
+                continue
             if gathered is not None:
                 yield layer, gathered
+        if failure is not None:
+            raise failure
 
     def _owner(self, layer: str) -> int | None:
         """The rank that holds the reference of a layer; ``None`` where there are no others."""

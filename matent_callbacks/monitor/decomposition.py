@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,14 +61,16 @@ def decompose(
 
 def _compared(pairs: dict[Unit, TokenPairs], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:
     """Compare tokens of now with those of the reference: on the CPU several layers at a time, one on each thread."""
+    if not pairs:
+        return {}
     units = list(pairs)
     own = [pairs.pop(unit) for unit in units]
-    threads = bool(own) and own[0].states.device.type == "cpu" and min(own[0].states.shape) >= _WORTH_A_THREAD
-    found = side_by_side(TokenPairs.compare, own) if threads else [one.compare() for one in own]
+    wanted = names[units[0]][:-2]
+    threads = own[0].states.device.type == "cpu" and min(own[0].states.shape) >= _WORTH_A_THREAD
+    compare = partial(TokenPairs.compare, names=wanted)
+    found = side_by_side(compare, own) if threads else [compare(one) for one in own]
     return {
-        unit: torch.stack(
-            [*(one[name] for name in names[unit][:-2]), one["count"].double(), one["count"].new_zeros(())]
-        )
+        unit: torch.stack([*(one[name] for name in wanted), one["count"].double(), one["count"].new_zeros(())])
         for unit, one in zip(units, found, strict=True)
     }
 

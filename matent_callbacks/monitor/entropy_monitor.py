@@ -341,7 +341,7 @@ class EntropyMonitor:
 
     def reset(self) -> None:
         """Discard what was read since the last ``compute``."""
-        self._capture.seen = Seen()
+        self._capture.forget_seen()
         self._recording.accumulators = self._empty()
 
     def _empty(self) -> dict[str, LayerAccumulator]:

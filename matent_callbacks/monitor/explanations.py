@@ -186,19 +186,19 @@ def _takes(source: Source) -> tuple[int, str]:
 
 def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers, model: nn.Module) -> str:
     """Explain why nothing of some layers was seen, and which names would have a reading."""
-    told = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
+    unread = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
     if cause == "unwatched":
         return (
-            f"{told} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a copy."
+            f"{unread} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a copy."
         )
     if cause == "uncounted":
         return (
-            f"{told} Their forwards are not counted: they were handed a key-value cache, or were not in training "
+            f"{unread} Their forwards are not counted: they were handed a key-value cache, or were not in training "
             "mode with gradients."
         )
     names = ", ".join(dict.fromkeys(_names_that_would_work(empty, seen, layers, model))) or "none that is known"
     return (
-        f"{told} No forward of {', '.join(empty)} ran, although {type(model).__name__} was run: a module is not "
+        f"{unread} No forward of {', '.join(empty)} ran, although {type(model).__name__} was run: a module is not "
         "called where it is skipped, where only its weights are used, or where a fused kernel does its work. Names "
         f"that would have a reading: {names}."
     )

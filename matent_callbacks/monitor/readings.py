@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,32 +14,20 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPIES, ENTROPY_ERROR, METRICS, Solver, Source, quantity
-from matent_callbacks.accumulate.documents import Discriminant
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
-from matent_callbacks.accumulate.moments import Moments
-from matent_callbacks.accumulate.pooled_tokens import Matrix
-from matent_callbacks.accumulate.reduction import (
-    agree,
-    agreed_failures,
-    agreed_widths,
-    all_reduce_sequence_means,
-    is_distributed,
-    reduce_moments,
-)
+from matent_callbacks.accumulate.reduction import is_distributed
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.accumulate.statistics import STATISTICS, State, Statistic
 from matent_callbacks.monitor.comparison import Comparison
 from matent_callbacks.monitor.decomposition import (
     COUNTED,
     NONFINITE,
     WIDE,
     Unit,
-    Work,
     decompose,
     estimated_sources,
     spectrum_names,
 )
-from matent_callbacks.monitor.explanations import how_ranks_differ
+from matent_callbacks.monitor.over_ranks import gather, gather_over_ranks
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
 _WITHIN = "entropy_within_sequences"
@@ -106,16 +93,27 @@ class PendingReadings:
         compared = comparison.layers if comparison is not None else ()
         self._distributed = is_distributed(group) and not local
         self._group = group
+        self._error: Exception | None = None
+        room = None
         if self._distributed:
+            try:
+                room = None if comparison is None else comparison.room(self._device)
+            except Exception as error:
+                self._error, failed = error, {*failed, *compared}
             settings = {"metrics": metrics, "solver": solver, "compared": compared}
-            gathered = _gather_over_ranks(accumulators, failed, settings, group)
+            gathered = gather_over_ranks(accumulators, failed, settings, group)
         else:
-            gathered = _gather(accumulators, failed)
+            gathered = gather(accumulators, failed)
         if comparison is not None and not gathered.unlike:
             kept = {layer: own.probe_tokens for layer, own in accumulators.items() if own.probe_tokens is not None}
             dtype = next(iter(accumulators.values())).dtype
-            pairs = comparison.pairs(kept, gathered.failed, self._device, dtype)
-            gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
+            try:
+                pairs = comparison.pairs(kept, gathered.failed, self._device, dtype, room)
+                gathered.matrices.update({(_REFERENCE, layer): pair for layer, pair in pairs.items()})
+            except Exception as error:
+                if not self._distributed:
+                    raise
+                self._error = self._error or error  # raised on all ranks by `result`
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
         self._decompose = record_function("matent_callbacks: decompose")(partial(decompose, estimated=estimated))
         self._names = {
@@ -167,6 +165,9 @@ class PendingReadings:
 
     def _decomposed(self) -> tuple[dict[Unit, Tensor], Exception | None]:
         """Return the numbers of this rank. In a distributed run an error is returned: the others wait for this rank."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            return {}, error
         try:
             found = self._found.result() if self._found else self._decompose(self._gathered.matrices, self._names)
         except Exception as error:
@@ -218,94 +219,6 @@ class PendingReadings:
                 difference = values.get("holevo_information", math.nan) - values.pop(_WITHIN)
                 values["holevo_information"] = 0.0 if difference < 0 else difference  # only rounding is negative
         return readings
-
-
-class _Gathered(NamedTuple):
-    widths: dict[Unit, int]
-    """Number of features of every unit that is not left out."""
-    matrices: dict[Unit, Work]
-    """Those that this rank decomposes."""
-    means: dict[Unit, SequenceMean]
-    failed: set[str]
-    unlike: str = ""
-
-
-def _gather(accumulators: Mapping[str, LayerAccumulator], failed: Collection[str]) -> _Gathered:
-    statistics = {layer: own.statistics for layer, own in accumulators.items() if layer not in failed}
-    matrices = _matrices(statistics)
-    widths = {unit: matrix.num_features for unit, matrix in matrices.items()}
-    return _Gathered(widths, {**matrices}, _means(statistics), set(failed))
-
-
-def _matrices(statistics: Mapping[str, Sequence[Statistic]]) -> dict[Unit, Matrix | Discriminant]:
-    return {
-        (source, layer): statistic.matrix(source)
-        for layer, own in statistics.items()
-        for statistic in own
-        for source in statistic.decomposed
-    }
-
-
-def _means(statistics: Mapping[str, Sequence[Statistic]]) -> dict[Unit, SequenceMean]:
-    return {
-        (source, layer): state
-        for layer, own in statistics.items()
-        for statistic in own
-        if not statistic.tokens()
-        for source, state in statistic.states().items()
-        if isinstance(state, SequenceMean)
-    }
-
-
-def _gather_over_ranks(
-    accumulators: Mapping[str, LayerAccumulator],
-    failed: Collection[str],
-    settings: Mapping[str, Any],
-    group: dist.ProcessGroup | None,
-) -> _Gathered:
-    first = next(iter(accumulators.values()))
-    device = first.device
-    described = json.dumps({"layers": list(accumulators), **settings, "dtype": str(first.dtype)})
-    agreement = agree(described, any(layer in failed for layer in accumulators), device, group)
-    if agreement.descriptions:
-        return _Gathered({}, {}, {}, set(failed), how_ranks_differ(agreement.descriptions, group))
-    everywhere: set[str] = set()
-    if agreement.any_failed:
-        flags = agreed_failures([layer in failed for layer in accumulators], device, group)
-        everywhere = {layer for layer, flag in zip(accumulators, flags, strict=True) if flag}
-    used = {layer: accumulator for layer, accumulator in accumulators.items() if layer not in everywhere}
-    spectral = [(layer, s) for layer, own in used.items() for s in own.statistics if s.tokens()]
-    units, moments, owners = list[Unit](), list[Moments](), list[int]()
-    for number, (layer, statistic) in enumerate(spectral):
-        for source, tokens in statistic.tokens().items():
-            units.append((source, layer))
-            moments.append(tokens.moments().to(device))
-            owners.append(number % dist.get_world_size(group))
-    widths = agreed_widths(moments, device, group)
-    everywhere |= {layer for (_, layer), width in zip(units, widths, strict=True) if width is None}
-    totals: dict[Unit, State] = {}
-    for in_float64 in (False, True):  # what is sent together has one dtype
-        own = [i for i, (source, _) in enumerate(units) if STATISTICS[source].in_float64 == in_float64]
-        reduced = reduce_moments(
-            [moments[i] for i in own], [widths[i] for i in own], owners=[owners[i] for i in own], group=group
-        )
-        totals.update({units[i]: common for i, common in zip(own, reduced, strict=True) if common is not None})
-    # Of those that this rank owns.
-    whole: dict[str, list[Statistic]] = {layer: [] for layer in used}
-    for layer, statistic in spectral:
-        states = {source: totals[source, layer] for source in statistic.tokens() if (source, layer) in totals}
-        if states and layer not in everywhere:
-            whole[layer].append(type(statistic)(states, statistic.settings))
-    means = _means({layer: a.statistics for layer, a in used.items()})
-    common_means = all_reduce_sequence_means(list(means.values()), group)
-    agreed = {unit: width for unit, width in zip(units, widths, strict=True) if width is not None}
-    known = {
-        (source, layer): agreed[statistic.sources[0], layer].num_features
-        for layer, statistic in spectral
-        for source in statistic.decomposed
-        if (statistic.sources[0], layer) in agreed
-    }
-    return _Gathered(known, {**_matrices(whole)}, dict(zip(means, common_means, strict=True)), everywhere)
 
 
 def _error(source: Source) -> str:

@@ -14,7 +14,7 @@ class Remembered:
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, None]] = {}
-        self._told: set[object] = set()
+        self._mentioned: set[object] = set()
 
     def complete(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return values by layer and name as ``{"<name>/<layer>": value}``; NaN for what only earlier readings have."""
@@ -29,6 +29,6 @@ class Remembered:
 
     def untold(self, kind: str, items: Iterable[_Item]) -> list[_Item]:
         """Return the items of a kind of problem that were not passed before."""
-        new = [item for item in items if (kind, item) not in self._told]
-        self._told.update((kind, item) for item in new)
+        new = [item for item in items if (kind, item) not in self._mentioned]
+        self._mentioned.update((kind, item) for item in new)
         return new

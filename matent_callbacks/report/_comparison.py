@@ -147,8 +147,8 @@ def _measured(runs: Sequence[Run], source: str | None, there: Sequence[Iterable[
     found = {run.measured for run, values in zip(runs, there, strict=True) if any(values)} if source is None else {""}
     if len(found) == 1:
         return about_data(source, *found), []
-    told = "Not all on the same data, as far as the logs say: see the legend."
-    return told, [f"on {run.measured}" if run.measured else "data not in its log" for run in runs]
+    warning = "Not all on the same data, as far as the logs say: see the legend."
+    return warning, [f"on {run.measured}" if run.measured else "data not in its log" for run in runs]
 
 
 def _most(runs: Sequence[Run], having: Callable[[Run], Iterable[_Item]]) -> _Item | None:
@@ -185,9 +185,9 @@ def _over_steps(runs: Sequence[Run], names: Sequence[str], shared: Shared) -> Pi
         f"Marked: {'; '.join(marks)}." if marks else "",
     ]
     curves = {name: shared.curves[i] for i, name in drawn.items()}
-    told = [moved(name, curve) for name, curve in curves.items()]
+    changes = [moved(name, curve) for name, curve in curves.items()]
     return picture(
-        [figure], shared.name, shared.title, told, table_over_steps(curves), caption, legend=False, runs=drawn
+        [figure], shared.name, shared.title, changes, table_over_steps(curves), caption, legend=False, runs=drawn
     )
 
 
@@ -250,7 +250,7 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
     about, measured = _measured(runs, source, [profiles.get(i, {}) for i in range(len(runs))])
     labels = {i: f"{names[i]} ({measured[i]})" if measured else names[i] for i in profiles}
     headings = {i: f"{labels[i]}, step {step(at[i])}" for i in profiles}
-    told = [
+    summaries = [
         f"{headings[i]}: {', '.join(f'{place_name(n)} {number(v)}' for n, v in profile.items())}."
         for i, profile in profiles.items()
     ]
@@ -259,7 +259,7 @@ def _profile(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Picture]:
         [figure],
         "profile",
         f"{capital(metric_name(metric))} by depth, at the end",
-        told,
+        summaries,
         (["layer", *headings.values()], rows, ""),
         [when, about, _absent(names, profiles)],
         legend=False,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.plot import layer_heatmap, layer_profile, spectrum_shares, step_curves
 from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
 from matent_callbacks.report._findings import collapses, moved, without_reading
@@ -19,7 +19,6 @@ from matent_callbacks.report._words import (
     ENTROPIES,
     PAIRS,
     RANKS,
-    TOWERS,
     about_data,
     capital,
     held_out_name,
@@ -123,8 +122,8 @@ def _curves(
     count, kept = max((len(curve.steps), len(peaks(curve).steps)) for curve in everything.values())
     thinned = f"{kept:,} of {count:,} readings: of each stretch the first, the lowest, the highest and the last."
     caption = [about, f"Drawn are {thinned}" if kept < count else ""]
-    told = [moved(label, curve) for label, curve in everything.items()]
-    yield picture([figure], f"{run.ids}{name}", title, told, table(everything), caption)
+    changes = [moved(label, curve) for label, curve in everything.items()]
+    yield picture([figure], f"{run.ids}{name}", title, changes, table(everything), caption)
 
 
 def _heatmaps(run: Run, metric: str | None) -> Iterator[Picture]:
@@ -160,8 +159,8 @@ def _heatmaps(run: Run, metric: str | None) -> Iterator[Picture]:
             ax.set_title("")
             mark(ax, stop=run.stop.step if run.stop else None, alarm_steps=run.alarm_steps, on_cells=True)
             figures.append(figure)
-        told, numbers = _told(values), _by_layer(values, steps)
-        yield picture(figures, f"{run.ids}{name}", heading, told, numbers, [sentence, *caption], legend=False)
+        summary, numbers = _changes(values), _by_layer(values, steps)
+        yield picture(figures, f"{run.ids}{name}", heading, summary, numbers, [sentence, *caption], legend=False)
 
 
 def _drift(run: Run) -> Iterator[Picture]:
@@ -180,7 +179,7 @@ def _drift(run: Run) -> Iterator[Picture]:
         drawn,
     ]
     numbers = _by_layer(cells, steps)
-    yield picture([figure], f"{run.ids}drift-by-depth", "Drift by depth", _told(cells), numbers, caption)
+    yield picture([figure], f"{run.ids}drift-by-depth", "Drift by depth", _changes(cells), numbers, caption)
 
 
 def _cells(run: Run, metric: str) -> tuple[str | None, _Cells, list[float]]:
@@ -201,7 +200,7 @@ def _records(metric: str, cells: _Cells, steps: list[float], most: int) -> tuple
     return records, f"Drawn are {len(shown)} of {len(steps):,} readings, evenly spaced." * (len(shown) < len(steps))
 
 
-def _told(cells: _Cells) -> list[str]:
+def _changes(cells: _Cells) -> list[str]:
     return [moved(place_name(n), Curve(list(cells[n]), list(cells[n].values()))) for n in evenly(list(cells), 8)]
 
 
@@ -232,7 +231,7 @@ def _spectrum(run: Run) -> Iterator[Picture]:
         "Which share of the variance the k strongest directions hold together.",
         about_data(source, run.measured),
     ]
-    told = [
+    shares = [
         f"At step {step(s)}: " + ", ".join(f"{v:.1%} in {k}" for k, v in sorted(last[s].items())) + "." for s in chosen
     ]
     rows = [
@@ -241,4 +240,4 @@ def _spectrum(run: Run) -> Iterator[Picture]:
         for s in evenly(sorted(readings[n]), 3)
     ]
     numbers = ["layer", "step", *(f"k = {k}" for k in sizes)], rows, ""
-    yield picture([figure], f"{run.ids}spectrum", title, told, numbers, caption)
+    yield picture([figure], f"{run.ids}spectrum", title, shares, numbers, caption)

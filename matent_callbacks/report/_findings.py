@@ -6,12 +6,11 @@ import itertools
 from statistics import median
 
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
     PAIRS,
-    TOWERS,
     capital,
     held_out_name,
     layers_only,
@@ -118,11 +117,11 @@ def missing(run: Run) -> list[str]:
 
 def collapses(run: Run) -> list[str]:
     """Say which alarms of a collapse were raised where: four entries at most, as a model may collapse in all layers."""
-    told = []
+    alarms = []
     for key, steps in sorted(run.alarms.items(), key=lambda item: item[1][0]):
         more = f", {len(steps)} times until step {step(steps[-1])}" if len(steps) > 1 else ""
-        told.append(f"{key} at step {step(steps[0])}{more}")
-    return told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more, the last {told[-1]}"]
+        alarms.append(f"{key} at step {step(steps[0])}{more}")
+    return alarms if len(alarms) <= 4 else [*alarms[:3], f"{len(alarms) - 3} more, the last {alarms[-1]}"]
 
 
 def _pairs(run: Run) -> list[str]:
@@ -184,11 +183,13 @@ def _without_readings(run: Run, metric: str, held_out: str | None, layers: list[
             empty.append(layer)
         elif bad:
             partial.append(f"{layer} ({bad:,} of {len(curve.values):,})")
-    told = [
+    clauses = [
         f"no reading of {listed(empty)} is a finite number" if empty else "",
         f"readings that are NaN or infinite: {listed(partial)}" if partial else "",
     ]
-    return f"{capital(_on(held_out) + metric_name(metric))}: {'; '.join(filter(None, told))}." if any(told) else ""
+    return (
+        f"{capital(_on(held_out) + metric_name(metric))}: {'; '.join(filter(None, clauses))}." if any(clauses) else ""
+    )
 
 
 def _on(held_out: str | None) -> str:
@@ -232,13 +233,13 @@ def _sinks(run: Run) -> str:
     if not found:
         return ""
     data = "" if source is None else f" ({held_out_name(source)})"
-    told = {"True": "leave them out", "False": "include them"}.get(
+    what = {"True": "leave them out", "False": "include them"}.get(
         run.settings.get("exclude_sinks", ""),
         "leave them out, unless `exclude_sinks=False` was given, which the log does not say",
     )
     return (
         f"At the last reading{data} there are attention sinks in {len(found)} of {len(layers)} layers: "
-        f"{listed(found)}; entropies and ranks {told}."
+        f"{listed(found)}; entropies and ranks {what}."
     )
 
 

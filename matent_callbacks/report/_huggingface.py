@@ -47,14 +47,14 @@ def read(path: Path, files: list[Path]) -> Run:
     file, state = max(states, key=lambda item: item[1]["global_step"])
     history = [record for record in state["log_history"] if isinstance(record, dict)]
     records = [record for entry in history if (record := to_record(entry.get("step"), _without_averages(entry)))]
-    joined, told = join([Part(file.parent.name, records)])
+    joined, gaps = join([Part(file.parent.name, records)])
     stop, end = _end(state, history)
     name = path.name if path.is_dir() else path.parent.name
     where = file.relative_to(path) if path.is_dir() else file.name
-    told = [end, *_started_again(history), *told, *notes]
+    notes = [end, *_started_again(history), *gaps, *notes]
     model = first_known([file.parent, *(other.parent for other in files)])
     kept = _dict(_dict(state.get("stateful_callbacks")).get(SETTINGS))
-    return Run(name, f"Hugging Face Trainer, {where}", joined, told, stop, {**model, **flat(kept)})
+    return Run(name, f"Hugging Face Trainer, {where}", joined, notes, stop, {**model, **flat(kept)})
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def _end(state: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Stop | N
     if step >= planned:
         return None, f"The run made all of its {at(planned)} steps."
     callbacks = _dict(state.get("stateful_callbacks"))
-    told = _dict(_dict(callbacks.get("TrainerControl")).get("args")).get("should_training_stop") is True
+    asked_to_stop = _dict(_dict(callbacks.get("TrainerControl")).get("args")).get("should_training_stop") is True
     returned = any("train_runtime" in entry and entry.get("step") == step for entry in history)
-    if not (told or returned):
+    if not (asked_to_stop or returned):
         return None, (
             f"The record ends at step {at(step)} of {at(planned)}: the run was cut off or stopped after that, or is "
             "still running. What came after the last checkpoint is not in it."

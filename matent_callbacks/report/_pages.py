@@ -138,11 +138,11 @@ def _about_settings(runs: Sequence[Run], names: Sequence[str], settings: dict[st
     unknown = [name for run, name in zip(runs, names, strict=True) if not run.settings]
     if len(runs) - len(unknown) < 2:
         return "The logs of fewer than two of the runs know their settings, so there is nothing to compare."
-    told = f" The logs of {', '.join(unknown)} know none." if unknown else ""
+    not_known = f" The logs of {', '.join(unknown)} know none." if unknown else ""
     if not settings:
-        return f"All settings that the logs know are the same.{told}"
+        return f"All settings that the logs know are the same.{not_known}"
     cut = f" Shown are {_MOST_SETTINGS} of {len(settings)}." if len(settings) > _MOST_SETTINGS else ""
-    return f"As far as the logs know them; what is the same in all runs is left out.{told}{cut}"
+    return f"As far as the logs know them; what is the same in all runs is left out.{not_known}{cut}"
 
 
 def _render(template: str, **values: Any) -> str:

@@ -109,12 +109,12 @@ def picture(
     readers, and empty sentences of ``caption`` are left out. ``legend``: below the picture. ``runs`` are those of
     several runs that are drawn, by their place on the page; they are the tooltips of ``run<place>``.
     """
-    told = " ".join(description)
+    text = " ".join(description)
     tooltips = {f"run{place}": label for place, label in runs.items()}
     svgs = []
     for figure, suffix in zip(figures, ("", "-wide"), strict=False):
         _finish(figure, figure.axes[0], legend)
-        svgs.append(_svg(figure, name + suffix, title, told, tooltips))
+        svgs.append(_svg(figure, name + suffix, title, text, tooltips))
     return Picture(name, title, " ".join(filter(None, caption)), "".join(svgs), *table, len(svgs) > 1, runs)
 
 

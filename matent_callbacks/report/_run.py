@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matent_callbacks.callbacks.loggers import measured_settings
+from matent_callbacks.accumulate.catalogue import measured_settings
 from matent_callbacks.plot._style import alarms, change_of, in_order, numbers_as_numbers
 from matent_callbacks.report._keys import LOSSES, Quantity, normalise, parse, parse_all
 from matent_callbacks.report._words import layers_only

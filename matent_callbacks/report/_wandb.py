@@ -73,13 +73,18 @@ def read(path: Path, files: list[Path]) -> Run:
     joined, notes = join(parts)
     last, planned = at(joined[-1]["step"]), config.get("max_steps")
     of = f" of {at(planned)}" if isinstance(planned, int) and planned > 0 else ""
-    told = {
+    endings = {
         None: f"The log ends at step {last}{of} without an end mark: the run was cut off, or is still running.",
         0: f"The log ends at step {last}{of}, and the program went on to its end.",
     }
     failed = f"The log ends at step {last}{of}, where the program failed with exit code {end}."
     return Run(
-        name, "Weights & Biases run folder", joined, [told.get(end, failed), *notes], None, of_wandb(files[-1], config)
+        name,
+        "Weights & Biases run folder",
+        joined,
+        [endings.get(end, failed), *notes],
+        None,
+        of_wandb(files[-1], config),
     )
 
 

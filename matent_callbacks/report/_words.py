@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matent_callbacks.accumulate.catalogue import METRICS
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.plot._style import LOGARITHMIC, UNITS
 
-TOWERS = ("image_tower", "text_tower")
 NAMES = {
     **{name: metric.title for name, metric in METRICS.items()},
     "loss": "training loss",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from types import FrameType
 from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matent_callbacks.callbacks.guard import Guard, without_run
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
+from matent_callbacks.capture.purpose import frames
 from matent_callbacks.report._settings import SETTINGS, flat
 
 # Key of the states of all callbacks of this package, in the Trainer's own record of callback states.
@@ -139,20 +138,11 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
 
 def running_evaluation(trainer: Trainer) -> tuple[Any, Any] | None:
     """Return model and batch of the evaluation loop that is under way, if there is one."""
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code.co_name == "evaluation_loop" and frame.f_locals.get("self") is trainer:
             return frame.f_locals["model"], frame.f_locals["inputs"]
     return None
 
 
 def _on_stack(name: str) -> list[Any]:
-    return [frame.f_locals[name] for frame in _frames() if name in frame.f_locals]
-
-
-def _frames() -> list[FrameType]:
-    frames: list[FrameType] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+    return [frame.f_locals[name] for frame in frames() if name in frame.f_locals]

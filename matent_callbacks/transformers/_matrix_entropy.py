@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.loggers import measured_settings
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.run_monitor import Logged, RunMonitor
 from matent_callbacks.capture.layers import LayerSpec
@@ -171,11 +170,11 @@ class MatrixEntropyCallback(MeasuringCallback):
     def start_over(self) -> None:
         super().start_over()
         self._run = self._run.renewed(self.guard)
-        self._told = False
+        self._has_settings = False
 
     @property
     def settings(self) -> dict[str, str]:
-        return measured_settings(self._run.measured)
+        return self._run.settings
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
@@ -229,9 +228,9 @@ class MatrixEntropyCallback(MeasuringCallback):
 
     def was_logged(self, values: Mapping[str, float]) -> None:
         super().was_logged(values)
-        if not self._told:
+        if not self._has_settings:
             # Not before: reporters open their runs when training begins, after this callback is called.
-            self._told = True
+            self._has_settings = True
             with self.guard("what is measured among the settings of the run"):
                 log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matent_callbacks.callbacks.alignment_statistics import TOWERS
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.plot._style import in_order
 from matent_callbacks.transformers._attach import AttachedCallback
 

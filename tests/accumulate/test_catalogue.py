@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from matent_callbacks import EntropyMonitor
+from matent_callbacks.accumulate.averages import Average
 from matent_callbacks.accumulate.catalogue import CATALOGUE, METRICS, quantity
-from matent_callbacks.accumulate.statistics import STATISTICS, Average
+from matent_callbacks.accumulate.statistics import STATISTICS
 from matent_callbacks.functional.entropy import _SUMMARY
 
 QUANTITIES = Path(__file__, "../../../docs/quantities.md").resolve().read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from matent_callbacks.callbacks.probe import first_batch
 from matent_callbacks.capture.inference import preserved
+from matent_callbacks.capture.probes import first_batch
 
 
 def draw() -> list[float]:

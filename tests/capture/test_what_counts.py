@@ -247,7 +247,7 @@ def test_the_last_call_in_a_forward_counts(kind):
         for name in names.values():
             expected = slow_pooled_entropy(torch.cat([own[name] for own in lasts]))
             assert found[f"matrix_entropy/{name}"] == pytest.approx(expected, abs=1e-6)
-    assert not monitor._capture._forwards
+    assert not monitor._capture._events._forwards
 
 
 def test_a_number_of_turns_that_changes_is_told_once():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.monitor.comparison import Comparison
 from tests.callbacks.test_drift import METRICS, changed, drift_monitor
 from tests.conftest import collate, llama, text_examples
 from tests.ranks import run_on_ranks
@@ -56,7 +62,32 @@ def on_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         model.model.layers[1].forward = broken
     changed(model)
     found["broken"] = monitor.step_ends(model, 2, at=2)[2], None
+    for name, failing in {"room": (Comparison, "room", broken), "rows": (ProbeTokens, "add", misplaced)}.items():
+        found[name] = failing_here(failing if rank else None, SHARES["shares"][rank])
     return found
+
+
+add = ProbeTokens.add
+
+
+def misplaced(tokens: Any, *args: Any, **kwargs: Any) -> None:
+    """Keep rows that do not fit when they are put together."""
+    add(tokens, *args, **kwargs)
+    tokens._kept = [(rows + 10**6, *others) for rows, *others in tokens._kept]
+
+
+def failing_here(failing: Any, probe: Any) -> tuple[list[dict[str, float]], list[str]]:
+    """What is logged at a step where this rank fails between two exchanges, and at the next; and the warnings."""
+    monitor, model = drift_monitor(probe=probe, drift_tokens=MOST), start()
+    monitor._measurement._guard = Guard("test", "warn")
+    monitor.watch(model)
+    monitor.run_begins(model)
+    changed(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mock.patch.object(*failing) if failing else nullcontext():
+            first = monitor.step_ends(model, 2, at=2)[2]
+    return [first, monitor.step_ends(model, 4, at=4)[4]], [str(warning.message) for warning in caught]
 
 
 def broken(*args: Any, **kwargs: Any) -> Any:
@@ -102,3 +133,13 @@ def test_a_rank_that_fails_keeps_nobody_waiting_and_its_tokens_are_left_out(resu
     assert {k: v for k, v in values[0].items() if k.startswith(METRICS)} == pytest.approx(
         {k: v for k, v in alone.items() if k.startswith(METRICS)}, abs=1e-9
     )
+
+
+@pytest.mark.parametrize("name", ["room", "rows"])
+def test_a_rank_that_fails_between_two_exchanges_keeps_nobody_waiting(results, name):
+    expected, _ = run([A, B, C])
+    for values, caught in (result[name] for result in results):
+        failed, after = values
+        assert all(math.isnan(value) for value in failed.values())
+        assert any("failed on 1 rank" in message for message in caught)
+        assert after["drift/last"] == pytest.approx(expected["drift/last"], abs=1e-9)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matent_callbacks.callbacks.loggers import measured_settings
+from matent_callbacks.accumulate.catalogue import measured_settings
 from matent_callbacks.report import Run, comparison, page, read_run
 from matent_callbacks.report._comparison import labels, quantities
 from matent_callbacks.report._comparison import pictures as pictures_of_runs

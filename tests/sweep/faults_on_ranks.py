@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
-from matent_callbacks.callbacks import alignment_measurement
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
+from matent_callbacks.alignment import measurement as alignment_measurement
+from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
 from matent_callbacks.functional.alignment import STAGES

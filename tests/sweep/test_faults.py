@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import matent_callbacks.capture.events
 import matent_callbacks.capture.hooks
 import matent_callbacks.monitor.entropy_monitor
 from matent_callbacks.monitor.recording import Recording
@@ -90,8 +91,8 @@ def fails(*args: Any, **kwargs: Any) -> Any:
     ("owner", "name"),
     [
         (matent_callbacks.capture.forward, "find_packing"),
-        (matent_callbacks.capture.hooks, "first_tensor"),
-        (matent_callbacks.capture.hooks, "_in_backward"),
+        (matent_callbacks.capture.events, "first_tensor"),
+        (matent_callbacks.capture.events, "_in_backward"),
         (matent_callbacks.capture.hooks, "compiled_entrance"),
         (matent_callbacks.monitor.entropy_monitor, "PendingReadings"),
         (Recording, "record"),

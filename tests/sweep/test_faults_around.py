@@ -17,8 +17,8 @@ import matent_callbacks.lightning as of_lightning
 import matent_callbacks.transformers as of_transformers
 from matent_callbacks import CollapseDetector, EntropyMonitor, PlateauDetector
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens, TokenPairs
+from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.callbacks import drift, run_monitor
-from matent_callbacks.callbacks.alignment_measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.drift import Drift
 from matent_callbacks.callbacks.guard import guarded
 from matent_callbacks.callbacks.layer_pictures import LayerPictures

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from matent_callbacks import measure_alignment
-from matent_callbacks.capture.vision_language import vision_language_stages
+from matent_callbacks.alignment.vision_language import vision_language_stages
 from matent_callbacks.functional import (
     debiased_cka,
     linear_cka,

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matent_callbacks.alignment.joint_forward import language_model
 from matent_callbacks.capture.calls import around_calls
-from matent_callbacks.capture.joint_forward import language_model
 from matent_callbacks.capture.values import first_tensor
 
 # Arguments whose last dimension is tokens.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from matent_callbacks.callbacks.alignment_statistics import EXCHANGED, Counts, PairStatistics
+from matent_callbacks.alignment.statistics import EXCHANGED, Counts, PairStatistics
 from matent_callbacks.functional.alignment import image_reduction_ratio, image_text_alignment
 from matent_callbacks.functional.chance import pairing_z_score
 from matent_callbacks.functional.pairs import (

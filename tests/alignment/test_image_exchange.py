@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from matent_callbacks.capture.image_exchange import exchange_images
+from matent_callbacks.alignment.image_exchange import exchange_images
+from matent_callbacks.alignment.joint_forward import JointForward
+from matent_callbacks.alignment.vision_language import Stage, stages_of, vision_language_stages
 from matent_callbacks.capture.inference import side_effect_free
-from matent_callbacks.capture.joint_forward import JointForward
-from matent_callbacks.capture.vision_language import Stage, stages_of, vision_language_stages
-from tests.capture.families import FAMILIES, IMAGE, PAD, Probe, Sample, collate, make_probe
+from tests.alignment.families import FAMILIES, IMAGE, PAD, Probe, Sample, collate, make_probe
 from tests.versions import needs
 
 # One image and two, of different sizes, a sample without, and one whose size no other has.

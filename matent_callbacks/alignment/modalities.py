@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.joint_forward import JointForward, describe
+from matent_callbacks.alignment.joint_forward import JointForward, describe
 from matent_callbacks.capture.layers import ReadPoint, resolve_layers
 from matent_callbacks.capture.values import first_tensor
 

@@ -44,9 +44,10 @@ class Influence:
     def is_missing(self, values: Mapping[str, float], weights: list[Tensor]) -> bool:
         """Add a reading; return True once, at the third in a row that is bitwise the same with other weights."""
         # Whole numbers, such as counts of directions, and NaN do not tell.
-        told = any(not value.is_integer() for value in values.values()) and not any(map(math.isnan, values.values()))
-        if not told or values != self._values:
-            self._values, self._weights, self._same = dict(values) if told else {}, weights, 1
+        numbers = values.values()
+        is_comparable = not all(map(float.is_integer, numbers)) and not any(map(math.isnan, numbers))
+        if not is_comparable or values != self._values:
+            self._values, self._weights, self._same = dict(values) if is_comparable else {}, weights, 1
         elif not _equal(weights, self._weights):
             self._weights = weights
             self._same += 1

@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from matent_callbacks.alignment.vision_language import vision_language_stages
 from matent_callbacks.capture.inference import side_effect_free
-from matent_callbacks.capture.vision_language import vision_language_stages
 from matent_callbacks.functional import matrix_entropy
 from matent_callbacks.functional.alignment import STAGES
-from tests.capture.families import BATCH, FAMILIES, IMAGE, VISION, Family, Probe, Sample, collate, make_probe
+from tests.alignment.families import BATCH, FAMILIES, IMAGE, VISION, Family, Probe, Sample, collate, make_probe
 from tests.versions import needs
 
 

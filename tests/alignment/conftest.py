@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.capture.families import FAMILIES
+from tests.alignment.families import FAMILIES
 
 
 @pytest.fixture(scope="module")

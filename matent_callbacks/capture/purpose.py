@@ -1,4 +1,4 @@
-"""Tells what a forward is for by the Python functions that it runs in, and by the cache that it is given."""
+"""Tells what a forward is for: by the functions that it runs in, its cache, and the adapters that are active."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from matent_callbacks.capture.values import all_modules
 
 # Names of a key-value cache: all models of transformers from 5.24 on; before, attention; Mamba and similar models.
 _CACHES = ("cache", "past_key_values", "cache_params")
@@ -19,7 +21,7 @@ def is_generating(parts: Collection[nn.Module]) -> bool:
     All frameworks' models generate by such a method, wrapped or not, with a cache or without one, and hand the model
     on to others only inside of it.
     """
-    for frame in _frames():
+    for frame in frames():
         code = frame.f_code
         if code.co_name == "generate" and code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
@@ -34,7 +36,7 @@ def functions_running() -> int:
     Reentrant checkpointing is one: what is computed in it for the first time is what is differentiated later.
     """
     count = 0
-    for frame in _frames():
+    for frame in frames():
         code = frame.f_code
         count += code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
     return count
@@ -43,6 +45,26 @@ def functions_running() -> int:
 def has_filled_cache(arguments: Mapping[str, Any]) -> bool:
     """Whether a key-value cache among the arguments of a call holds tokens, or may hold some."""
     return any(_is_filled(arguments.get(name)) for name in _CACHES)
+
+
+class AdapterState:
+    """The adapters that were active when this was created."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Recognised by the attributes used here, so that peft need not be imported; all layers are switched together.
+        self._layer: Any = next((m for m in all_modules(model) if hasattr(type(m), "adapter_layer_names")), None)
+        self._wrapper: Any = next((m for m in all_modules(model) if hasattr(type(m), "get_base_model")), None)
+        self._before = self._now()
+
+    def unchanged(self) -> bool:
+        """Whether the same adapters are active now."""
+        return self._now() == self._before
+
+    def _now(self) -> tuple[Any, ...]:
+        layer, wrapper = self._layer, self._wrapper
+        in_layers = None if layer is None else (layer.disable_adapters, list(layer.active_adapters))
+        # Prompt tuning is not in any layer: PEFT disables it by replacing the `forward` of the outermost model.
+        return in_layers, None if wrapper is None else wrapper.forward
 
 
 def _is_filled(cache: Any) -> bool:
@@ -56,7 +78,7 @@ def _is_filled(cache: Any) -> bool:
         return True
 
 
-def _frames() -> list[FrameType]:
+def frames() -> list[FrameType]:
     """Return the frames of the functions that are running, the innermost first."""
     found: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)

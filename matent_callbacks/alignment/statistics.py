@@ -19,20 +19,19 @@ from matent_callbacks.accumulate.sequence_mean import (
     merge_sequence_means,
     stage_mean,
 )
-from matent_callbacks.capture.dual_encoder import dual_encoder_towers, mean_token
-from matent_callbacks.capture.image_exchange import Exchange, exchange_images
+from matent_callbacks.alignment.dual_encoder import dual_encoder_towers, mean_token
+from matent_callbacks.alignment.image_exchange import Exchange, exchange_images
+from matent_callbacks.alignment.joint_forward import JointForward, language_model
+from matent_callbacks.alignment.modalities import Modalities, joined, layers_after_embeddings, modalities_of
+from matent_callbacks.alignment.vision_language import Stage, StageReader, stages_of
 from matent_callbacks.capture.inference import device_of
-from matent_callbacks.capture.joint_forward import JointForward, language_model
-from matent_callbacks.capture.modalities import Modalities, joined, layers_after_embeddings, modalities_of
-from matent_callbacks.capture.vision_language import Stage, StageReader, stages_of
 from matent_callbacks.functional._precision import statistics_dtype
 from matent_callbacks.functional._tokens import check_stage
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.functional.modality import modality_distance
 
 Stages = StageReader | Mapping[str, Callable[[nn.Module, Any], Stage]]
 
-TOWERS = ("image_tower", "text_tower")
 EXCHANGED = tuple(f"exchanged/{name}" for name in ("image", "text", "image_text", "image_text_moved"))
 """The stages of the samples that exchanged images, and their ``image_text`` with the images moved on."""
 

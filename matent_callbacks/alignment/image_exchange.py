@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks.alignment.joint_forward import JointForward
+from matent_callbacks.alignment.vision_language import Stage
 from matent_callbacks.capture.compiled import eagerly
-from matent_callbacks.capture.joint_forward import JointForward
-from matent_callbacks.capture.vision_language import Stage
 
 
 class Exchange(NamedTuple):

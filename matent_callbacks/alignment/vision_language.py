@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from matent_callbacks.alignment.joint_forward import JointForward, describe, not_found
 from matent_callbacks.capture.compiled import eagerly
-from matent_callbacks.capture.joint_forward import JointForward, describe, not_found
 from matent_callbacks.capture.values import first_tensor
 from matent_callbacks.functional.alignment import STAGES
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from matent_callbacks.accumulate.gathering import held_first
 from matent_callbacks.accumulate.reduction import AllOrNone, agree, check_groups, is_distributed
-from matent_callbacks.callbacks.alignment_statistics import (
+from matent_callbacks.alignment.dual_encoder import is_dual_encoder
+from matent_callbacks.alignment.in_parts import in_parts
+from matent_callbacks.alignment.statistics import (
     EXCHANGED,
-    TOWERS,
     PairStatistics,
     Stages,
     distances_by_layer,
@@ -24,17 +25,15 @@ from matent_callbacks.callbacks.alignment_statistics import (
     read_dual_encoder,
     read_vision_language,
 )
-from matent_callbacks.callbacks.alignment_values import SUMMARIZED_BY_MAXIMUM, AlignmentValues
-from matent_callbacks.callbacks.guard import Guard
-from matent_callbacks.callbacks.influence import Influence, sample_of_weights
-from matent_callbacks.callbacks.probe import fingerprint, first_batch, prefix_of, probes_by_prefix
-from matent_callbacks.capture.dual_encoder import is_dual_encoder
-from matent_callbacks.capture.in_parts import in_parts
+from matent_callbacks.alignment.values import SUMMARIZED_BY_MAXIMUM, AlignmentValues
 from matent_callbacks.capture.inference import device_of, side_effect_free
+from matent_callbacks.capture.influence import Influence, sample_of_weights
 from matent_callbacks.capture.meshes import parallel_groups
-from matent_callbacks.functional.alignment import STAGES
+from matent_callbacks.capture.probes import fingerprint, first_batch, prefix_of, probes_by_prefix
+from matent_callbacks.functional.alignment import STAGES, TOWERS
 
 _Result = TypeVar("_Result")
+Guard = Callable[[str], AbstractContextManager[Any]]
 
 
 def measure_alignment(

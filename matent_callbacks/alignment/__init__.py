@@ -1,0 +1,1 @@
+"""Image-text alignment: a probe of pairs in, named numbers out."""
