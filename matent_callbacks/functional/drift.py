@@ -30,6 +30,9 @@ def subspace_overlap(x: Tensor, y: Tensor, *, directions: int = _DIRECTIONS) -> 
     k is ``directions``, or fewer where fewer have any variance on both sides: the larger of both ranks. If one side has
     a smaller rank than the other, the directions that it lacks count as not shared.
 
+    Large sides are not decomposed: their directions are found by ten products with a block of ``directions + 16``
+    vectors (block Lanczos; Golub & Underwood 1977). Where the spectrum falls, that is right to rounding.
+
     Args:
         x: ``(n, d)``, one row per pair. float64 is computed in float64, all else in float32.
         y: ``(n, d)``. Pairs with NaN or Inf on either side are left out.

@@ -154,3 +154,14 @@ def test_arguments():
         subspace_overlap(x, y, directions=2.0)
     with pytest.raises(ValueError, match="`y` must have as many rows"):
         token_cosine(x, y[:3])
+
+
+@pytest.mark.parametrize(("n", "d"), [(700, 660), (660, 1000)])
+def test_the_directions_of_large_sides_are_those_of_the_decomposition(n, d):
+    x, y = tokens(n, d, mean=3.0, dtype=torch.float32)
+    assert subspace_overlap(x, y).item() == pytest.approx(slow_overlap(x, y).item(), abs=1e-4)
+    low = x[:, :5].double() @ torch.randn(5, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert subspace_overlap(low.float(), y).item() == pytest.approx(slow_overlap(low, y).item(), abs=1e-4)
+    constant = torch.ones(n, d)
+    assert subspace_overlap(x, constant).item() == 0
+    assert subspace_overlap(constant, constant).isnan()
