@@ -58,7 +58,8 @@ def subspace_overlap(x: Tensor, y: Tensor, *, directions: int = _DIRECTIONS) -> 
         raise ValueError(f"`directions` must be at least 1, got {directions}.")
     x, y = _of_one_width(x, y)
     with full_precision(x.device):
-        return _overlap([centred_features(side) for side in (x, y)], directions)
+        features = [centred_features(side) for side in (x, y)]
+        return _overlap(features, [_product(side) for side in features], directions)
 
 
 def token_cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -107,27 +108,36 @@ def compare_tokens(x: Tensor, y: Tensor, counts: Tensor, names: Iterable[str] = 
         x, y, counts = x.cpu(), y.cpu(), counts.cpu()
     counts = counts & finite_rows(x) & finite_rows(y)
     found = {"count": counts.sum()}
-    features = [centred_features(side, counts) for side in (x, y)] if {"drift", "subspace_overlap"} & {*names} else []
+    features, products = list[Tensor](), list[Tensor]()
+    if not {"drift", "subspace_overlap"}.isdisjoint(names):
+        features = [centred_features(side, counts) for side in (x, y)]
+        # Of many tokens in float64, as the diagonal of the Gram matrix, which is to be left out, is subtracted from
+        # what is computed of the features, and one long token may be most of it.
+        many = len(x) > x.shape[1]
+        products = [_product(side.double() if many else side) for side in features]
     for name in names:
         if name == "token_cosine":
             found[name] = _mean_cosine(x, y, counts)
         elif name == "subspace_overlap":
-            found[name] = _overlap(features, _DIRECTIONS)
+            found[name] = _overlap(features, [product.to(x.dtype) for product in products], _DIRECTIONS)
         else:
-            found[name] = 1 - _cka(features, counts)
+            found[name] = 1 - _cka(features, products, counts)
     return found
 
 
-def _cka(features: Sequence[Tensor], counts: Tensor) -> Tensor:
-    """Debiased CKA of two sides that :func:`.centred_features` made; NaN where too few rows count."""
+def _product(features: Tensor) -> Tensor:
+    """The smaller of ``(n, n)`` and ``(d, d)``, whose non-zero eigenvalues are the same."""
+    return features.T @ features if len(features) > features.shape[1] else features @ features.T
+
+
+def _cka(features: Sequence[Tensor], products: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Debiased CKA of two sides, from the :func:`_product` of each; NaN where too few rows count."""
     n, (most, width) = counts.sum(), features[0].shape
     if most <= width:
-        cka = similarity(*(u_centred(side @ side.T, counts) for side in features))
+        cka = similarity(*(u_centred(product, counts) for product in products))
     else:
-        # Of many tokens the products of features are smaller. In float64, as the diagonal of the Gram matrix, which is
-        # to be left out, is subtracted, and one long token may be most of it.
         x, y = (side.double() for side in features)
-        own, shared = [(side.T @ side).square().sum() for side in (x, y)], (x.T @ y).square().sum()
+        own, shared = [product.square().sum() for product in products], (x.T @ y).square().sum()
         cka = _debiased(own, shared, [side.square().sum(1) for side in (x, y)], n.double())
     return torch.where(n >= _FEWEST, cka, torch.nan)
 
@@ -157,31 +167,28 @@ def _debiased(own: list[Tensor], shared: Tensor, lengths: list[Tensor], n: Tenso
     return (hsic(shared, a, b) / norms).clamp(min=-1, max=1)
 
 
-def _overlap(features: Sequence[Tensor], directions: int) -> Tensor:
-    """Overlap of the principal directions of centred features ``(n, d)``."""
-    u, v = (_principal(side, directions) for side in features)
+def _overlap(features: Sequence[Tensor], products: Sequence[Tensor], directions: int) -> Tensor:
+    """Overlap of the principal directions of centred features ``(n, d)``, from the :func:`_product` of each side."""
+    u, v = (_principal(*side, directions) for side in zip(features, products, strict=True))
     most = torch.maximum(u.square().sum(), v.square().sum()).round()
     return ((u.T @ v).square().sum() / most).clamp(max=1)
 
 
-def _principal(features: Tensor, directions: int) -> Tensor:
+def _principal(features: Tensor, product: Tensor, directions: int) -> Tensor:
     """Orthonormal columns ``(d, k)``: the strongest directions, zeros beyond the rank."""
-    count, width = features.shape
     probes = directions + _MORE_PROBES
-    if 2 * _PRODUCTS * probes > min(count, width):
-        eigenvalues, vectors = torch.linalg.eigh(features.T @ features if count > width else features @ features.T)
-        vectors = vectors.flip(-1)[:, :directions]
-        if count <= width:
-            vectors = torch.linalg.qr(features.T @ vectors).Q
+    if 2 * _PRODUCTS * probes > len(product):
+        eigenvalues, vectors = torch.linalg.eigh(product)
     else:
-        start = normal(width, probes, 0, features)
-        basis, inside, _ = spanned(lambda block: features.T @ (features @ block), start, _PRODUCTS)
+        basis, inside, _ = spanned(product.matmul, normal(len(product), probes, 0, product), _PRODUCTS)
         # Without any variance there are no products, and no basis.
         basis, inside = (torch.where(torch.isfinite(inside).all(), found, 0.0) for found in (basis, inside))
         eigenvalues, vectors = torch.linalg.eigh(inside)
-        vectors = basis @ vectors.flip(-1)[:, :directions]
-    eigenvalues = eigenvalues.flip(-1)[:directions]
-    noise = 4 * max(count, width) ** 0.5 * torch.finfo(features.dtype).eps
+        vectors = basis @ vectors
+    eigenvalues, vectors = eigenvalues.flip(-1)[:directions], vectors.flip(-1)[:, :directions]
+    if len(features) <= features.shape[1]:
+        vectors = torch.linalg.qr(features.T @ vectors).Q
+    noise = 4 * max(features.shape) ** 0.5 * torch.finfo(product.dtype).eps
     strongest: Tensor = vectors * (eigenvalues > noise * eigenvalues[0])
     return strongest
 
