@@ -32,26 +32,10 @@ Finish: TypeAlias = Callable[[], dict[str, float]]
 _Kind = Literal["training", "probe", "reference"] | int
 
 
-def check_every_n_steps(every_n_steps: int) -> None:
-    """Raise ValueError unless it is a whole number above 0."""
-    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-        raise ValueError(f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}.")
-
-
 def measured_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the local names of a callback's ``__init__`` that say what is measured, and not when or where."""
     own = ("self", "every_n_steps", "during_eval", "prog_bar", "on_error", "model", "log", "reference_dir")
     return {name: value for name, value in given.items() if name not in own}
-
-
-def warn_if_never_due(every_n_steps: int, last_step: int | None, *, at_end: bool) -> None:
-    """Warn if all steps of a run are fewer than ``every_n_steps``, and say whether it is measured ``at_end``."""
-    if last_step is not None and 0 < last_step < every_n_steps:
-        warnings.warn(
-            f"`every_n_steps` is {every_n_steps}, and training ends at step {last_step}: "
-            f"{'only its end is measured' if at_end else 'no step of it is measured'}.",
-            stacklevel=4,
-        )
 
 
 class Measurement:

@@ -15,7 +15,8 @@ from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.callbacks.charts import Charts, LayerCharts
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.layer_pictures import LayerPictures, thinned
-from matent_callbacks.callbacks.measurement import Around, Finish, Measurement, check_every_n_steps, warn_if_never_due
+from matent_callbacks.callbacks.measurement import Around, Finish, Measurement
+from matent_callbacks.callbacks.schedule import Schedule, warn_if_never_due
 from matent_callbacks.capture.layers import LayerSpec
 from matent_callbacks.capture.probes import prefix_of
 from matent_callbacks.monitor import EntropyMonitor
@@ -62,13 +63,15 @@ class RunMonitor:
     ) -> None:
         given = locals()
         self._arguments = {name: given[name] for name in given if name not in ("self", "guard", "others")} | others
-        check_every_n_steps(every_n_steps)
+        self._schedule = Schedule(every_n_steps, window_steps)
         check_embedding(embedding)
         check_groups(process_group, context_group)
-        _check_window(window_steps, every_n_steps, others.get("probe"))
+        if window_steps > 1 and others.get("probe") is not None:
+            raise ValueError(
+                f"`window_steps` is for training forwards, and `probe` is read instead; got {window_steps}."
+            )
         self.every_n_steps = every_n_steps
         self.name = name
-        self._window_steps = window_steps
         self.mask = mask
         self._guard = guard
         self._measurement = Measurement(
@@ -87,9 +90,7 @@ class RunMonitor:
         self.records: list[dict[str, float]] = []
         """What pictures show: step and values of what was logged, by :meth:`remember`."""
         self._around: Around = nullcontext
-        self._step = self._most = 0
         self._measured_step = -1
-        self._skipped = self._overdue = False
         self._late: tuple[Any, Finish] | None = None
         self._reading: EntropyMonitor | None = None
 
@@ -162,7 +163,7 @@ class RunMonitor:
             around: Makes the context in which probes are run.
             directory: Where :meth:`save_reference` saves its hidden states, if these are compared.
         """
-        self._step, self._around = step, around
+        self._schedule.step, self._around = step, around
         warn_if_never_due(self.every_n_steps, last_step, at_end=self.has_probe)
         with self._guard("the reset of what was read before training"):
             self._measurement.reset()
@@ -176,8 +177,7 @@ class RunMonitor:
 
     def discard_step(self) -> None:
         """Discard what was read of a step that will not end; a window of several steps is kept."""
-        self._skipped = False
-        if self._window_steps == 1:
+        if self._schedule.discard_step():
             self._measurement.reset()
 
     def batch_begins(
@@ -189,18 +189,11 @@ class RunMonitor:
             model: The model as it is called.
             batch: What ``mask`` is called with; ``None``: it is not known.
             step: The steps that are done before it.
-            any_steps: Whether it may complete any number of steps, as in Lightning's manual optimization. The largest
-                number that any has completed is assumed; before the first, any.
+            any_steps: Whether it may complete any number of steps, as in Lightning's manual optimization.
             **how: See :meth:`_begin`.
         """
-        self._step = step
-        if self.has_probe:
-            return
-        most = self._most if any_steps else 1
-        if self._overdue or most == 0 or self._is_due(step + most + self._window_steps - 1):
+        if self._schedule.reads(step, any_steps=any_steps) and not self.has_probe:
             self._begin(lambda: self._measurement.monitor(model), batch, **how)
-        else:
-            self._skipped = True
 
     def batch_ends(self) -> None:
         """Remove all hooks. Also to be called if a forward fails."""
@@ -217,17 +210,18 @@ class RunMonitor:
             at: Where values of this step are to be logged.
             last: No step follows.
         """
-        due = self._is_due(step)
-        self._most = max(self._most, step - self._step)
-        self._step = step
+        due = self._schedule.ends(step)
         if self.has_probe:
             if not (due or last):
                 return None
             finish = self._probe(model)
-        elif self._is_read(step, due=due):
-            finish = self._measurement.from_forwards()
         else:
-            return None
+            outcome = self._schedule.outcome(due=due)
+            if outcome == "discard":
+                self._measurement.reset()
+            if outcome != "measure":
+                return None
+            finish = self._measurement.from_forwards()
         if not self._measurement.background:
             return {at: finish()}
         late = self.late_values()
@@ -243,7 +237,7 @@ class RunMonitor:
     def run_ends(self, model: nn.Module, *, at: Any, replaced: bool = False) -> Logged:
         """Return what is left, and measure the probes unless they were at the last step, or weights were replaced."""
         left = self.late_values()
-        if self.has_probe and (replaced or self._measured_step != self._step):
+        if self.has_probe and (replaced or self._measured_step != self._schedule.step):
             left[at] = self._probe(model)()
         return left
 
@@ -315,26 +309,8 @@ class RunMonitor:
                 training_only=training_only,
             )
 
-    def _is_due(self, step: int) -> bool:
-        """Whether any of the steps since the last one, until ``step``, is a multiple of the interval."""
-        return step // self.every_n_steps > self._step // self.every_n_steps
-
-    def _is_read(self, step: int, *, due: bool) -> bool:
-        """Whether the step that is over is due, and all of it was read.
-
-        One that was not expected to be due, because a batch made more steps than any before it, is taken from the next
-        batch.
-        """
-        due = due or self._overdue
-        skipped, self._skipped = self._skipped, False
-        self._overdue = due and skipped
-        in_window = -step % self.every_n_steps < self._window_steps
-        if not (due or skipped or in_window):
-            self._measurement.reset()
-        return due and not skipped
-
     def _probe(self, model: nn.Module) -> Finish:
-        self._measured_step = self._step
+        self._measured_step = self._schedule.step
         return self._measurement.from_probe(model, around=self._around)
 
 
@@ -351,12 +327,3 @@ def _labels_of(batch: Any) -> Tensor | None:
     """Return the labels in a batch, which a framework may take out before the model is called."""
     found = batch.get("labels") if isinstance(batch, Mapping) else None
     return found if isinstance(found, Tensor) else None
-
-
-def _check_window(window_steps: int, every_n_steps: int, probe: Any) -> None:
-    if isinstance(window_steps, bool) or not isinstance(window_steps, int) or not 1 <= window_steps <= every_n_steps:
-        raise ValueError(
-            f"`window_steps` must be a whole number from 1 to `every_n_steps`, {every_n_steps}, got {window_steps!r}."
-        )
-    if window_steps > 1 and probe is not None:
-        raise ValueError(f"`window_steps` is for training forwards, and `probe` is read instead; got {window_steps}.")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.alignment.statistics import Stages
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.measurement import check_every_n_steps, measured_arguments, warn_if_never_due
+from matent_callbacks.callbacks.measurement import measured_arguments
+from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._measuring import MeasuringCallback
 from matent_callbacks.lightning._trainer import log, planned_steps, summarize_by_maximum

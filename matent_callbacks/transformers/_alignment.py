@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.alignment.statistics import Stages
 from matent_callbacks.callbacks.guard import Guard, guarded
-from matent_callbacks.callbacks.measurement import check_every_n_steps, measured_arguments, warn_if_never_due
+from matent_callbacks.callbacks.measurement import measured_arguments
+from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
 from matent_callbacks.transformers._measuring import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
