@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -77,6 +78,30 @@ def test_no_markup_of_docstrings_is_left_over(site: Path):
     page = html.unescape((site / "api.html").read_text(encoding="utf-8"))
     assert 'class="formula"' in page
     assert not re.findall(r":(?:math|class|func|meth):|={6,}|<h\d[^>]*>\s*Trainer\(", page)
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("effective rank dropped middle layers bad", "pretrained_models"),
+        ("attention sink BOS", "pretrained_models"),
+        ("LoRA 7B memory", "recipes"),
+        ("Qwen2.5-VL stop plateau", "recipes"),
+        ("Accelerate W&B no Trainer", "recipes"),
+        ("axolotl", "recipes"),
+        ("LLaMA-Factory", "recipes"),
+        ("Unsloth", "recipes"),
+        ("base against tuned", "recipes"),
+    ],
+)
+def test_the_search_finds_a_question_by_its_own_words(site: Path, words: str, page: str):
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    sections = [
+        html.unescape(f"{section['title']} {section['text']}").lower()
+        for section in index["docs"]
+        if section["location"].startswith(f"{page}.html#")
+    ]
+    assert any(all(word.lower() in section for word in words.split()) for section in sections)
 
 
 def test_every_name_of_the_catalogue_is_explained():
