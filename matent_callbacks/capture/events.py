@@ -312,13 +312,15 @@ class Events:
 
 
 def _may_number(module: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the numbers of a mask may be those of documents, and can be looked at where it does not cost a wait.
+    """Whether the numbers of a mask may be those of documents, as far as it is known without a wait.
 
     Kernels for variable lengths make use of such numbers, if they are taught to. For others a mask says yes or no.
     """
     mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2:
+        return mask.numel() > 0 and mask.amax().item() > 1
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return isinstance(mask, Tensor) and (mask.device.type == "cpu" or "flash" in str(implementation))
+    return isinstance(mask, Tensor) and "flash" in str(implementation)
 
 
 def _in_backward(since: int = -1) -> bool:

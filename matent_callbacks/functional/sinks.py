@@ -73,8 +73,8 @@ def log_norms(states: Tensor, dtype: torch.dtype) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
     # A look at a value costs nothing on the CPU. Elsewhere tokens beyond the range of squares have no length.
     if norms.device.type == "cpu" and norms.numel():
-        least, greatest = norms.aminmax()
-        if not bool((least >= torch.finfo(dtype).tiny ** 0.25) & (greatest < torch.inf)):
+        least, greatest = (number.item() for number in norms.aminmax())
+        if not (least >= torch.finfo(dtype).tiny ** 0.25 and greatest < math.inf):
             factor = into_range(largest_of_rows(x), dtype)
             norms = torch.linalg.vector_norm(x * factor.unsqueeze(-1), dim=-1)
             return norms.log() - factor.log()
@@ -129,9 +129,9 @@ def with_sinks(logs: Tensor, counts: Tensor, sums: Tensor, long: Tensor, num_lon
 
 def may_have_sinks(logs: Tensor) -> bool:
     """Whether some token may be a sink, by one look at the least and the greatest of all :func:`log_norms`."""
-    least, greatest = logs.aminmax()
+    least, greatest = (number.item() for number in logs.aminmax())
     # The geometric mean is not below the shortest. NaN compares as false.
-    return not bool(greatest - least <= _LOG_RATIO)
+    return not greatest - least <= _LOG_RATIO
 
 
 def token_norms(logs: Tensor, mask: Tensor) -> TokenNorms:

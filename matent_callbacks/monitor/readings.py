@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from matent_callbacks.accumulate.catalogue import CATALOGUE, ENTROPIES, ENTROPY_ERROR, METRICS, Solver, Source, quantity
 from matent_callbacks.accumulate.layer_statistics import LayerAccumulator
@@ -23,11 +22,13 @@ from matent_callbacks.monitor.decomposition import (
     NONFINITE,
     WIDE,
     Unit,
+    Work,
     decompose,
     estimated_sources,
     spectrum_names,
 )
 from matent_callbacks.monitor.over_ranks import gather, gather_over_ranks
+from matent_callbacks.monitor.recording import part
 
 # The mean entropy of sequences, which is subtracted to get the Holevo information, and is not logged.
 _WITHIN = "entropy_within_sequences"
@@ -115,7 +116,7 @@ class PendingReadings:
                     raise
                 self._error = self._error or error  # raised on all ranks by `result`
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
-        self._decompose = record_function("matent_callbacks: decompose")(partial(decompose, estimated=estimated))
+        self._decompose = partial(_decompose, estimated=estimated)
         self._names = {
             unit: _names(unit[0], metrics, width, estimated=unit[0] in estimated)
             for unit, width in gathered.widths.items()
@@ -157,7 +158,7 @@ class PendingReadings:
         table = torch.cat(pieces)
         if self._distributed:
             dist.all_reduce(table, group=self._group)
-        with record_function("matent_callbacks: wait"):
+        with part("wait"):
             *numbers, num_failed = table.tolist()
         if num_failed:
             raise RuntimeError(f"The decomposition failed on {int(num_failed)} rank(s).") from error
@@ -219,6 +220,13 @@ class PendingReadings:
                 difference = values.get("holevo_information", math.nan) - values.pop(_WITHIN)
                 values["holevo_information"] = 0.0 if difference < 0 else difference  # only rounding is negative
         return readings
+
+
+def _decompose(
+    work: dict[Unit, Work], names: Mapping[Unit, list[str]], estimated: frozenset[Source]
+) -> dict[Unit, Tensor]:
+    with part("decompose"):
+        return decompose(work, names, estimated=estimated)
 
 
 def _error(source: Source) -> str:

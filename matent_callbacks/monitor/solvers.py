@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,9 +24,9 @@ _OMP_PAUSE_SOFT = 1
 def side_by_side(solve: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """Apply ``solve`` to all items on as many threads as torch may use, and return the results in order.
 
-    LAPACK gains little from several threads for one matrix. So each item has one thread, on which OpenMP and MKL start
-    no further ones, while this one waits. If the last round would leave half of the threads or more idle, its items are
-    solved one after the other instead, each with all threads.
+    LAPACK gains little from several threads for one matrix. So each thread, this one included, takes one item after the
+    other, and OpenMP and MKL start no further ones there. If the last round would leave half of the threads or more
+    idle, its items are solved one after the other instead, each with all threads.
     """
     count = min(torch.get_num_threads(), _MOST, len(items))
     native = _native()
@@ -33,17 +34,29 @@ def side_by_side(solve: Callable[[_Item], _Result], items: Sequence[_Item]) -> l
         return [solve(item) for item in items]
     left = len(items) % count
     alone = left if left <= count // 2 else 0
-    results = [solve(item) for item in items[:alone]]
-    # After a parallel region the threads of OpenMP spin for milliseconds, each on a core that is needed now.
-    if hasattr(native, "omp_pause_resource_all"):  # since OpenMP 5.0
-        native.omp_pause_resource_all(_OMP_PAUSE_SOFT)
-    futures = [_helpers(os.getpid(), count).submit(solve, item) for item in items[alone:]]
-    wait(futures)
-    while futures:
+    results = {index: solve(items[index]) for index in range(alone)}
+    waiting = list(range(alone, len(items)))
+
+    def work() -> None:
+        while True:
+            try:
+                index = waiting.pop()
+            except IndexError:
+                return
+            results[index] = solve(items[index])
+
+    with _one_thread(native):
+        # One fewer than there are threads: if this one only waited, the system would often wake two on one core.
+        helpers = [_helpers(os.getpid()).submit(work) for _ in range(count - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)
+    while helpers:
         # An error that is raised here refers to this frame through its traceback. If the frame referred to the future
         # and so to the error in turn, what its traceback holds would stay until the garbage collector runs.
-        results.append(futures.pop(0).result())
-    return results
+        helpers.pop().result()
+    return [results[index] for index in range(len(items))]
 
 
 def background() -> Executor:
@@ -60,8 +73,8 @@ def _background(process: int) -> Executor:
 
 
 @functools.cache
-def _helpers(process: int, count: int) -> Executor:
-    return ThreadPoolExecutor(count, thread_name_prefix="matent_callbacks", initializer=_use_one_thread)
+def _helpers(process: int) -> Executor:
+    return ThreadPoolExecutor(_MOST - 1, thread_name_prefix="matent_callbacks", initializer=_use_one_thread)
 
 
 def _use_one_thread() -> None:
@@ -73,6 +86,21 @@ def _use_one_thread() -> None:
     native.omp_set_num_threads(1)
 
 
+@contextmanager
+def _one_thread(native: ctypes.CDLL) -> Iterator[None]:
+    """Inside, calls from this thread use one thread, and afterwards as many as before."""
+    # After a parallel region the threads of OpenMP spin for milliseconds, each on a core that is needed now.
+    if hasattr(native, "omp_pause_resource_all"):  # since OpenMP 5.0
+        native.omp_pause_resource_all(_OMP_PAUSE_SOFT)
+    openmp, mkl = native.omp_get_max_threads(), native.MKL_Set_Num_Threads_Local(1)
+    native.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        native.MKL_Set_Num_Threads_Local(mkl)
+        native.omp_set_num_threads(openmp)
+
+
 @functools.cache
 def _native() -> ctypes.CDLL | None:
     """The library of torch, if it has the functions of MKL and OpenMP that are called here."""
@@ -80,5 +108,5 @@ def _native() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
     except (OSError, StopIteration):
         return None
-    needed = ("MKL_Set_Num_Threads_Local", "omp_set_num_threads")
+    needed = ("MKL_Set_Num_Threads_Local", "omp_set_num_threads", "omp_get_max_threads")
     return library if all(hasattr(library, name) for name in needed) else None

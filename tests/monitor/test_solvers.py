@@ -28,8 +28,8 @@ for index in range(5):
     layer.update(torch.randn(4, 100, 256), None)
     accumulators[f"layer_{index}"] = layer
 side_by_side = read()
-# On two threads, ...
-assert len(solvers._helpers(os.getpid(), 2)._threads) == 2
+# On this thread and another one, ...
+assert len(solvers._helpers(os.getpid())._threads) == 1
 # ... and training computes as before.
 assert torch.get_num_threads() == threads
 assert torch.equal(matrix @ matrix, product)
@@ -51,10 +51,10 @@ for items in (range(6), range(-1, 6), range(-5, 1)):
 assert set(seen) == {1, 2}
 
 # A process that is forked has no thread of its parent, and must not wait for one.
-parents = solvers._helpers(os.getpid(), 2), solvers.background()
+parents = solvers._helpers(os.getpid()), solvers.background()
 child = os.fork()
 if child == 0:
-    own = solvers._helpers(os.getpid(), 2), solvers.background()
+    own = solvers._helpers(os.getpid()), solvers.background()
     os._exit(0 if not set(own) & set(parents) else 1)
 assert os.waitpid(child, 0)[1] == 0
 
