@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from matent_callbacks._files import write_atomically
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens, ReferenceTokens
 from matent_callbacks.accumulate.reduction import AllOrNone, agreed_failures, all_reduce_sum, is_distributed
 from matent_callbacks.callbacks.guard import Guard
@@ -192,16 +193,10 @@ def _name(digest: int) -> str:
 
 
 def _write(path: Path, tokens: ReferenceTokens) -> None:
-    """Write a file that is there as a whole or not at all."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        part.write_bytes(_safetensors().save(tokens._asdict()))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a file, unless it is there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _safetensors().save(tokens._asdict()))
 
 
 def _safetensors() -> Any:

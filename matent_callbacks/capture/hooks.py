@@ -26,11 +26,11 @@ class Capture:
     value contains no tensor. ``vectors`` ``(B, d)`` is one vector per sequence, where a module returns it along with
     its tokens. Generation does not count: a forward inside a ``generate`` of the model, or one that is given a
     key-value cache with tokens, unless the model makes that cache itself, as prefix tuning does. Of several calls of a
-    layer in one pass over the same tokens the last one counts. With ``training_only``, only
-    forwards in training mode with gradients count; with ``same_adapters``, only those with the adapters that were
-    active at :meth:`open`. Recomputation by gradient checkpointing never counts, nor does the inference of another
-    reader. Compiled modules are re-executed eagerly, and read there. Without ``whole_sequences`` a packed batch is an
-    error: part of a row does not show which document a token belongs to.
+    layer in one pass over the same tokens the last one counts. With ``training_only``, only forwards in training mode
+    with gradients count; with ``same_adapters``, only those with the adapters that were active at :meth:`open`.
+    Recomputation by gradient checkpointing never counts, nor does the inference of another reader. Compiled modules are
+    re-executed eagerly, and read there. Without ``whole_sequences`` a packed batch is an error: part of a row does not
+    show which document a token belongs to.
     """
 
     def __init__(
@@ -88,7 +88,11 @@ class Capture:
         """
         self.close()
         wanted = self._events.wanted = Wanted(
-            training_only, None, attention_mask, sample_mask, labels, inference_depth()
+            training_only=training_only,
+            mask=attention_mask,
+            samples=sample_mask,
+            labels=labels,
+            inference_depth=inference_depth(),
         )
         with self._guard("all"):
             entrance = compiled_entrance(self._model, self._layers)

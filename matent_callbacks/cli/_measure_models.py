@@ -19,12 +19,12 @@ from matent_callbacks.cli._adapters import ModelError
 from matent_callbacks.cli._baseline import compare, kept
 from matent_callbacks.cli._documents import Text, TextError
 from matent_callbacks.cli._entries import GROUPS, interval, layer_samples
+from matent_callbacks.cli._interruption import Interruption
 from matent_callbacks.cli._models import LayersError, Loaded, first_sentence, load, training_progress
 from matent_callbacks.cli._progress import with_bar
 from matent_callbacks.cli._ranks import OtherRankError, Ranks
 from matent_callbacks.cli._request import check_paths, checked_device, checked_settings, models_of
 from matent_callbacks.cli._results import Results, ResultsError
-from matent_callbacks.cli._saving import Interruption
 from matent_callbacks.cli._shown import about_sinks, draw, notes, print_tables, say
 from matent_callbacks.cli._state import State
 from matent_callbacks.cli._stream import stream

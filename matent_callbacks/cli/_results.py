@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from matent_callbacks._files import write_atomically
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
-from matent_callbacks.cli._saving import write_atomically
 from matent_callbacks.cli._state import Pooled, State
 
 FORMAT, VERSION = "matent-measure", 1
@@ -73,7 +73,7 @@ class Results:
             content["_baseline"] = self.baseline
         if self._progress:
             content["_in_progress"] = self._progress
-        write_atomically(self._out, lambda file: json.dump(content, file, indent=1, allow_nan=False))
+        write_atomically(self._out, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def _read(self, out: Path) -> None:
         try:

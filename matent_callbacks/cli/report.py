@@ -31,7 +31,7 @@ def report(
 
     The page needs nothing else: no network, no script, no other file.
     """
-    from matent_callbacks.cli._saving import write_atomically
+    from matent_callbacks._files import write_atomically
     from matent_callbacks.report import RunError, comparison, page, read_run
 
     if out.is_dir():
@@ -57,7 +57,7 @@ def report(
         if out.exists() and not out.is_file():  # such as /dev/stdout
             out.write_text(html, encoding="utf-8")
         else:
-            write_atomically(out, lambda file: file.write(html))
+            write_atomically(out, html.encode())
     except OSError as error:
         raise typer.BadParameter(f"{str(out)!r} cannot be written: {error.strerror}.", param_hint="'--out'") from error
     for run in found:

@@ -10,6 +10,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.callbacks.guard import Guard
@@ -65,6 +67,26 @@ def on_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for name, failing in {"room": (Comparison, "room", broken), "rows": (ProbeTokens, "add", misplaced)}.items():
         found[name] = failing_here(failing if rank else None, SHARES["shares"][rank])
     return found
+
+
+def on_part(rank: int, world_size: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Each rank holds a part of the same sequences; then the same sequences as a whole."""
+    whole = [torch.randn(3, length, 8, generator=torch.Generator().manual_seed(length)) for length in (13, 40)]
+    parts = [batch[:, :9] if rank == 0 else batch[:, 9:] for batch in whole]
+    together = tokenwise(parts, context_group=dist.group.WORLD)
+    first = dist.new_group([0])
+    alone = tokenwise(whole, process_group=first) if rank == 0 else {}
+    return together, alone
+
+
+def tokenwise(probe: list[torch.Tensor], **groups: Any) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+    monitor = drift_monitor(probe=probe, layers="*", **groups)  # of all tokens: evenly spaced ones would be others
+    monitor.watch(model)
+    monitor.run_begins(model)
+    changed(model)
+    return monitor.step_ends(model, 2, at=2)[2]
 
 
 add = ProbeTokens.add
@@ -143,3 +165,11 @@ def test_a_rank_that_fails_between_two_exchanges_keeps_nobody_waiting(results, n
         assert all(math.isnan(value) for value in failed.values())
         assert any("failed on 1 rank" in message for message in caught)
         assert after["drift/last"] == pytest.approx(expected["drift/last"], abs=1e-9)
+
+
+def test_parts_of_sequences_are_compared_as_the_whole():
+    found = run_on_ranks(on_part, 2)
+    alone = found[0][1]
+    assert {name.partition("/")[0] for name in alone} >= set(METRICS)
+    for together, _ in found:
+        assert together == pytest.approx(alone, abs=1e-5)

@@ -1,39 +1,14 @@
-"""Keeps results whole: signals wait for the end of a batch, and files are written atomically."""
+"""Lets signals wait for the end of a batch, so that results stay whole."""
 
 from __future__ import annotations
 
-import os
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def write_atomically(out: Path, write: Callable[[IO[str]], object]) -> None:
-    """Let ``write`` fill a file that then takes the place of ``out``: whenever the process ends, it is the old or new.
-
-    Raises:
-        OSError: If it cannot be written; the old file is still there then.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # only its owner can read a temporary file
-        os.replace(name, out)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 class Interruption:
