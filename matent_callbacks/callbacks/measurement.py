@@ -82,6 +82,7 @@ class Measurement:
         self._evaluated: set[int] = set()
         self._warned_of: set[str] = set()
         self._remembered: dict[tuple[str, ...], Remembered] = {}
+        self._mentioned: set[object] = set()
 
     def choose_groups(self, owner: Any) -> None:
         """Find the ranks that belong together from a Trainer's device mesh, unless they were given."""
@@ -291,8 +292,9 @@ class Measurement:
 
     def _new_monitor(self, model: nn.Module, metrics: tuple[str, ...]) -> EntropyMonitor:
         monitor = EntropyMonitor(model, self._layers, metrics=metrics, **self._groups._asdict(), **self._settings)
-        # So that the names of values are the same in all evaluations, whichever data set was seen before.
-        monitor.remembered = self._remembered.setdefault(metrics, monitor.remembered)
+        # So that the names of values are the same in all evaluations, whichever data set was seen before, and the
+        # reference and the probe do not both tell of the same sinks.
+        monitor.remembered = self._remembered.setdefault(metrics, Remembered(self._mentioned))
         return monitor
 
 

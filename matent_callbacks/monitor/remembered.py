@@ -10,11 +10,15 @@ _Item = TypeVar("_Item", bound=Hashable)
 
 
 class Remembered:
-    """Remembers what earlier readings have logged and warned of. Monitors of one run may share it."""
+    """Remembers what earlier readings have logged and warned of. Monitors of one run may share it.
 
-    def __init__(self) -> None:
+    Args:
+        mentioned: Problems that were told of before: monitors that log other names may share these alone.
+    """
+
+    def __init__(self, mentioned: set[object] | None = None) -> None:
         self._names: dict[str, dict[str, None]] = {}
-        self._mentioned: set[object] = set()
+        self._mentioned = set[object]() if mentioned is None else mentioned
 
     def complete(self, values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return values by layer and name as ``{"<name>/<layer>": value}``; NaN for what only earlier readings have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -119,6 +120,15 @@ def test_a_token_that_is_a_sink_on_one_side_is_left_out(model):
     with pytest.warns(UserWarning, match="Attention sinks"):
         back = drifted(again, change=lambda model: model.load_state_dict(llama(layers=2, dropout=0.0).state_dict()))
     assert back == pytest.approx(expected(now, before), abs=1e-5)
+
+
+def test_sinks_of_the_reference_and_of_the_probe_are_told_once(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BATCHES[0]["input_ids"][0, 0]] *= 100
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drifted(model, metrics=("effective_rank", "drift"))
+    assert len([w for w in caught if "Attention sinks" in str(w.message)]) == 1
 
 
 def test_padding_and_the_split_of_the_probe_change_nothing():
@@ -316,7 +326,7 @@ def test_a_full_disk_does_not_end_a_run(model, tmp_path, monkeypatch):
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(UserWarning, match="No space left .* Training goes on without the files of the reference"):
         monitor.save_reference()
     assert list((tmp_path / "matent_reference").iterdir()) == []
