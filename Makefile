@@ -12,7 +12,7 @@ FRAMEWORKS := .venv-frameworks
 # Each test uses one thread. The tests of a file share what is slow to make, so they stay in one process.
 PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # What CI runs of the tests with the oldest releases.
-CORE := $(addprefix tests/,functional accumulate monitor metrics capture transformers lightning)
+CORE := $(addprefix tests/,functional accumulate monitor metrics capture alignment transformers lightning)
 
 .PHONY: demo demo-multimodal demo-llm test check test-oldest test-oldest-core test-newest test-frameworks lint types docs bench bench-gpu bench-rankme clean
 
