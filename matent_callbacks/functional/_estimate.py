@@ -27,7 +27,7 @@ class Projection(NamedTuple):
     """A covariance of unit trace in the space that its products with a block of probes span."""
 
     inside: Tensor
-    """``(n, n)``: the covariance in an orthonormal basis of that space, beginning with one of the probes."""
+    """``(n, n)``: the covariance in an orthonormal basis of that space, whose first vectors span the probes."""
     start: Tensor
     """``(b, b)``: the probes in that basis."""
     left: Tensor

@@ -182,7 +182,8 @@ def _principal(features: Tensor, product: Tensor, directions: int) -> Tensor:
     else:
         basis, inside, _ = spanned(product.matmul, normal(len(product), probes, 0, product), _PRODUCTS)
         # Without any variance there are no products, and no basis.
-        basis, inside = (torch.where(torch.isfinite(inside).all(), found, 0.0) for found in (basis, inside))
+        usable = torch.isfinite(inside).all()
+        basis, inside = (torch.where(usable, found, 0.0) for found in (basis, inside))
         eigenvalues, vectors = torch.linalg.eigh(inside)
         vectors = basis @ vectors
     eigenvalues, vectors = eigenvalues.flip(-1)[:directions], vectors.flip(-1)[:, :directions]

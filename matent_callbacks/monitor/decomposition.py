@@ -19,6 +19,7 @@ from matent_callbacks.functional._estimate import STEPS, Estimate, Projection, e
 from matent_callbacks.functional._precision import full_precision, is_reduced_on_cpu
 from matent_callbacks.functional.entropy import renyi_2_of_squares, summarized
 from matent_callbacks.functional.spectrum import over_trace, solved
+from matent_callbacks.monitor.recording import part
 from matent_callbacks.monitor.solvers import side_by_side
 
 # The most numbers in matrices that are decomposed in one call. Large matrices gain nothing from a common call, which
@@ -56,7 +57,8 @@ def decompose(
     matrices = {unit: own for unit, own in work.items() if not isinstance(own, TokenPairs)}
     pairs = {unit: own for unit, own in work.items() if isinstance(own, TokenPairs)}
     work.clear()
-    return _decomposed(matrices, names, estimated) | _compared(pairs, names)
+    with part("decompose"):
+        return _decomposed(matrices, names, estimated) | _compared(pairs, names)
 
 
 def _compared(pairs: dict[Unit, TokenPairs], names: Mapping[Unit, list[str]]) -> dict[Unit, Tensor]:

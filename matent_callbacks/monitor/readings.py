@@ -22,7 +22,6 @@ from matent_callbacks.monitor.decomposition import (
     NONFINITE,
     WIDE,
     Unit,
-    Work,
     decompose,
     estimated_sources,
     spectrum_names,
@@ -116,7 +115,7 @@ class PendingReadings:
                     raise
                 self._error = self._error or error  # raised on all ranks by `result`
         estimated = frozenset[Source]() if solver == "exact" else estimated_sources(metrics)
-        self._decompose = partial(_decompose, estimated=estimated)
+        self._decompose = partial(decompose, estimated=estimated)
         self._names = {
             unit: _names(unit[0], metrics, width, estimated=unit[0] in estimated)
             for unit, width in gathered.widths.items()
@@ -220,13 +219,6 @@ class PendingReadings:
                 difference = values.get("holevo_information", math.nan) - values.pop(_WITHIN)
                 values["holevo_information"] = 0.0 if difference < 0 else difference  # only rounding is negative
         return readings
-
-
-def _decompose(
-    work: dict[Unit, Work], names: Mapping[Unit, list[str]], estimated: frozenset[Source]
-) -> dict[Unit, Tensor]:
-    with part("decompose"):
-        return decompose(work, names, estimated=estimated)
 
 
 def _error(source: Source) -> str:
