@@ -57,21 +57,25 @@ class Events:
         reader: Reader,
         guard: Guard,
         *,
-        discard: Callable[[str], None] | None,
-        whole_sequences: bool,
-        only_in_loss: bool,
+        discard: Callable[[str], None] | None = None,
+        whole_sequences: bool = True,
+        only_in_loss: bool = False,
     ) -> None:
+        """``discard(key)`` makes the reader forget what it was called with for a layer.
+
+        ``only_in_loss``: of the tokens of the masks, those whose label says that they count in the loss.
+        """
         self.seen = Seen()
         self.wanted = Wanted()
         self.runs_eagerly = False
         """Whether a compiled module is being re-executed, to be read."""
-        self._model = model
-        self._layers = layers
+        self.model = model
+        self.layers = layers
         self._reader = reader
-        self._guard = guard
+        self.guard = guard
         self._discard = discard
         self._whole_sequences = whole_sequences
-        self._only_in_loss = only_in_loss
+        self.only_in_loss = only_in_loss
         self._read_modules = frozenset(point.module for point in layers.points)
         # The layers inside each transformer: its call on other tokens is a new pass over them.
         self._inside_of = {
@@ -108,7 +112,7 @@ class Events:
         call.has_gradients = torch.is_grad_enabled() if around is None else forward.has_gradients()
         forward.calls.append(call)
         forward.awaits_forward = True
-        with self._guard("all"):
+        with self.guard("all"):
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
             if around is None:
@@ -138,7 +142,7 @@ class Events:
             return True
         if not forward.is_new_pass(module, arguments, around):
             return False
-        forward.is_past_embeddings &= module is not self._layers.owner
+        forward.is_past_embeddings &= module is not self.layers.owner
         forward.packing, forward.packed_by = None, ()
         for key in self._inside_of[module]:
             held = forward.held.pop((key, forward.passes[key]), None)
@@ -169,7 +173,7 @@ class Events:
         try:
             self.enter(module, module, args, kwargs)
             self._forwards[threading.get_ident()].awaits_forward = False
-            points = [point for point in self._layers.points if point.module is module]
+            points = [point for point in self.layers.points if point.module is module]
             for point in points:
                 forward = functools.partial(self.call_point, point, module, forward)
             return forward(*args, **kwargs)
@@ -180,8 +184,8 @@ class Events:
         thread = threading.get_ident()
         is_outermost = thread not in self._labels
         try:
-            with self._guard("all"):
-                labels = self._labels.setdefault(thread, Labels(self._model, self.wanted.labels))
+            with self.guard("all"):
+                labels = self._labels.setdefault(thread, Labels(self.model, self.wanted.labels))
                 labels.collect(module, named_arguments(module, args, kwargs))
             return forward(*args, **kwargs)
         finally:
@@ -207,7 +211,7 @@ class Events:
     ) -> None:
         if torch.compiler.is_compiling():
             return
-        with self._guard("all"):
+        with self.guard("all"):
             self.seen.ran.add(watched)
             if self._forward is not None:
                 arguments = named_arguments(module, args, kwargs)
@@ -228,7 +232,7 @@ class Events:
             return
         forward = self._forward
         has_gradients = torch.is_grad_enabled() if forward is None else forward.has_gradients()
-        with self._guard(point.key), torch.no_grad():
+        with self.guard(point.key), torch.no_grad():
             self.seen.called.add(point.key)
             if not self._is_read(module):
                 return
@@ -277,7 +281,7 @@ class Events:
             self._record(key, reading)
 
     def _record(self, key: str, reading: Reading) -> None:
-        with self._guard(key), torch.no_grad(), _reading:
+        with self.guard(key), torch.no_grad(), _reading:
             self.seen.passes[key] += 1
             self._reader(key, *reading)
 
@@ -302,9 +306,9 @@ class Events:
 
     def _new_forward(self) -> Forward:
         labels = None
-        if self._only_in_loss:
-            labels = self._labels.get(threading.get_ident()) or Labels(self._model, self.wanted.labels)
-        return Forward(Masks(self._model, self.wanted.mask), self.wanted.samples, labels)
+        if self.only_in_loss:
+            labels = self._labels.get(threading.get_ident()) or Labels(self.model, self.wanted.labels)
+        return Forward(Masks(self.model, self.wanted.mask), self.wanted.samples, labels)
 
     @property
     def _forward(self) -> Forward | None:

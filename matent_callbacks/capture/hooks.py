@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance
-from matent_callbacks.capture.events import Events, Guard, Reader, Wanted
+from matent_callbacks.capture.events import Events, Wanted
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.inference import inference_depth, preserved
-from matent_callbacks.capture.layers import Layers, ReadPoint
+from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.purpose import AdapterState
 from matent_callbacks.capture.stack import ancestries
 
@@ -33,34 +33,8 @@ class Capture:
     show which document a token belongs to.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        reader: Reader,
-        guard: Guard,
-        *,
-        discard: Callable[[str], None] | None = None,
-        whole_sequences: bool = True,
-        only_in_loss: bool = False,
-    ) -> None:
-        """``discard(key)`` makes the reader forget what it was called with for a layer.
-
-        ``only_in_loss``: of the tokens of the masks, those whose label says that they count in the loss.
-        """
-        self._model = model
-        self._layers = layers
-        self._guard = guard
-        self._only_in_loss = only_in_loss
-        self._events = Events(
-            model,
-            layers,
-            reader,
-            guard,
-            discard=discard,
-            whole_sequences=whole_sequences,
-            only_in_loss=only_in_loss,
-        )
+    def __init__(self, events: Events) -> None:
+        self._events = events
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -94,15 +68,15 @@ class Capture:
             labels=labels,
             inference_depth=inference_depth(),
         )
-        with self._guard("all"):
-            entrance = compiled_entrance(self._model, self._layers)
+        with self._events.guard("all"):
+            entrance = compiled_entrance(self._events.model, self._events.layers)
             if entrance is None:
                 self._undo.extend(self._hooks())
             else:
                 self._undo.append(before_calls(entrance, self._read_eagerly))
-                self._undo.extend(self._around(ancestries(self._model)[entrance][:-1]))
+                self._undo.extend(self._around(ancestries(self._events.model)[entrance][:-1]))
             # After the hooks: they replace `forward` methods, by which the state of the adapters is recognised.
-            wanted.adapters = AdapterState(self._model) if same_adapters else None
+            wanted.adapters = AdapterState(self._events.model) if same_adapters else None
 
     def close(self) -> None:
         """Remove the hooks and drop every reference to the forward."""
@@ -139,14 +113,15 @@ class Capture:
 
     def _hooks(self) -> Iterator[Callable[[], None]]:
         """Register hook by hook, yielding how to remove each: if one fails, those before it can still be removed."""
-        chain, inside, points = self._layers.chain, self._layers.inside, self._layers.points
-        hooked = [module for module in chain if module not in self._layers.unhooked]
-        yield from self._around(self._layers.around)
+        layers = self._events.layers
+        chain, inside, points = layers.chain, layers.inside, layers.points
+        hooked = [module for module in chain if module not in layers.unhooked]
+        yield from self._around(layers.around)
         for module in hooked:
             enter = functools.partial(self._events.enter, module)
             yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
         for module in inside:
-            if module in self._layers.unhooked:
+            if module in layers.unhooked:
                 yield around_calls(module, self._events.call_inside, replicas=False)
             else:
                 collect = functools.partial(self._events.collect_inside, module)
@@ -161,11 +136,11 @@ class Capture:
 
     def _around(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
         """Look for labels among the arguments of modules around what is hooked."""
-        for module in modules if self._only_in_loss else ():
+        for module in modules if self._events.only_in_loss else ():
             yield around_calls(module, self._events.call_around, replicas=False)
 
     def _read_hook(self, point: ReadPoint) -> Callable[[], None]:
-        if point.module in self._layers.unhooked:
+        if point.module in self._events.layers.unhooked:
             return around_calls(point.module, functools.partial(self._events.call_point, point), replicas=False)
         if point.where == "input":
             before = functools.partial(self._events.read_input, point)
@@ -177,7 +152,7 @@ class Capture:
             return
         self._events.runs_eagerly = True
         try:
-            with self._guard("all"), preserved(module), self.uncompiled():
+            with self._events.guard("all"), preserved(module), self.uncompiled():
                 call_eagerly(module, args, kwargs)
         finally:
             self._events.runs_eagerly = False

@@ -16,6 +16,7 @@ from matent_callbacks.accumulate.catalogue import Embedding, Source
 from matent_callbacks.accumulate.layer_statistics import OF_VECTORS, LayerAccumulator
 from matent_callbacks.accumulate.moments import Moments
 from matent_callbacks.accumulate.sequence_mean import SequenceMean
+from matent_callbacks.capture.events import Events
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import run, side_effect_free
 from matent_callbacks.capture.layers import Layers
@@ -190,7 +191,7 @@ class _Reader:
         self._takes_vectors = takes_vectors
         self._exclude_sinks = exclude_sinks
         self._device = device
-        self._capture = Capture(model, layers, self._record, lambda layer: nullcontext())
+        self._capture = Capture(Events(model, layers, self._record, lambda layer: nullcontext()))
         self._shape = torch.Size()
         self._entropies: dict[str, Tensor] = {}
         self._sinks: dict[str, Tensor] = {}

@@ -23,6 +23,7 @@ from matent_callbacks.accumulate.layer_statistics import LayerAccumulator, check
 from matent_callbacks.accumulate.probe_tokens import ProbeTokens
 from matent_callbacks.accumulate.reduction import check_groups
 from matent_callbacks.capture.batches import check_batch
+from matent_callbacks.capture.events import Events
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import device_of, run, side_effect_free, to_device
@@ -178,7 +179,7 @@ class EntropyMonitor:
         self._comparison: Comparison | None = None
         self._layers = resolve_layers(model, layers, module=module, layer_offset=layer_offset)
         self._recording = Recording(self._empty(), on_error, process_group, context_group)
-        self._capture = Capture(
+        events = Events(
             model,
             self._layers,
             self._recording.record,
@@ -187,6 +188,7 @@ class EntropyMonitor:
             whole_sequences=self._recording.has_whole_sequences,
             only_in_loss=tokens == "labels",
         )
+        self._capture = Capture(events)
         self.remembered = Remembered()
 
     @property
