@@ -34,7 +34,7 @@ class Wanted:
     """Which forwards count, and which of their tokens."""
 
     training_only: bool = False
-    """Only those in training mode with gradients."""
+    """Only those with gradients."""
     adapters: AdapterState | None = None
     """Only those with these adapters active; None: with any."""
     mask: Tensor | None = None
@@ -117,7 +117,7 @@ class Events:
             arguments = named_arguments(module, args, kwargs)
             if around is None:
                 forward.graph_task = torch._C._current_graph_task_id()
-                is_wanted = (self.runs_eagerly or self.is_wanted(module)) and not (_in_backward() and self._has_counted)
+                is_wanted = (self.runs_eagerly or self.is_wanted()) and not (_in_backward() and self._has_counted)
             else:
                 is_wanted = around.counts
             # A cache that the caller of the model fills; or the model's own forward, which decodes in a loop.
@@ -291,18 +291,21 @@ class Events:
             return forward.counts and not _in_backward(since=forward.graph_task)
         if _in_backward() or self._is_of_another() or is_generating(self._read_modules):
             return False
-        return self.runs_eagerly or not self.wanted.training_only or module.training
+        # Called alone, where recomputation that runs without gradients at first cannot be told from inference.
+        is_training = module.training or torch.is_grad_enabled()
+        return self.runs_eagerly or not self.wanted.training_only or is_training
 
     def _is_of_another(self) -> bool:
         """Whether this forward is the inference of another reader, such as a second callback's probe."""
         return inference_depth() > self.wanted.inference_depth
 
-    def is_wanted(self, module: nn.Module) -> bool:
+    def is_wanted(self) -> bool:
+        """Whether a forward that begins now is read, as far as its surroundings tell."""
         if self._is_of_another():
             return False
         if self.wanted.adapters is not None and not self.wanted.adapters.unchanged():
             return False
-        return not self.wanted.training_only or (module.training and torch.is_grad_enabled())
+        return not self.wanted.training_only or torch.is_grad_enabled()
 
     def _new_forward(self) -> Forward:
         labels = None

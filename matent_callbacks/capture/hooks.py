@@ -26,11 +26,11 @@ class Capture:
     value contains no tensor. ``vectors`` ``(B, d)`` is one vector per sequence, where a module returns it along with
     its tokens. Generation does not count: a forward inside a ``generate`` of the model, or one that is given a
     key-value cache with tokens, unless the model makes that cache itself, as prefix tuning does. Of several calls of a
-    layer in one pass over the same tokens the last one counts. With ``training_only``, only forwards in training mode
-    with gradients count; with ``same_adapters``, only those with the adapters that were active at :meth:`open`.
-    Recomputation by gradient checkpointing never counts, nor does the inference of another reader. Compiled modules are
-    re-executed eagerly, and read there. Without ``whole_sequences`` a packed batch is an error: part of a row does not
-    show which document a token belongs to.
+    layer in one pass over the same tokens the last one counts. With ``training_only``, only forwards with gradients
+    count; with ``same_adapters``, only those with the adapters that were active at :meth:`open`. Recomputation by
+    gradient checkpointing never counts, nor does the inference of another reader. Compiled modules are re-executed
+    eagerly, and read there. Without ``whole_sequences`` a packed batch is an error: part of a row does not show which
+    document a token belongs to.
     """
 
     def __init__(self, events: Events) -> None:
@@ -148,7 +148,7 @@ class Capture:
         return point.module.register_forward_hook(functools.partial(self._events.read, point), with_kwargs=True).remove
 
     def _read_eagerly(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._events.runs_eagerly or not self._events.is_wanted(module):
+        if self._events.runs_eagerly or not self._events.is_wanted():
             return
         self._events.runs_eagerly = True
         try:

@@ -236,7 +236,7 @@ class EntropyMonitor:
         """Start reading forwards, for where a ``with monitor:`` block cannot be used.
 
         Args:
-            training_only: Leave out forwards that are not in training mode with gradients.
+            training_only: Leave out forwards without gradients.
             same_adapters: Leave out forwards with other PEFT adapters active than now, such as those of a reference
                 model that is the policy with its adapter disabled.
             attention_mask: ``(B, T)``, for models that are not given one; it overrides the model's own.

@@ -193,8 +193,8 @@ def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers
         )
     if cause == "uncounted":
         return (
-            f"{unread} Their forwards are not counted: they were handed a key-value cache, or were not in training "
-            "mode with gradients."
+            f"{unread} Their forwards are not counted: they were handed a key-value cache, or had no gradients where "
+            "only training is read."
         )
     names = ", ".join(dict.fromkeys(_names_that_would_work(empty, seen, layers, model))) or "none that is known"
     return (

@@ -183,6 +183,19 @@ def test_generation_inside_a_step_does_not_count():
     assert logged[0] == logged[1]
 
 
+def test_a_model_that_trains_in_evaluation_mode_is_read():  # as `from_pretrained` returns it
+    model = llama(layers=2, dropout=0.0)
+    logged: Logged = []
+    for training in (False, True):
+        monitor = LoopMonitor(model.train(training), 1, log=lambda v, step: logged.append((step, v)), on_error="raise")
+        with monitor.step(1):
+            model(**batch(1))
+            with torch.no_grad():
+                model(**batch(2))
+        monitor.close()
+    assert logged[0] == logged[1]
+
+
 def test_a_resumed_run_has_the_reference_of_its_start():
     probe = batch(40)
     whole, _, _ = train(plain(probe=probe, reference="start"))
