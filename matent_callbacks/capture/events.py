@@ -18,7 +18,14 @@ from matent_callbacks.capture.inference import inference_depth
 from matent_callbacks.capture.labels import Labels
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.purpose import AdapterState, functions_running, has_filled_cache, is_generating
+from matent_callbacks.capture.purpose import (
+    AdapterState,
+    backward_pass,
+    functions_running,
+    has_filled_cache,
+    in_backward,
+    is_generating,
+)
 from matent_callbacks.capture.stack import is_hugging_face
 from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
 
@@ -116,8 +123,8 @@ class Events:
             self.seen.ran.add(watched)
             arguments = named_arguments(module, args, kwargs)
             if around is None:
-                forward.graph_task = torch._C._current_graph_task_id()
-                is_wanted = (self.runs_eagerly or self.is_wanted()) and not (_in_backward() and self._has_counted)
+                forward.graph_task = backward_pass()
+                is_wanted = (self.runs_eagerly or self.is_wanted()) and not (in_backward() and self._has_counted)
             else:
                 is_wanted = around.counts
             # A cache that the caller of the model fills; or the model's own forward, which decodes in a loop.
@@ -128,7 +135,7 @@ class Events:
             call.is_again = not self._begins_pass(forward, watched, arguments, forward.calls[:-1])
             forward.collect(watched, arguments, is_given=True)
             if call.counts:
-                forward.find_packing(arguments, numbered=_may_number(watched, arguments))
+                forward.find_packing(watched, arguments)
                 if forward.packing is not None and not self._whole_sequences:
                     raise ValueError(
                         "a batch is packed, so `context_group` does not tell whose tokens are one document."
@@ -237,7 +244,7 @@ class Events:
             if not self._is_read(module):
                 return
             self.seen.counted = True
-            self._has_counted |= not _in_backward()
+            self._has_counted |= not in_backward()
             hidden_states = first_tensor(value)
             mask = None
             if hidden_states is not None:
@@ -288,8 +295,8 @@ class Events:
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward
         if forward is not None:
-            return forward.counts and not _in_backward(since=forward.graph_task)
-        if _in_backward() or self._is_of_another() or is_generating(self._read_modules):
+            return forward.counts and not in_backward(since=forward.graph_task)
+        if in_backward() or self._is_of_another() or is_generating(self._read_modules):
             return False
         # Called alone, where recomputation that runs without gradients at first cannot be told from inference.
         is_training = module.training or torch.is_grad_enabled()
@@ -316,21 +323,3 @@ class Events:
     @property
     def _forward(self) -> Forward | None:
         return self._forwards.get(threading.get_ident())
-
-
-def _may_number(module: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the numbers of a mask may be those of documents, as far as it is known without a wait.
-
-    Kernels for variable lengths make use of such numbers, if they are taught to. For others a mask says yes or no.
-    """
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2:
-        return mask.numel() > 0 and mask.amax().item() > 1
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return isinstance(mask, Tensor) and "flash" in str(implementation)
-
-
-def _in_backward(since: int = -1) -> bool:
-    """Whether this thread is in another backward pass than the one with graph task ``since`` (-1: in any)."""
-    # torch.utils.checkpoint itself tells recomputation from a forward this way.
-    return torch._C._current_graph_task_id() != since

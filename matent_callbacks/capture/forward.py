@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from matent_callbacks.capture.labels import Labels, Unlabelled
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
-from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing
+from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing, may_number
 from matent_callbacks.capture.purpose import functions_running
 
 
@@ -123,13 +123,13 @@ class Forward:
         if self.labels is not None:
             self.labels.collect(module, arguments)
 
-    def find_packing(self, arguments: Mapping[str, Any], *, numbered: bool) -> None:
-        """Look whether the batch is packed, unless an outer module was called with the same arguments."""
+    def find_packing(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Look whether the batch is packed, unless a module around ``module`` was called with the same arguments."""
         by = tuple(arguments.get(name) for name in PACKED_BY)
         if len(by) == len(self.packed_by) and all(a is b for a, b in zip(by, self.packed_by, strict=True)):
             return
         self.packed_by = by
-        self.packing = find_packing(arguments, numbered=numbered) or self.packing
+        self.packing = find_packing(arguments, numbered=may_number(module, arguments)) or self.packing
 
     def tokens(
         self, point: ReadPoint, hidden_states: Tensor, arguments: Callable[[], dict[str, Any]], seen: Seen

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from matent_callbacks.capture.masks import allowed
 from matent_callbacks.capture.sharded import on_whole
@@ -50,6 +50,18 @@ class Packing(NamedTuple):
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """``(B, T, d)`` to ``(S, L, d)``."""
         return on_whole(hidden_states, lambda whole: whole.flatten(0, 1)[self.tokens.to(whole.device)])
+
+
+def may_number(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a mask may be those of documents, as far as it is known without a wait.
+
+    Kernels for variable lengths make use of such numbers, if they are taught to. For others a mask says yes or no.
+    """
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2:
+        return mask.numel() > 0 and mask.amax().item() > 1
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return isinstance(mask, Tensor) and "flash" in str(implementation)
 
 
 def find_packing(arguments: Mapping[str, Any], *, numbered: bool = False) -> Packing | None:

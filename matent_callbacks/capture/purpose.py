@@ -1,4 +1,4 @@
-"""Tells what a forward is for: by the functions that it runs in, its cache, and the adapters that are active."""
+"""Tells what a forward is for: by the functions and the backward pass that it runs in, its cache, its adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from matent_callbacks.capture.values import all_modules
@@ -40,6 +41,17 @@ def functions_running() -> int:
         code = frame.f_code
         count += code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
     return count
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this thread is in; -1: in none."""
+    # torch.utils.checkpoint itself tells recomputation from a forward this way.
+    return torch._C._current_graph_task_id()
+
+
+def in_backward(since: int = -1) -> bool:
+    """Whether this thread is in another backward pass than ``since`` (-1: in any)."""
+    return backward_pass() != since
 
 
 def has_filled_cache(arguments: Mapping[str, Any]) -> bool:

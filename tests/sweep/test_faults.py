@@ -92,7 +92,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
     [
         (matent_callbacks.capture.forward, "find_packing"),
         (matent_callbacks.capture.events, "first_tensor"),
-        (matent_callbacks.capture.events, "_in_backward"),
+        (matent_callbacks.capture.events, "in_backward"),
         (matent_callbacks.capture.hooks, "compiled_entrance"),
         (matent_callbacks.monitor.entropy_monitor, "PendingReadings"),
         (Recording, "record"),
