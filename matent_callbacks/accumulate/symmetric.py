@@ -23,20 +23,6 @@ from torch import Tensor
 _STRIP = 128
 
 
-def pack_symmetric(matrix: Tensor) -> Tensor:
-    """Pack a symmetric ``(d, d)`` matrix into ``(ceil(d / 2), d + 1)``."""
-    d = matrix.shape[0]
-    half = (d + 1) // 2
-    rest = d - half
-    lower_right = matrix[half:, half:]
-    packed = matrix.new_zeros(half, d + 1)
-    packed[:rest, 0] = lower_right.diagonal()
-    packed[:, 1:] = matrix[:half]
-    square = packed[:, 1 : half + 1].tril_()
-    square[:rest, :rest] += lower_right.triu(1)
-    return packed
-
-
 def add_second_moment(packed: Tensor, z: Tensor) -> None:
     """Add ``z.T @ z`` of ``(N, d)`` to a packed ``(ceil(d / 2), d + 1)`` in place.
 
@@ -62,11 +48,6 @@ def add_second_moment(packed: Tensor, z: Tensor) -> None:
         product = own.T @ own
         packed[start:end, 0] += product.diagonal()
         square[start:end, start:end] += product.triu_(1)
-
-
-def unpack_symmetric(packed: Tensor) -> Tensor:
-    """The symmetric ``(d, d)`` matrix of a packed ``(ceil(d / 2), d + 1)``."""
-    return symmetric(lower_triangle(packed))
 
 
 def lower_triangle(packed: Tensor) -> Tensor:

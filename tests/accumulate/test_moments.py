@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from matent_callbacks.accumulate.moments import empty_moments, merge_moments, scatter_about
 from matent_callbacks.accumulate.pooled_tokens import PooledTokens
 from matent_callbacks.accumulate.sequences import in_groups
-from matent_callbacks.accumulate.symmetric import unpack_symmetric
+from matent_callbacks.accumulate.symmetric import lower_triangle, symmetric
 
 WIDTH = 6
 
@@ -63,7 +63,7 @@ def test_moments_are_those_of_all_tokens_however_they_came(center):
     for way, moments in ways.items():
         counts = (moments.num_tokens.item(), moments.num_sequences.item(), moments.num_nonfinite.item())
         assert counts == (len(z), 12, 0), way
-        assert_close(unpack_symmetric(moments.scatter), scatter.float(), rtol=1e-4, atol=2e-3, msg=way)
+        assert_close(symmetric(lower_triangle(moments.scatter)), scatter.float(), rtol=1e-4, atol=2e-3, msg=way)
         if center == "sequence":
             assert moments.mean.shape == (0,)
         else:
@@ -84,7 +84,7 @@ def test_scatter_about_another_mean():
     z = rows(*batches(0))
     about = z.mean(0) + torch.arange(WIDTH)
     before = moments.scatter.clone()
-    assert_close(unpack_symmetric(scatter_about(moments, about)), (z - about).T @ (z - about))
+    assert_close(symmetric(lower_triangle(scatter_about(moments, about))), (z - about).T @ (z - about))
     assert torch.equal(moments.scatter, before)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle, pack_symmetric, unpack_symmetric
+from matent_callbacks.accumulate.symmetric import add_second_moment, lower_triangle, symmetric
+from tests.accumulate.packed import pack
 
 
 # Narrow and wide enough to be halved, even and odd.
@@ -18,8 +19,8 @@ def test_packed_is_the_matrix_in_half_of_the_numbers(d):
     packed = z.new_zeros((d + 1) // 2, d + 1)
     add_second_moment(packed, z)
     assert packed.numel() == (d + 1) // 2 * (d + 1)
-    assert_close(packed, pack_symmetric(expected))
-    assert_close(unpack_symmetric(packed), expected)
+    assert_close(packed, pack(expected))
+    assert_close(symmetric(lower_triangle(packed)), expected)
     assert_close(lower_triangle(packed).tril(), expected.tril())
     # What is not filled in must not be left to chance: it is added, compared and sent.
     assert torch.isfinite(packed).all()

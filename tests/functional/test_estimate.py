@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from matent_callbacks import EntropyMonitor
-from matent_callbacks.accumulate.symmetric import blocks, pack_symmetric
+from matent_callbacks.accumulate.symmetric import blocks
 from matent_callbacks.functional import _estimate
 from matent_callbacks.functional._estimate import estimates, project
+from tests.accumulate.packed import pack
 
 WIDTH = 1024
 
@@ -51,9 +52,9 @@ def test_estimates_are_within_their_error_and_the_rest_is_exact(name, directions
     assert one.squares.tolist() == pytest.approx([shares.square().sum().item()] * 4, rel=1e-5)
     assert one.top[0, :16].tolist() == pytest.approx(shares[:16].tolist(), rel=2e-3)
     # In blocks it is the same, and it is the same again.
-    again = estimates([project(blocks(pack_symmetric(7 * matrix)))], WIDTH)
+    again = estimates([project(blocks(pack(7 * matrix)))], WIDTH)
     assert again.entropy.item() == pytest.approx(one.entropy[0].item(), abs=3e-4)
-    assert torch.equal(again.entropy, estimates([project(blocks(pack_symmetric(7 * matrix)))], WIDTH).entropy)
+    assert torch.equal(again.entropy, estimates([project(blocks(pack(7 * matrix)))], WIDTH).entropy)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 20])
