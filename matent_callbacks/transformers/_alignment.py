@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 
 from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.alignment.statistics import Stages
-from matent_callbacks.callbacks.guard import Guard, guarded
+from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
 from matent_callbacks.transformers._measuring import MeasuringCallback
@@ -138,17 +138,8 @@ class AlignmentCallback(MeasuringCallback):
     def begin(self, state: TrainerState) -> None:
         warn_if_never_due(self.every_n_steps, state.max_steps, at_end=True)
 
-    @guarded
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if not self._summarized and logs is not None:
+    def was_written(self, logs: Mapping[str, Any]) -> None:
+        if not self._summarized:
             self._summarized = summarize_by_maximum(self.trainer, self.guard, *self._alignment.summarized_by_maximum)
 
     def step_values(self, state: TrainerState) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, ClassVar
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from matent_callbacks.callbacks.guard import Guard, without_run
 from matent_callbacks.callbacks.state_keys import StateKey, refusing
@@ -56,12 +56,10 @@ class AttachedCallback(TrainerCallback):
         """Whether this is the callback's Trainer; no longer so once the callback was removed from it."""
         return self.trainer is trainer and self in trainer.callback_handler.callbacks
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.find_trainer()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A search over hyperparameters trains several times.
         self.start_over()
         self.find_trainer()

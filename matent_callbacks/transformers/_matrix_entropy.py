@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState
 
 from matent_callbacks.accumulate.catalogue import Embedding, Solver
 from matent_callbacks.callbacks.charts import Charts
@@ -235,26 +235,13 @@ class MatrixEntropyCallback(MeasuringCallback):
                 log_settings(self.trainer, self.settings, self.guard)
         self._show_pictures()
 
-    @guarded
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.trainer is None:
-            return
+    def was_written(self, logs: Mapping[str, Any]) -> None:
         with self.guard("the choice of charts"):
             runs = wandb_runs(self.trainer)
-            self._run.hide_charts(logs or (), runs, sent_as=wandb_name, step_metric="train/global_step")
+            self._run.hide_charts(logs, runs, sent_as=wandb_name, step_metric="train/global_step")
 
     @guarded
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_end(args, state, control, **kwargs)
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         here = state.global_step, state.epoch

@@ -98,36 +98,34 @@ class MeasuringCallback(AttachedCallback):
             with self.guard("the progress bar"):
                 _show_in_bar(self.trainer, values)
 
+    def was_written(self, logs: Mapping[str, Any]) -> None:
+        """Called with each log record, with our values in it and before the reporters have it."""
+
     # Events
 
     @guarded
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log_pending()  # where a Trainer of the user's does not call what is wrapped
 
     @guarded
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._pending_step = state.global_step
         self._pending.update(self.step_values(state))
 
     @guarded
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log_pending()
 
     @guarded
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if logs is None:
-            return
+        if logs is not None and self.trainer is not None:
+            self._complete(state, logs)
+            self.was_written(logs)
+
+    def _complete(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Put the values of this step or evaluation into its record."""
         if self._joined_late:
             self._finish_late_evaluation(logs)
         elif state.global_step != self._pending_step:
@@ -139,9 +137,7 @@ class MeasuringCallback(AttachedCallback):
             state.log_history[-1].update(pending)
             self.was_logged(pending)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer is not None:
             return
         self.find_trainer()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.observers import (
@@ -51,12 +51,7 @@ class ObservingCallback(AttachedCallback):
 
     @guarded
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         watched = self.observer.watched(logs or {})
         if logs is None or not watched:
@@ -77,13 +72,11 @@ class ObservingCallback(AttachedCallback):
         call_action(self.observer, alarms, self.guard)
 
     @guarded
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.observer.unlogged.was_evaluated = True
 
     @guarded
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Only now: an evaluation on several data sets makes several records, and so may several callbacks.
         unlogged = self.observer.unlogged
         if state.global_step != unlogged.start:
@@ -91,9 +84,7 @@ class ObservingCallback(AttachedCallback):
             unlogged.check(lambda: _names(state), state.global_step, self.callbacks_of_trainer, recorded=recorded)
 
     @guarded
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.observer.unlogged.at_end(_names(state))
 
 

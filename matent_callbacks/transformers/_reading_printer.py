@@ -52,9 +52,7 @@ class ReadingPrinter(AttachedCallback):
                 self._replaced.append(printer)
 
     @guarded
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for printer in self._replaced:
             vars(printer).pop("on_log", None)
         self._replaced = []
