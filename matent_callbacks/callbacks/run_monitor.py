@@ -286,24 +286,25 @@ class RunMonitor:
         monitor: Callable[[], EntropyMonitor],
         batch: Any,
         *,
-        own_mask: Tensor | None = None,
+        batch_mask: Tensor | None = None,
         samples: Tensor | None = None,
         training_only: bool = False,
     ) -> None:
         """Put hooks in place.
 
-        ``own_mask`` is used without the argument ``mask``. ``samples`` are those of the batch that count.
+        ``batch_mask`` is used where the model is given none. ``samples`` are those of the batch that count.
         ``training_only`` leaves out forwards without gradients.
         """
         # If this fails, the batch is not read, and this rank contributes less to what is measured.
         with self._guard("batches that no mask could be made of") as making:
-            mask = own_mask if self.mask is None else _mask_of(batch, self.mask)
+            mask = None if self.mask is None else _mask_of(batch, self.mask)
         self.batch_ends()
         if not making.failed:
             self._reading = monitor()
             self._reading.start(
                 same_adapters=True,
                 attention_mask=mask,
+                batch_mask=batch_mask,
                 sample_mask=samples,
                 labels=_labels_of(batch),
                 training_only=training_only,

@@ -46,6 +46,8 @@ class Wanted:
     """Only those with these adapters active; None: with any."""
     mask: Tensor | None = None
     """Overrides the masks that the model is given."""
+    batch_mask: Tensor | None = None
+    """Used where the model is given none."""
     samples: Tensor | None = None
     """``(B,)``: which samples count."""
     labels: Tensor | None = None
@@ -318,7 +320,7 @@ class Events:
         labels = None
         if self.only_in_loss:
             labels = self._labels.get(threading.get_ident()) or Labels(self.model, self.wanted.labels)
-        return Forward(Masks(self.model, self.wanted.mask), self.wanted.samples, labels)
+        return Forward(Masks(self.model, self.wanted.mask, self.wanted.batch_mask), self.wanted.samples, labels)
 
     @property
     def _forward(self) -> Forward | None:

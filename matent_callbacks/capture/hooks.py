@@ -52,18 +52,21 @@ class Capture:
         training_only: bool = False,
         same_adapters: bool = False,
         attention_mask: Tensor | None = None,
+        batch_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> None:
         """Start reading.
 
-        ``attention_mask`` overrides the masks the model is given; ``sample_mask`` applies as well. ``labels`` are used
+        ``attention_mask`` overrides the masks the model is given, ``batch_mask`` is used where it is given none, and
+        ``sample_mask`` applies as well. ``labels`` are used
         where no module is given labels that fit.
         """
         self.close()
         wanted = self._events.wanted = Wanted(
             training_only=training_only,
             mask=attention_mask,
+            batch_mask=batch_mask,
             samples=sample_mask,
             labels=labels,
             inference_depth=inference_depth(),

@@ -22,12 +22,15 @@ Among = Callable[[nn.Module, Mapping[str, Any]], Iterator[tuple[str, Tensor]]]
 class Masks:
     """The masks that were given to the modules around and inside a layer during one forward, outermost first."""
 
-    def __init__(self, model: nn.Module, outer: Tensor | None, *, among: Among | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, outer: Tensor | None, batch: Tensor | None = None, *, among: Among | None = None
+    ) -> None:
         """Start without any.
 
         Args:
             model: The model that is watched.
             outer: ``(B, T)``: holds for every layer, and overrides all masks that ``model`` is given.
+            batch: ``(B, T)``: that of the batch, which holds for every layer if ``model`` is given none.
             among: Finds masks among the arguments of a call, with their names; ``None``: those of attention.
         """
         self._masks: list[_Mask] = []
@@ -35,6 +38,9 @@ class Masks:
         self._outer = None if outer is None else outer.unsqueeze(0) if outer.ndim == 1 else outer
         if self._outer is not None:
             self._masks.append(_Mask(self._outer, "attention_mask", model, is_given=True, of_any_layer=True))
+        self._of_batch: list[_Mask] = []
+        if batch is not None:
+            self._of_batch.append(_Mask(batch, "attention_mask", model, is_given=True, of_any_layer=True))
 
     def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
         """Collect the masks among the arguments that ``module`` is called with, in place of those of its last call.
@@ -60,7 +66,7 @@ class Masks:
             hidden_states: ``(B, T, d)``, ``(T, B, d)`` or ``(B T, d)``.
             modules: Only masks that were given to one of these describe this layer.
         """
-        masks = [mask for mask in self._masks if mask.of_any_layer] or self._masks
+        masks = [mask for mask in self._known if mask.of_any_layer] or self._known
         flat = [mask for mask in masks if mask.tensor.ndim == 2 and mask.is_for(modules)]
         rows = hidden_states.shape[:-1]
         for mask in flat:
@@ -81,6 +87,12 @@ class Masks:
                     return hidden_states, tokens.expand(rows)
         return hidden_states, None
 
+    @property
+    def _known(self) -> list[_Mask]:
+        # A model that is given no mask makes some of its own, of pairs, that know nothing of padding.
+        is_given_none = all(mask.is_of_pairs and not mask.is_given for mask in self._masks)
+        return self._of_batch if self._of_batch and is_given_none else self._masks
+
     def outer(self, shape: torch.Size) -> Tensor | None:
         """Return the mask that holds for every layer, as bool of this shape ``(B, T)``; None if there is none."""
         if self._outer is None:
@@ -100,7 +112,7 @@ class Masks:
 
     def length_of_unfit(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> int | None:
         """Return the length of a mask that marks padding but does not fit these hidden states, if there is one."""
-        for mask in self._masks:
+        for mask in self._known:
             # Hidden states with one vector per sample are not tokens.
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
             if not one_a_sample and mask.is_for(modules) and mask.has_padding():
@@ -118,15 +130,15 @@ class _Mask:
         self.modules = {module}
         self._replaced: set[nn.Module] = set()
         self.of_any_layer = of_any_layer
+        self.is_given = is_given
         self._name = name
-        self._is_given = is_given
         self._tokens: Tensor | None = None
         self._has_padding: bool | None = None
 
     @functools.cached_property
     def values(self) -> Tensor:
         """``(B, T)``, True where a token is valid; for a query-key mask, ``(B, Q, T)``, where a query sees a key."""
-        return allowed(self.tensor, self._name, is_given=self._is_given)
+        return allowed(self.tensor, self._name, is_given=self.is_given)
 
     @property
     def is_of_pairs(self) -> bool:

@@ -223,7 +223,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         given = None if self._draws else batch
         any_steps = not pl_module.automatic_optimization
         step = trainer.global_step
-        self._run.batch_begins(pl_module, given, step=step, any_steps=any_steps, own_mask=_own_mask(given))
+        self._run.batch_begins(pl_module, given, step=step, any_steps=any_steps, batch_mask=_mask_of(given))
 
     @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -277,7 +277,7 @@ class MatrixEntropyCallback(MeasuringCallback):
         given = None if draws else batch
         samples = None if draws else counted_samples(trainer, batch_idx, dataloader_idx)
         self._run.evaluation_batch_begins(
-            pl_module, given, data_set=dataloader_idx, own_mask=_own_mask(given), samples=samples
+            pl_module, given, data_set=dataloader_idx, batch_mask=_mask_of(given), samples=samples
         )
 
     @guarded
@@ -361,7 +361,7 @@ class MatrixEntropyCallback(MeasuringCallback):
             self._run.hide_charts(names, runs_of_wandb(trainer), step_metric="trainer/global_step")
 
 
-def _own_mask(batch: Any) -> Tensor | None:
-    """Return the mask in a batch, which the module may not have passed on to the model."""
+def _mask_of(batch: Any) -> Tensor | None:
+    """Return the mask in a batch, which the module may not pass on to the model."""
     own = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return own if isinstance(own, Tensor) and own.ndim == 2 else None

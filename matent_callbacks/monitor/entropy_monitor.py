@@ -230,6 +230,7 @@ class EntropyMonitor:
         training_only: bool = False,
         same_adapters: bool = False,
         attention_mask: Tensor | None = None,
+        batch_mask: Tensor | None = None,
         sample_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> None:
@@ -240,6 +241,7 @@ class EntropyMonitor:
             same_adapters: Leave out forwards with other PEFT adapters active than now, such as those of a reference
                 model that is the policy with its adapter disabled.
             attention_mask: ``(B, T)``, for models that are not given one; it overrides the model's own.
+            batch_mask: ``(B, T)``, that of the batch, which is used if the model is not given any.
             sample_mask: ``(B,)``, false for samples that do not count, such as the padding samples that a distributed
                 sampler repeats.
             labels: ``(B, T)``: for ``tokens="labels"``, where the model is not given labels, since the loss is computed
@@ -249,6 +251,7 @@ class EntropyMonitor:
             training_only=training_only,
             same_adapters=same_adapters,
             attention_mask=attention_mask,
+            batch_mask=batch_mask,
             sample_mask=sample_mask,
             labels=labels,
         )

@@ -1,4 +1,4 @@
-"""LightningModules that draw their batches themselves, and ones that make their optimizer steps themselves."""
+"""LightningModules that draw or change their batches, and ones that make their optimizer steps themselves."""
 
 from __future__ import annotations
 
@@ -104,6 +104,43 @@ def test_a_mask_cannot_be_made_of_a_batch_that_the_step_draws(tmp_path):
         _, read = fit(module, tmp_path, [MatrixEntropyCallback(2, mask=lambda batch: batch["attention_mask"])])
     assert all(map(math.isnan, read.values()))
     assert len(module.losses) == BATCHES + 2
+
+
+def flipped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.flip(0) for name, tensor in batch.items()}
+
+
+def hidden(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    mask = batch["attention_mask"].clone()
+    mask[:, 1] = 0
+    return {**batch, "attention_mask": mask}
+
+
+def cropped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor[:, :9] for name, tensor in batch.items()}
+
+
+def unmasked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize("changed", [flipped, hidden, cropped, unmasked])
+def test_the_mask_of_the_batch_is_used_only_where_the_model_is_given_none(changed, tmp_path):
+    class Changes(Module):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            given = changed(batch)
+            output = self.model(**given, output_hidden_states=True)
+            mask = given.get("attention_mask", batch["attention_mask"])
+            self.seen.append([(output.hidden_states[-1].detach().clone(), mask)])
+            return output.loss
+
+        validation_step = training_step
+
+    module = Changes()
+    trainer, read = fit(module, tmp_path, [MatrixEntropyCallback(2, on_error="raise")])
+    assert read == {i: pytest.approx(entropy_of(module.seen[i]), rel=1e-5) for i in (1, 3, 5, 7)}
+    validated = [forward for forwards in module.seen[BATCHES:] for forward in forwards]
+    assert trainer.callback_metrics[f"val_{KEY}"].item() == pytest.approx(entropy_of(validated), rel=1e-5)
 
 
 class Manual(Module):
