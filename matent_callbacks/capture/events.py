@@ -97,16 +97,18 @@ class Events:
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
         self._labels: dict[int, Labels] = {}
+        self._masks_alone: dict[int, Masks] = {}
 
     def forget_forwards(self) -> None:
         """Drop every reference to forwards that have not come to their end."""
         self._forwards.clear()
+        self._masks_alone.clear()
 
     def end(self) -> None:
         """Drop every reference to what was read, and to what was wanted."""
         self.wanted = Wanted()
         self._has_counted = False
-        self._forwards.clear()
+        self.forget_forwards()
         self._labels.clear()
 
     # Hooks before and after a module in the chain that is called by `module(...)`. Under nn.DataParallel they also fire
@@ -222,8 +224,10 @@ class Events:
             return
         with self.guard("all"):
             self.seen.ran.add(watched)
-            if self._forward is not None:
-                arguments = named_arguments(module, args, kwargs)
+            arguments = named_arguments(module, args, kwargs)
+            if self._forward is None:
+                self._alone.collect(watched, arguments)
+            else:
                 self._begins_pass(self._forward, watched, arguments, self._forward.calls)
                 self._forward.collect(watched, arguments)
 
@@ -251,9 +255,7 @@ class Events:
             mask = None
             if hidden_states is not None:
                 arguments = functools.partial(named_arguments, module, args, kwargs)
-                hidden_states, mask = (forward or self._new_forward()).tokens(
-                    point, hidden_states, arguments, self.seen
-                )
+                hidden_states, mask = (forward or self._alone).tokens(point, hidden_states, arguments, self.seen)
             reading = Reading(hidden_states, mask, sentence_embedding(value))
             if forward is None:
                 self._record(point.key, reading)
@@ -321,6 +323,13 @@ class Events:
         if self.only_in_loss:
             labels = self._labels.get(threading.get_ident()) or Labels(self.model, self.wanted.labels)
         return Forward(Masks(self.model, self.wanted.mask, self.wanted.batch_mask), self.wanted.samples, labels)
+
+    @property
+    def _alone(self) -> Forward:
+        """For what runs outside of the chain: a forward of its own, with the masks that others outside were given."""
+        forward, own = self._new_forward(), self._masks_alone
+        forward.masks = own.setdefault(threading.get_ident(), forward.masks)
+        return forward
 
     @property
     def _forward(self) -> Forward | None:

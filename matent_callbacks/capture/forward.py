@@ -33,6 +33,8 @@ class Seen:
     """How many passes each layer was read in."""
     unmasked: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The layers whose padding was counted because no mask fitted, with the lengths of mask and hidden states."""
+    perhaps_masks: dict[str, str] = field(default_factory=dict)
+    """The layers that no mask fitted, with the name of an argument that may be one."""
     unlabelled: dict[str, Unlabelled] = field(default_factory=dict)
     """The layers of which a forward was left out since labels do not tell which of its tokens count."""
 
@@ -177,6 +179,8 @@ class Forward:
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
+        elif hidden_states.ndim == 3 and (name := self.masks.unknown(hidden_states, point.masked_by)):
+            seen.perhaps_masks.setdefault(point.key, name)
         if self.samples is None or hidden_states.ndim not in (2, 3):
             return hidden_states, None
         return hidden_states, self._of_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))

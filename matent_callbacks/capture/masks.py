@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matent_callbacks.capture.stack import is_hugging_face
+
 # For masks that are added to scores: exp of anything below is 0 in every floating-point type, so no weight is left.
 _HIDES = -1e4
 NOT_COUNTED = -100
@@ -34,6 +36,7 @@ class Masks:
             among: Finds masks among the arguments of a call, with their names; ``None``: those of attention.
         """
         self._masks: list[_Mask] = []
+        self._unknown: dict[str, tuple[Tensor, nn.Module]] = {}
         self._among = among or _masks_among
         self._outer = None if outer is None else outer.unsqueeze(0) if outer.ndim == 1 else outer
         if self._outer is not None:
@@ -58,6 +61,8 @@ class Masks:
                 self._masks.append(_Mask(tensor, name, module, is_given=is_given))
             else:
                 known.give_to(module)
+        if not (found or is_hugging_face(module)):  # whose masks of padding are known by their names
+            self._unknown.update((name, (tensor, module)) for name, tensor in _perhaps_masks(arguments))
 
     def fitting(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Return hidden states batch first, and which are valid tokens: ``(B, T)`` bool, or None if no mask fits.
@@ -117,6 +122,14 @@ class Masks:
             one_a_sample = hidden_states.shape[:-1].numel() == len(mask.tensor)
             if not one_a_sample and mask.is_for(modules) and mask.has_padding():
                 return mask.tensor.shape[-1]
+        return None
+
+    def unknown(self, hidden_states: Tensor, modules: Collection[nn.Module]) -> str | None:
+        """Return the name of an argument that may be a mask of these hidden states, but does not say of what."""
+        shapes = (hidden_states.shape[:2], hidden_states.shape[:2][::-1])
+        for name, (tensor, module) in self._unknown.items():
+            if module in modules and tensor.shape in shapes and bool(tensor.amin() != tensor.amax()):
+                return name
         return None
 
 
@@ -187,6 +200,12 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
     # An nn.Transformer takes separate masks for its encoder and its decoder.
     if len(padding) == 1 and not isinstance(module, nn.Transformer) and arguments[padding[0]].ndim == 2:
         yield padding[0], arguments[padding[0]]
+
+
+def _perhaps_masks(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.ndim == 2 and (value.dtype == torch.bool or "mask" in name.lower()):
+            yield name, value
 
 
 def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:

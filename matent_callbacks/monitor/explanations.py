@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # The most names, or numbers of ranks, that a message lists.
 _TOLD = 12
+_PASS_ONE = "Pass that of the hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the callback."
 
 Cause = Literal["unwatched", "silent", "uncounted", "masked", "unlabelled", "all NaN", "too few", "not finite"]
 """Why a number is not defined."""
@@ -86,6 +87,8 @@ def messages(
             yield _why_undefined(cause, new, readings, seen, layers, model)
     new_layers = remembered.untold("padding", seen.unmasked)
     yield from _counted_padding({layer: seen.unmasked[layer] for layer in new_layers})
+    new_layers = remembered.untold("perhaps masks", seen.perhaps_masks)
+    yield from _perhaps_padding({layer: seen.perhaps_masks[layer] for layer in new_layers})
     new_layers = remembered.untold("labels", seen.unlabelled)
     yield from _without_labels({layer: seen.unlabelled[layer] for layer in new_layers}, model)
 
@@ -247,8 +250,16 @@ def _counted_padding(unmasked: Mapping[str, tuple[int, int]]) -> Iterator[str]:
         keys = [key for key, own in unmasked.items() if own == lengths]
         yield (
             f"Padding is counted in {', '.join(keys)}: the mask that the model is handed has length {lengths[0]}, the "
-            f"hidden states have {lengths[1]}, and no module around them is handed one that fits. Pass that of the "
-            "hidden states: `attention_mask=` of EntropyMonitor.start, or `mask=` of the callback."
+            f"hidden states have {lengths[1]}, and no module around them is handed one that fits. {_PASS_ONE}"
+        )
+
+
+def _perhaps_padding(named: Mapping[str, str]) -> Iterator[str]:
+    for name in dict.fromkeys(named.values()):
+        keys = [key for key, own in named.items() if own == name]
+        yield (
+            f"Padding is counted in {', '.join(keys)}, if the argument {name!r} marks it: by its name it is not known "
+            f"which tokens count. {_PASS_ONE}"
         )
 
 
