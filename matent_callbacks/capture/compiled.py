@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from matent_callbacks.capture.blocks import ancestries
 from matent_callbacks.capture.layers import Layers
-from matent_callbacks.capture.stack import ancestries
 from matent_callbacks.capture.values import all_modules
 
 BeforeCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -26,7 +26,7 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     if not any(map(_is_compiled, all_modules(model))):
         return None
     above = ancestries(model)
-    for point in layers.points:
+    for point in (each for point in layers.points for each in (point, *point.others)):
         entrance = next((m for m in above.get(point.module, ()) if _is_compiled(m)), None)
         if entrance is None:
             continue

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
 from matent_callbacks.capture.inference import inference_depth
 from matent_callbacks.capture.labels import Labels
+from matent_callbacks.capture.last_state import LastStates
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.purpose import (
@@ -87,12 +88,19 @@ class Events:
         self.only_in_loss = only_in_loss
         self._read_modules = frozenset(point.module for point in layers.points)
         # The layers inside each transformer: its call on other tokens is a new pass over them.
+        own = {layers.owner, layers.stack.owner if layers.stack else None}
         self._inside_of = {
-            module: [point.key for point in layers.points if point.module in set(module.modules())]
+            module: [
+                point.key
+                for point in layers.points
+                if any(each.module in set(module.modules()) for each in (point, *point.others))
+            ]
             for module in (*layers.chain, *layers.inside)
-            if is_hugging_face(module)
+            if is_hugging_face(module) or module in own
         }
-        self._called_again: set[str] = set()
+        self._last_states = LastStates()
+        # Of a layer that may be read at several modules, the last one counts, until it is known which that is.
+        self._called_again = {point.key for point in layers.points if point.others}
         self._has_counted = False
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
@@ -154,8 +162,10 @@ class Events:
         if not forward.is_new_pass(module, arguments, around):
             return False
         forward.is_past_embeddings &= module is not self.layers.owner
+        forward.outputs.pop(module, None)
         forward.packing, forward.packed_by = None, ()
         for key in self._inside_of[module]:
+            forward.tails.pop(key, None)
             held = forward.held.pop((key, forward.passes[key]), None)
             if held is not None:
                 self._record(key, held)
@@ -166,7 +176,9 @@ class Events:
         forward = None if torch.compiler.is_compiling() else self._forward
         if forward is None:
             return
-        forward.calls.pop()
+        call = forward.calls.pop()
+        if forward.calls and call.module in self._inside_of and not is_hugging_face(call.module):
+            forward.outputs[call.module] = first_tensor(output)
         if not forward.calls:
             del self._forwards[threading.get_ident()]
             graded = {key for key, _ in forward.read | forward.held.keys()}
@@ -251,6 +263,11 @@ class Events:
                 return
             self.seen.counted = True
             self._has_counted |= not in_backward()
+            if point.role != "plain":
+                settled = self._settled(forward, point, (*args, *kwargs.values()), value)
+                if settled is None:
+                    return
+                point = settled
             hidden_states = first_tensor(value)
             mask = None
             if hidden_states is not None:
@@ -262,6 +279,22 @@ class Events:
             else:
                 is_alone = self.wanted.training_only and not has_gradients
                 self._read_in_pass(forward, point.key, reading, is_alone=is_alone)
+
+    def _settled(
+        self, forward: Forward | None, point: ReadPoint, given: tuple[Any, ...], value: Any
+    ) -> ReadPoint | None:
+        """Where to read a layer that may be read at several modules, if it is to be read at this one."""
+        key = point.key
+        if forward is None:  # no order of calls is known
+            return point if point.others else None
+        settled = self._last_states.settle(forward.tails, point, given, value)
+        if settled is not None and settled.role == "norm":
+            own = key, forward.passes[key]
+            if own not in forward.read:
+                self._called_again.discard(key)
+            forward.held.pop(own, None)
+            forward.without_gradients.pop(own, None)
+        return settled
 
     def _read_in_pass(self, forward: Forward, key: str, reading: Reading, *, is_alone: bool) -> None:
         """Read one call of a layer, or hold it where another one may follow that counts in its place.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.labels import Labels, Unlabelled
+from matent_callbacks.capture.last_state import Tails, comes_from
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing, may_number
@@ -86,6 +87,11 @@ class Forward:
     """Whether the first block has been called; a block with shared weights is called again, not on embeddings."""
     given: dict[nn.Module, Tensor] = field(default_factory=dict)
     """The tokens that each transformer was called with last."""
+    outputs: dict[nn.Module, Tensor | None] = field(default_factory=dict)
+    """What each transformer of one's own gave in its last call: where it is called on that, the pass goes on."""
+    tails: Tails = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    """The shape of the tokens, images or the like that the model was called with, ``(B, ...)``."""
     packed_by: tuple[Any, ...] = ()
     """The arguments by which it was last looked whether the batch is packed."""
     passes: Counter[str] = field(default_factory=Counter)
@@ -116,11 +122,18 @@ class Forward:
         is_same = tokens is not None and tokens is self.given.get(module)
         if tokens is not None:
             self.given[module] = tokens
+        given = self.outputs.get(module)
+        if given is not None and tokens is not None and tokens.is_floating_point() and comes_from(tokens, given):
+            return False  # blocks that run in a loop
         is_again = any(call.module is module or call.is_again for call in around)
         return not (is_same and is_again)
 
     def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
         """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.collect`."""
+        if is_given and not self.rows:
+            tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+            # What has three dimensions may be embeddings, whose layout is what is asked.
+            self.rows = next((tuple(value.shape) for value in tensors if value.ndim in (2, 4, 5)), ())
         self.masks.collect(module, arguments, is_given=is_given)
         if self.labels is not None:
             self.labels.collect(module, arguments)
@@ -160,7 +173,7 @@ class Forward:
                 every = torch.ones(packing.shape, dtype=torch.bool, device=valid.device)
                 valid = valid & self._in_loss(point, hidden_states, every, seen)[1].flatten()[packing.tokens]
             return packing.unpack(hidden_states), valid
-        if point.sequence_first and hidden_states.ndim == 3:
+        if hidden_states.ndim == 3 and self._is_sequence_first(point, tuple(hidden_states.shape[:2])):
             hidden_states = hidden_states.transpose(0, 1)
         hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is None:
@@ -184,6 +197,12 @@ class Forward:
         if self.samples is None or hidden_states.ndim not in (2, 3):
             return hidden_states, None
         return hidden_states, self._of_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+
+    def _is_sequence_first(self, point: ReadPoint, shape: tuple[int, ...]) -> bool:
+        """Whether hidden states are ``(T, B, d)``; in a model of one's own, the size of the batch comes first."""
+        if not point.is_own or not self.rows or [size == self.rows[0] for size in shape].count(True) != 1:
+            return point.sequence_first
+        return shape[1] == self.rows[0] and (point.sequence_first or shape == self.rows[::-1])
 
     def _in_loss(
         self, point: ReadPoint, hidden_states: Tensor, mask: Tensor | None, seen: Seen

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from matent_callbacks.capture.blocks import ancestries
 from matent_callbacks.capture.calls import around_calls
 from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance
 from matent_callbacks.capture.events import Events, Wanted
@@ -16,7 +17,6 @@ from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.inference import inference_depth, preserved
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.purpose import AdapterState
-from matent_callbacks.capture.stack import ancestries
 
 
 class Capture:
@@ -130,7 +130,8 @@ class Capture:
                 collect = functools.partial(self._events.collect_inside, module)
                 yield module.register_forward_pre_hook(collect, with_kwargs=True).remove
         for point in points:
-            yield self._read_hook(point)
+            for each in (point, *point.others):
+                yield self._read_hook(each)
         for module in chain:
             yield around_calls(module, self._events.call, replicas=module in hooked)
         # Registered after the read points: a module in the chain must be read before its forward ends.

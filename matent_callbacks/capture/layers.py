@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,10 +13,10 @@ from typing import Literal
 
 from torch import nn
 
+from matent_callbacks.capture.blocks import ancestries, clean_name
+from matent_callbacks.capture.own_stack import may_be_sequence_first
 from matent_callbacks.capture.stack import (
     Stack,
-    ancestries,
-    clean_name,
     find_stack,
     hugging_face_models,
     is_hugging_face,
@@ -40,6 +41,14 @@ class ReadPoint:
     """The modules around it whose labels ``(B, T)`` describe its tokens; none for an encoder beside a decoder."""
     sequence_first: bool = False
     """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
+    is_own: bool = False
+    """Whether it is in a model of one's own, where the size of the batch can tell that the layout is another."""
+    role: Literal["plain", "block", "norm", "part"] = "plain"
+    """A last block is read unless a norm follows it, a norm if it follows; a part of a block never is."""
+    is_near: bool = True
+    """Whether a norm may follow with something between the blocks and it (see :class:`.Norm`)."""
+    others: tuple[ReadPoint, ...] = ()
+    """Where else the same layer may have to be read, which is told when the model runs."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def resolve_layers(
     asked = [layers] if isinstance(layers, str | int) else list(layers)
     if not asked:
         raise ValueError("`layers` must name at least one layer, got an empty list.")
-    named = _named_modules(root)
+    named, above = _named_modules(root), ancestries(inner)
     stack: Stack | None = None
     points: dict[str, ReadPoint] = {}
     for spec in asked:
@@ -93,8 +102,8 @@ def resolve_layers(
             raise TypeError(f"`layers` must hold names and ints, got {spec!r} ({type(spec).__name__}).")
         matched = _matches(spec, named, root) if isinstance(spec, str) else None
         if matched is None:
-            stack = stack or find_stack(root)
-            indices = _indices(spec, len(stack.blocks), layer_offset or 0)
+            stack = stack or find_stack(root, above.get(root, ())[:-1])
+            indices = _readable(stack, spec, _indices(spec, len(stack.blocks), layer_offset or 0))
             found = [_stack_point(stack, index, layer_offset) for index in indices]
         elif matched:
             found = [ReadPoint(name, named[name], "output") for name in matched]
@@ -111,19 +120,26 @@ def resolve_layers(
     # Prefix tuning makes a cache in the wrapper, wherever that is, and only the wrapper is given the user's mask.
     wrappers = [m for m in model.modules() if hasattr(m, "get_base_model") and hasattr(m, "peft_config")]
     chain = [*outside, *(wrappers if outside else ()), root, *hugging_face_models(root).values(), *owners]
-    above = ancestries(inner)
     # For masks, the last hidden state of a transformers model counts as the output of its last block.
-    places = {p.key: stack.blocks[-1] if stack and p.module is stack.last else p.module for p in points.values()}
+    ends = () if stack is None else (stack.last, *(norm.module for norm in stack.norms))
+    places = {p.key: stack.blocks[-1] if stack and p.module in ends else p.module for p in points.values()}
     inside = [m for place in places.values() for m in _below(root, above[place]) if not _is_container(m)]
-    watched = [*chain, *inside, *(point.module for point in points.values())]
-    described = []
-    for point in points.values():
+    watched = [*chain, *inside, *(each.module for point in points.values() for each in (point, *point.others))]
+
+    def describe(point: ReadPoint) -> ReadPoint:
         path = above[point.module]
         masked_by = _masked_by(model, path, above[places[point.key]], main)
-        labelled_by = _labelled_by(model, path, masked_by)
-        described.append(
-            replace(point, masked_by=masked_by, labelled_by=labelled_by, sequence_first=sequence_first(path))
+        is_own = not any(map(is_hugging_face, path))
+        return replace(
+            point,
+            masked_by=masked_by,
+            labelled_by=_labelled_by(model, path, masked_by),
+            sequence_first=sequence_first(path) or (is_own and may_be_sequence_first(path)),
+            is_own=is_own and not sequence_first(path),
+            others=tuple(map(describe, point.others)),
         )
+
+    described = map(describe, points.values())
     return Layers(
         tuple(described),
         tuple(dict.fromkeys(chain)),
@@ -209,11 +225,41 @@ def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoin
     key = f"layer_{index + (layer_offset or 0):02d}"
     if index == len(stack.blocks):
         # A pipeline stage that ends with a block, not a norm, is followed by another stage.
-        goes_on = layer_offset is not None and stack.last is stack.blocks[-1]
-        return ReadPoint(key if goes_on else "last", stack.last, "output")
+        goes_on = layer_offset is not None and stack.last is stack.blocks[-1] and not stack.norms
+        return _last_point(stack, key if goes_on else "last")
     if index == 0:
         return ReadPoint(key, stack.first, "input")
     return ReadPoint(key, stack.blocks[index - 1], "output")
+
+
+def _last_point(stack: Stack, key: str) -> ReadPoint:
+    if not stack.norms:
+        return ReadPoint(key, stack.last, "output")
+    end = ReadPoint(key, stack.blocks[-1], "output", role="part" if stack.unreadable else "block")
+    norms = [ReadPoint(key, norm.module, "output", role="norm", is_near=norm.is_near) for norm in stack.norms]
+    likeliest = next(point for point in (end, *norms) if point.module is stack.last)
+    return replace(likeliest, others=tuple(point for point in (end, *norms) if point is not likeliest))
+
+
+def _readable(stack: Stack, spec: str | int, indices: list[int]) -> list[int]:
+    """Leave out layers that no call shows: where a block is in the stack several times, its last call is read."""
+    if stack.unreadable and indices != [len(stack.blocks)]:
+        raise ValueError(stack.unreadable)
+    again = [index for index in indices if 0 < index < len(stack.blocks) and _runs_again(stack, index)]
+    if not again:
+        return indices
+    told = (
+        f"the blocks that give {', '.join(f'layer_{index:02d}' for index in again)} run again further up, since they "
+        "are in the stack several times, and only the last call of a block is read"
+    )
+    if again == indices:
+        raise ValueError(f"`layers` asks for {spec!r}, but {told}.")
+    warnings.warn(f"`layers` leaves out some of {spec!r}: {told}.", stacklevel=2)
+    return [index for index in indices if index not in again]
+
+
+def _runs_again(stack: Stack, index: int) -> bool:
+    return stack.blocks[index - 1] in stack.blocks[index:]
 
 
 def _indices(spec: str | int, num_blocks: int, offset: int) -> list[int]:

@@ -10,12 +10,27 @@ from typing import Any
 
 from torch import nn
 
+from matent_callbacks.capture import own_stack
+from matent_callbacks.capture.blocks import (
+    after,
+    ancestries,
+    apart,
+    are_parallel_lists,
+    blocks_of,
+    clean_name,
+    is_norm,
+    is_stack,
+    kind_of,
+    norm_after,
+)
+from matent_callbacks.capture.own_stack import Norm
+
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_WRAPPER_PARTS = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 _LANGUAGE_MODELS = ("language_model", "text_model", "thinker")
 _HEAD = re.compile("For[A-Z]|LMHead|WithProjection|Backbone$")
 _STATES = {"last_hidden_state", "language_output"}
 _PERCEPTRON = re.compile("(FeedForward|MLP|Mlp)$")
+_FSMT_LAYERS = ("EncoderLayer", "DecoderLayer")
 _XLM = ("attentions", "layer_norm1", "ffns", "layer_norm2")
 
 
@@ -29,6 +44,10 @@ class Stack:
     """The transformer itself: the module that is given the attention mask."""
     first: nn.Module
     """The module whose input are the embeddings: the first block, where blocks are modules."""
+    norms: tuple[Norm, ...] = ()
+    """Norms that may follow the blocks. Which of them does, if any, is told when the model runs."""
+    unreadable: str = ""
+    """Why only ``last`` can be read, where no module gives the output of a block."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -53,38 +72,29 @@ def trained_object(model: nn.Module) -> nn.Module:
             return inner  # type: ignore[no-any-return]
 
 
-def clean_name(name: str) -> str:
-    """A module path without the parts that wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def ancestries(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
-    """For every module in ``model``, the modules from there down to it, both included."""
-    found: dict[nn.Module, tuple[nn.Module, ...]] = {model: (model,)}
-
-    def descend(module: nn.Module) -> None:
-        for child in module.children():
-            if child not in found:
-                found[child] = (*found[module], child)
-                descend(child)
-
-    descend(model)
-    return found
-
-
 def sequence_first(path: tuple[nn.Module, ...]) -> bool:
-    """Whether the module at the end of a path takes and gives ``(T, B, d)``: modules of torch's own layers may."""
+    """Whether the module at the end of a path takes and gives ``(T, B, d)``.
+
+    Modules of torch's own layers may; of transformers, what is inside XLNet, and the blocks of FSMT and BridgeTower.
+    """
     for module in reversed(path):
         if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
             module = module.layers[0]
         attention = getattr(module, "self_attn", None) if isinstance(module, TORCH_LAYERS) else module
         if isinstance(attention, nn.MultiheadAttention):
             return not attention.batch_first
-    return False
+    # FSDP2 makes a class of its own of a module's.
+    above = {kind.__name__ for module in path[:-1] for kind in type(module).__mro__}
+    kinds = [kind for module in path for kind in type(module).__mro__]
+    return (
+        "XLNetModel" in above
+        or any(kind.__name__ == "BridgeTowerResidualAttention" for kind in kinds)
+        or any(kind.__module__.endswith("fsmt") and kind.__name__ in _FSMT_LAYERS for kind in kinds)
+    )
 
 
-def find_stack(model: nn.Module) -> Stack:
-    """Find the one obvious stack of blocks in ``model``.
+def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
+    """Find the one obvious stack of blocks in ``model``; ``around`` are the modules around it, outermost first.
 
     Raises:
         ValueError: If there is none, or several.
@@ -93,26 +103,50 @@ def find_stack(model: nn.Module) -> Stack:
     if len(candidates) > 1:
         raise ValueError(_several(model, candidates))
     hugging_face = next(iter(candidates.values()), None)
-    paths = _paths_to_blocks(model) if hugging_face is None else _paths_in_hugging_face(hugging_face)
+    paths = own_stack.find_paths(model) if hugging_face is None else _paths_in_hugging_face(hugging_face)
     if not paths:
         raise ValueError(
             f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
             f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`"
             f"{_could_be(model)}."
         )
+    if hugging_face is None:
+        if len(paths) > 1:
+            raise ValueError(_several(model, own_stack.branches(model, paths)))
+        return _own_stack(model, paths[0], around)
     nearest = dict.fromkeys(_nearest(path) for path in paths)
     if len(nearest) > 1:
         names = {unwrap(module): clean_name(name) for name, module in model.named_modules()}
         raise ValueError(_several(model, [names[module] for module in nearest if module is not None]))
-    path = paths[0]
-    *_, parent, found = path
-    first, *_ = blocks = _blocks(found)
-    if _is_one_of_parallel_lists(parent, found):
+    *_, parent, found = path = paths[0]
+    first, *_ = blocks = blocks_of(found)
+    if are_parallel_lists(parent, found):
         blocks = _ends_of_post_norm(parent, next(iter(nearest)))
-    if hugging_face is None:
-        return Stack(blocks, _norm_after(parent, found) or blocks[-1], parent, first)
     last, owner = _last_state(path)
     return Stack(blocks, last, owner, first)
+
+
+def _own_stack(model: nn.Module, path: tuple[nn.Module, ...], around: tuple[nn.Module, ...]) -> Stack:
+    """The stack at the end of a path, in a model that is none of transformers."""
+    found = path[-1]
+    blocks = own_stack.blocks_of_own(found)
+    # Lists and dicts are never called themselves.
+    called = [module for module in path[:-1] if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    owner = called[-1] if called else model
+    if len(path) > 1 and are_parallel_lists(path[-2], found):
+        raise ValueError(apart(path[-2]))
+    if isinstance(owner, nn.TransformerEncoder | nn.TransformerDecoder) and owner.norm is not None:
+        return Stack(blocks, owner.norm, owner, blocks[0])
+    norms = tuple(own_stack.norms_beside(path, around))
+    final = own_stack.likeliest(norms, path)
+    if not own_stack.has_blocks_in_parts(found):
+        return Stack(blocks, final or blocks[-1], owner, blocks[0], norms)
+    name = clean_name(next(name for name, module in model.named_modules() if module is found))
+    message = own_stack.in_parts(found, name)
+    near = [norm for norm in norms if norm.is_near]
+    if not near:
+        raise ValueError(message)
+    return Stack(blocks, final or near[0].module, owner, next(next(found.children()).children()), norms, message)
 
 
 def hugging_face_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -169,17 +203,17 @@ def _paths_to_blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
     paths = [path for path in ancestries(model).values() if len(path) > 1 and _is_list_of_blocks(path)]
     if is_hugging_face(model):
         # Blocks without a linear layer are those of a convolutional network, whose values are not tokens.
-        paths = [path for path in paths if _has_linear(path[-1]) and not _PERCEPTRON.search(_kind(path[-1]))]
+        paths = [path for path in paths if _has_linear(path[-1]) and not _PERCEPTRON.search(kind_of(path[-1]))]
 
     def preference(path: tuple[nn.Module, ...]) -> tuple[bool, bool, int, bool, int]:
-        length, config = len(_blocks(path[-1])), getattr(_nearest(path), "config", None)
+        length, config = len(blocks_of(path[-1])), getattr(_nearest(path), "config", None)
         is_depth = length == getattr(config, "num_hidden_layers", None)
         return is_depth, length in _depths(config), -len(path), _has_linear(path[-1]), length
 
     best = max(map(preference, paths), default=None)
     # Without a number to go by, one of several kinds could be part of a head.
-    apart = {_kind(path[-1]) for path in paths if not any(_is_stack(outer) for outer in path[1:-1])}
-    if best and is_hugging_face(model) and not any(best[:2]) and len(apart) > 1:
+    kinds = {kind_of(path[-1]) for path in paths if not any(is_stack(outer) for outer in path[1:-1])}
+    if best and is_hugging_face(model) and not any(best[:2]) and len(kinds) > 1:
         return []
     return [path for path in paths if preference(path) == best]
 
@@ -197,28 +231,7 @@ def _could_be(model: nn.Module) -> str:
 def _is_list_of_blocks(path: tuple[nn.Module, ...]) -> bool:
     """Whether these are blocks, and not what a block consists of."""
     *above, found = path
-    return _is_stack(found) and not any(_is_stack(outer) and len(_blocks(outer)) > 1 for outer in above[1:])
-
-
-def _is_stack(blocks: nn.Module) -> bool:
-    """Whether these are blocks: modules with children, all of one type except in an ``nn.ModuleList`` (hybrids)."""
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-        return False
-    children = _blocks(blocks)
-    if not children or any(not list(child.children()) for child in children):
-        return False
-    kinds = {type(child) for child in children}
-    return len(kinds) == 1 or isinstance(blocks, nn.ModuleList)
-
-
-def _blocks(blocks: nn.Module) -> tuple[nn.Module, ...]:
-    """The blocks of a list, or of a list of lists, as those of Funnel and PVT."""
-    nested = [list(child) if isinstance(child, nn.ModuleList) else [child] for child in blocks.children()]
-    return tuple(block for children in nested for block in children)
-
-
-def _kind(blocks: nn.Module) -> str:
-    return type(_blocks(blocks)[0]).__name__
+    return is_stack(found) and not any(is_stack(outer) and len(blocks_of(outer)) > 1 for outer in above[1:])
 
 
 def _has_linear(blocks: nn.Module) -> bool:
@@ -253,11 +266,11 @@ def _last_state(path: tuple[nn.Module, ...]) -> tuple[nn.Module, nn.Module]:
     if is_decoded or _has_head(owner, below):
         plain = path[index + 1 : -1]
         inside = [module for module in plain if _first_fields(module) & _STATES] or list(plain[-1:])
-        return _norm_after(owner, below) or (inside[0] if inside else _blocks(path[-1])[-1]), owner
+        return norm_after(owner, below) or (inside[0] if inside else blocks_of(path[-1])[-1]), owner
     # The final norm may be in the model around the one that has the blocks.
     while index and is_hugging_face(path[index - 1]) and not _has_head(path[index - 1], owner):
-        following = _after(path[index - 1], owner)
-        if not following or not _is_norm(following[0]):
+        following = after(path[index - 1], owner)
+        if not following or not is_norm(following[0]):
             break
         index -= 1
         owner = path[index]
@@ -271,7 +284,7 @@ def _has_head(model: Any, branch: nn.Module) -> bool:
         return first.isdisjoint(_STATES)
     if any(_HEAD.search(kind.__name__) for kind in type(model).__mro__):
         return True
-    return any(isinstance(child, nn.Linear) for child in _after(model, branch))
+    return any(isinstance(child, nn.Linear) for child in after(model, branch))
 
 
 def _first_fields(model: nn.Module) -> set[str]:
@@ -284,39 +297,9 @@ def _first_fields(model: nn.Module) -> set[str]:
     return {fields(kind)[0].name for kind in kinds if is_dataclass(kind) and fields(kind)}
 
 
-def _after(parent: nn.Module, child: nn.Module) -> list[nn.Module]:
-    """The children of a module that were made after one of them."""
-    siblings = list(parent.children())
-    return siblings[next(i for i, sibling in enumerate(siblings) if sibling is child) + 1 :]
-
-
-def _norm_after(parent: nn.Module, child: nn.Module) -> nn.Module | None:
-    """The norm that follows the blocks, in the order the modules were made."""
-    return next(filter(_is_norm, _after(parent, child)), None)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-def _is_one_of_parallel_lists(parent: nn.Module, found: nn.Module) -> bool:
-    """Whether the parts of each block are in lists of their own, so that no module is a block."""
-    lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and child is not found]
-    are_attention = all(
-        isinstance(part, nn.MultiheadAttention) or re.search(r"(Attention|Attn)\d*$", type(part).__name__)
-        for part in found.children()
-    )
-    return are_attention and any(len(other) == len(list(found.children())) for other in lists)
-
-
 def _ends_of_post_norm(parent: Any, owner: nn.Module | None) -> tuple[nn.Module, ...]:
     """The modules that end each layer of XLM and Flaubert, whose layers are no modules: their last norms."""
     config = getattr(owner, "config", None)
     if all(hasattr(parent, name) for name in _XLM) and not getattr(config, "pre_norm", False):
-        return _blocks(parent.layer_norm2)
-    lists = [name for name, child in parent.named_children() if isinstance(child, nn.ModuleList)]
-    raise ValueError(
-        f"`layers` needs a stack of blocks, but {type(parent).__name__} keeps the parts of its blocks in separate "
-        f"lists ({', '.join(lists)}), so no module gives the output of a block. Pass module names or globs as "
-        f"`layers`, or another part to look in as `module`."
-    )
+        return blocks_of(parent.layer_norm2)
+    raise ValueError(apart(parent))

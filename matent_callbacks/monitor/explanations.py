@@ -15,10 +15,11 @@ from matent_callbacks.accumulate.catalogue import Source, source_of
 from matent_callbacks.accumulate.probe_tokens import TAKES
 from matent_callbacks.accumulate.reduction import global_rank
 from matent_callbacks.accumulate.statistics import STATISTICS
+from matent_callbacks.capture.blocks import ancestries, clean_name
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.labels import Unlabelled
 from matent_callbacks.capture.layers import Layers
-from matent_callbacks.capture.stack import ancestries, clean_name, unwrap
+from matent_callbacks.capture.stack import unwrap
 
 if TYPE_CHECKING:
     from matent_callbacks.monitor.readings import Readings
