@@ -26,7 +26,7 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     if not any(map(_is_compiled, all_modules(model))):
         return None
     above = ancestries(model)
-    for point in (each for point in layers.points for each in (point, *point.others)):
+    for point in (each for one in layers.points for each in (one, *one.others)):
         entrance = next((m for m in above.get(point.module, ()) if _is_compiled(m)), None)
         if entrance is None:
             continue

@@ -28,7 +28,7 @@ from matent_callbacks.capture.purpose import (
     is_generating,
 )
 from matent_callbacks.capture.stack import is_hugging_face
-from matent_callbacks.capture.values import first_tensor, named_arguments, sentence_embedding
+from matent_callbacks.capture.values import first_tensor, input_states, named_arguments, sentence_embedding
 
 Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
 Guard = Callable[[str], AbstractContextManager[None]]
@@ -102,6 +102,7 @@ class Events:
         # Of a layer that may be read at several modules, the last one counts, until it is known which that is.
         self._called_again = {point.key for point in layers.points if point.others}
         self._has_counted = False
+        self._input_is_unclear = False
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
         self._labels: dict[int, Labels] = {}
@@ -246,7 +247,17 @@ class Events:
     def read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
         if forward is None or not forward.is_past_embeddings:
-            self.read(point, module, args, kwargs, args[0] if args else kwargs.get("hidden_states"))
+            value, is_told = args[0] if args else kwargs.get("hidden_states"), True
+            if point.is_own:
+                value, is_told = input_states(module, args, kwargs)
+            if not is_told and not self._input_is_unclear:
+                self._input_is_unclear = True
+                warnings.warn(
+                    f"Layer {point.key!r} is read at the first tensor that {type(module).__name__} is called with: "
+                    "which of several are the hidden states is not told by their names or dimensions.",
+                    stacklevel=2,
+                )
+            self.read(point, module, args, kwargs, value)
         if forward is not None:
             forward.is_past_embeddings = True
 

@@ -225,7 +225,7 @@ def _stack_point(stack: Stack, index: int, layer_offset: int | None) -> ReadPoin
     key = f"layer_{index + (layer_offset or 0):02d}"
     if index == len(stack.blocks):
         # A pipeline stage that ends with a block, not a norm, is followed by another stage.
-        goes_on = layer_offset is not None and stack.last is stack.blocks[-1] and not stack.norms
+        goes_on = layer_offset is not None and stack.last is stack.blocks[-1]
         return _last_point(stack, key if goes_on else "last")
     if index == 0:
         return ReadPoint(key, stack.first, "input")

@@ -38,14 +38,14 @@ class Norm(NamedTuple):
     module: nn.Module
     name: str
     is_near: bool
-    """Whether it is inside the part of the model that is looked at, and its name does not say that it is another."""
+    """Whether it is inside the part that is looked at, beside no other stack, and not called as another norm is."""
 
 
 def find_paths(model: nn.Module) -> list[Path]:
-    """Find the stacks of blocks, of which one is meant: the modules from ``model`` down to each.
+    """Find the stacks of blocks: the modules from ``model`` down to each.
 
     Lists inside blocks, as those of experts, are none; nor are those in which nothing mixes tokens, such as heads,
-    beside others. Of an encoder and a decoder it is the encoder, and a language model comes before other towers.
+    beside others.
     """
     root_is_stack = _is_own_stack(model) and (_mixes(model) if isinstance(model, nn.Sequential) else True)
     if root_is_stack and len(blocks_of_own(model)) > 1:
@@ -54,7 +54,11 @@ def find_paths(model: nn.Module) -> list[Path]:
     passed = {path[-1] for path in found if _is_around_one_stack(path[-1])}
     stacks = {path[-1] for path in found} - passed
     outermost = [path for path in found if path[-1] in stacks and stacks.isdisjoint(path[1:-1])]
-    paths = [path for path in outermost if _mixes(path[-1])] or outermost
+    return [path for path in outermost if _mixes(path[-1])] or outermost
+
+
+def meant(model: nn.Module, paths: list[Path]) -> list[Path]:
+    """Of an encoder and a decoder the encoder, of several towers a language model; all where names tell nothing."""
     if len(paths) < 2:
         return paths
     names = dict(zip(paths, branches(model, paths), strict=True))
@@ -91,7 +95,9 @@ def blocks_of_own(blocks: nn.Module) -> Path:
 def has_blocks_in_parts(blocks: nn.Module) -> bool:
     """Whether the parts of each block are in a list or dict of its own, so that no module is a block."""
     children = list(blocks.children())
-    if not children or not all(isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) for child in children):
+    is_list = isinstance(blocks, nn.ModuleList) or (isinstance(blocks, nn.ModuleDict) and _is_numbered(blocks))
+    are_lists = all(isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) for child in children)
+    if not (is_list and children and are_lists):
         return False
     mixing = {_mixes(part) for child in children for part in child.children()}
     return len(mixing) == 2 or not all(isinstance(child, nn.ModuleList) and is_stack(child) for child in children)
@@ -107,17 +113,22 @@ def in_parts(blocks: nn.Module, name: str) -> str:
     )
 
 
-def norms_beside(path: Path, around: Path) -> list[Norm]:
+def norms_beside(path: Path, around: Path, others: Iterable[Path]) -> list[Norm]:
     """The norms beside the blocks, and beside each module around these up to the model, the nearest first.
 
-    ``around``: the modules around the part of the model that is looked at, outermost first.
+    Args:
+        path: That of the blocks.
+        around: The modules around the part of the model that is looked at, outermost first.
+        others: The paths of other stacks: a norm beside both may be theirs.
     """
+    shared = {module for other in others for module in other}
+    own = set(path) - shared
     found: dict[nn.Module, Norm] = {}
     for parent in reversed((*around, *path[:-1])):
         for name, child in parent.named_children():
             is_one = is_norm(child) or (_CALLED_NORM.search(name) and not list(child.children()))
             if is_one and child not in path and not isinstance(child, nn.Identity):
-                found.setdefault(child, Norm(child, name, parent in path and not _NOT_FINAL.search(name)))
+                found.setdefault(child, Norm(child, name, parent in own and not _NOT_FINAL.search(name)))
     return list(found.values())
 
 
@@ -154,12 +165,15 @@ def _is_own_stack(blocks: nn.Module) -> bool:
         return _mixes(blocks)
     if isinstance(blocks, nn.ModuleDict):
         children = list(blocks.values())
-        is_numbered = all(re.search(r"\d$", name) for name in blocks)
         of_one_kind = len({type(child) for child in children}) == 1
         if not children or any(not list(child.children()) for child in children):
             return False
-        return (is_numbered or (of_one_kind and _mixes(blocks))) and not _are_towers(blocks)
+        return (_is_numbered(blocks) or (of_one_kind and _mixes(blocks))) and not _are_towers(blocks)
     return is_stack(blocks) and not _are_towers(blocks)
+
+
+def _is_numbered(blocks: nn.ModuleDict) -> bool:
+    return all(re.search(r"\d$", name) for name in blocks)
 
 
 def _are_towers(blocks: nn.Module) -> bool:

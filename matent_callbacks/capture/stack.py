@@ -111,9 +111,10 @@ def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
             f"{_could_be(model)}."
         )
     if hugging_face is None:
-        if len(paths) > 1:
-            raise ValueError(_several(model, own_stack.branches(model, paths)))
-        return _own_stack(model, paths[0], around)
+        of_one = own_stack.meant(model, paths)
+        if len(of_one) > 1:
+            raise ValueError(_several(model, own_stack.branches(model, of_one)))
+        return _own_stack(model, of_one[0], around, [path for path in paths if path is not of_one[0]])
     nearest = dict.fromkeys(_nearest(path) for path in paths)
     if len(nearest) > 1:
         names = {unwrap(module): clean_name(name) for name, module in model.named_modules()}
@@ -126,8 +127,13 @@ def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
     return Stack(blocks, last, owner, first)
 
 
-def _own_stack(model: nn.Module, path: tuple[nn.Module, ...], around: tuple[nn.Module, ...]) -> Stack:
-    """The stack at the end of a path, in a model that is none of transformers."""
+def _own_stack(
+    model: nn.Module,
+    path: tuple[nn.Module, ...],
+    around: tuple[nn.Module, ...],
+    others: Sequence[tuple[nn.Module, ...]],
+) -> Stack:
+    """The stack at the end of a path, in a model that is none of transformers and has ``others`` beside it."""
     found = path[-1]
     blocks = own_stack.blocks_of_own(found)
     # Lists and dicts are never called themselves.
@@ -137,7 +143,7 @@ def _own_stack(model: nn.Module, path: tuple[nn.Module, ...], around: tuple[nn.M
         raise ValueError(apart(path[-2]))
     if isinstance(owner, nn.TransformerEncoder | nn.TransformerDecoder) and owner.norm is not None:
         return Stack(blocks, owner.norm, owner, blocks[0])
-    norms = tuple(own_stack.norms_beside(path, around))
+    norms = tuple(own_stack.norms_beside(path, around, others))
     final = own_stack.likeliest(norms, path)
     if not own_stack.has_blocks_in_parts(found):
         return Stack(blocks, final or blocks[-1], owner, blocks[0], norms)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+_STATES = re.compile(
+    r"^(x|xs|h|hs|z|src|tgt|inp|input|inputs|x_in|hidden|hiddens|hidden_?states?|states?|tokens?|emb\w*)$"
+)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -28,6 +33,30 @@ def first_tensor(value: Any) -> Tensor | None:
         tensors = [item for item in value if isinstance(item, Tensor)]
         return next((item for item in tensors if item.is_floating_point()), next(iter(tensors), None))
     return None
+
+
+def input_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Find the hidden states that a block is called with, and whether they can be told from its other arguments.
+
+    The first argument, unless only another one has the name of hidden states, or their dimensions.
+    """
+    named = named_arguments(module, args, kwargs)
+    floating = {name: value for name, value in named.items() if _may_be_states(value)}
+    by_name = [value for name, value in floating.items() if _STATES.search(name)]
+    first = args[0] if args else next(iter(floating.values()), None)
+    if "hidden_states" in floating:
+        return floating["hidden_states"], True
+    if any(value is first for value in by_name) or (args and not isinstance(first, Tensor)):
+        return first, True
+    if by_name:
+        return by_name[0], len(by_name) == 1
+    others = list(floating.values())
+    is_first_one = any(value is first for value in others) or not others
+    return first if is_first_one else others[0], len(others) < 2
+
+
+def _may_be_states(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_nested or value.ndim == 3) and value.is_floating_point()
 
 
 def sentence_embedding(value: Any) -> Tensor | None:
