@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
 from matent_callbacks.capture.inference import inference_depth
 from matent_callbacks.capture.labels import Labels
-from matent_callbacks.capture.last_state import LastStates
+from matent_callbacks.capture.last_state import LastStates, is_same_layout
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.purpose import (
@@ -103,6 +103,7 @@ class Events:
         self._called_again = {point.key for point in layers.points if point.others}
         self._has_counted = False
         self._input_is_unclear = False
+        self._layout: bool | None = None  # whether own blocks take the sequence first, once it is known
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
         self._labels: dict[int, Labels] = {}
@@ -244,6 +245,25 @@ class Events:
                 self._begins_pass(self._forward, watched, arguments, self._forward.calls)
                 self._forward.collect(watched, arguments)
 
+    def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a block of one's own is called with, to compare it with what its attention gets."""
+        forward = None if torch.compiler.is_compiling() else self._forward
+        if forward is not None and forward.counts and self._layout is None:
+            forward.block_input = first_tensor(input_states(module, args, kwargs)[0])
+
+    def see_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn from attention, which takes the sequence first, whether the block around it does."""
+        forward = None if torch.compiler.is_compiling() else self._forward
+        if forward is None or forward.block_input is None:
+            return
+        query = first_tensor(args or kwargs.get("query"))
+        if self._layout is None and query is not None:
+            self._layout = is_same_layout(forward.block_input, query)
+        forward.block_input = None
+        waiting, forward.waiting = forward.waiting, None
+        if waiting is not None:
+            self.read(*waiting)
+
     def read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
         if forward is None or not forward.is_past_embeddings:
@@ -257,7 +277,10 @@ class Events:
                     "which of several are the hidden states is not told by their names or dimensions.",
                     stacklevel=2,
                 )
-            self.read(point, module, args, kwargs, value)
+            if forward is not None and forward.block_input is not None and point.sequence_first and point.is_own:
+                forward.waiting = point, module, args, kwargs, value
+            else:
+                self.read(point, module, args, kwargs, value)
         if forward is not None:
             forward.is_past_embeddings = True
 
@@ -274,6 +297,8 @@ class Events:
                 return
             self.seen.counted = True
             self._has_counted |= not in_backward()
+            if point.is_own and point.sequence_first and self._layout is not None:
+                point = replace(point, sequence_first=self._layout, is_own=False)
             if point.role != "plain":
                 settled = self._settled(forward, point, (*args, *kwargs.values()), value)
                 if settled is None:

@@ -90,6 +90,10 @@ class Forward:
     outputs: dict[nn.Module, Tensor | None] = field(default_factory=dict)
     """What each transformer of one's own gave in its last call: where it is called on that, the pass goes on."""
     tails: Tails = field(default_factory=dict)
+    block_input: Tensor | None = None
+    """What a block of one's own was called with, until its attention is called."""
+    waiting: tuple[ReadPoint, nn.Module, tuple[Any, ...], dict[str, Any], Any] | None = None
+    """The arguments of the reading of that, which has to wait until its layout is known."""
     rows: tuple[int, ...] = ()
     """The shape of the tokens, images or the like that the model was called with, ``(B, ...)``."""
     packed_by: tuple[Any, ...] = ()
@@ -131,9 +135,9 @@ class Forward:
     def collect(self, module: nn.Module, arguments: Mapping[str, Any], *, is_given: bool = False) -> None:
         """Collect masks and labels among the arguments that ``module`` is called with, see :meth:`.Masks.collect`."""
         if is_given and not self.rows:
-            tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+            first = next((value for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1), None)
             # What has three dimensions may be embeddings, whose layout is what is asked.
-            self.rows = next((tuple(value.shape) for value in tensors if value.ndim in (2, 4, 5)), ())
+            self.rows = tuple(first.shape) if first is not None and first.ndim != 3 else ()
         self.masks.collect(module, arguments, is_given=is_given)
         if self.labels is not None:
             self.labels.collect(module, arguments)

@@ -129,9 +129,14 @@ class Capture:
             else:
                 collect = functools.partial(self._events.collect_inside, module)
                 yield module.register_forward_pre_hook(collect, with_kwargs=True).remove
+        if layers.attention is not None:
+            block, attention = layers.attention
+            yield block.register_forward_pre_hook(self._events.enter_block, with_kwargs=True).remove
         for point in points:
             for each in (point, *point.others):
                 yield self._read_hook(each)
+        if layers.attention is not None:
+            yield attention.register_forward_pre_hook(self._events.see_attention, with_kwargs=True).remove
         for module in chain:
             yield around_calls(module, self._events.call, replicas=module in hooked)
         # Registered after the read points: a module in the chain must be read before its forward ends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,9 @@ class LastStates:
             return None
         tails[point.key] = None
         self._followed.add(point.key)
-        return replace(point, sequence_first=block.sequence_first != _is_transposed(states, normed))
+        return replace(
+            point, sequence_first=block.sequence_first != _is_transposed(states, normed), is_own=block.is_own
+        )
 
 
 def _is_normed(states: Tensor, given: Tensor, *, is_near: bool) -> bool:
@@ -55,9 +58,10 @@ def _is_normed(states: Tensor, given: Tensor, *, is_near: bool) -> bool:
         return is_near and states.shape[-1] == given.shape[-1] if not states.is_nested else is_near
     if states.is_nested:
         return is_near
-    if states.numel() != given.numel() or states.shape[-1] != given.shape[-1]:
+    if states.ndim != given.ndim or states.shape[-1] != given.shape[-1]:
         return False
-    return is_near or _same_memory(states, given)
+    # Near it, tokens such as registers may have been left out.
+    return is_near or (states.numel() == given.numel() and _same_memory(states, given))
 
 
 def _is_transposed(states: Tensor, given: Tensor) -> bool:
@@ -71,6 +75,15 @@ def _is_transposed(states: Tensor, given: Tensor) -> bool:
     return states.stride()[:2] != given.stride()[:2] and states.stride()[:2] == given.stride()[1::-1]
 
 
+def is_same_layout(states: Tensor, query: Tensor) -> bool | None:
+    """Whether attention inside a block is called on what has the layout of its hidden states; None: not known."""
+    if states.ndim != 3 or query.ndim != 3 or states.is_nested or query.is_nested or states.shape[0] == states.shape[1]:
+        return None
+    if states.shape[:2] == query.shape[:2]:
+        return True
+    return False if states.shape[:2] == query.shape[1::-1] else None
+
+
 def comes_from(given: Tensor, states: Tensor) -> bool:
     """Whether a tensor is another one, or was computed from it, as far as that is known."""
     if given is states or (given.numel() == states.numel() and _same_memory(given, states)):
@@ -78,9 +91,9 @@ def comes_from(given: Tensor, states: Tensor) -> bool:
     if states.grad_fn is None:
         return False
     seen: set[Any] = set()
-    waiting = [given.grad_fn]
+    waiting = deque([given.grad_fn])
     while waiting and len(seen) < _STEPS:
-        node = waiting.pop()
+        node = waiting.popleft()
         if node is states.grad_fn:
             return True
         if node is not None and node not in seen:

@@ -68,6 +68,8 @@ class Layers:
     """The transformer that the blocks belong to, if blocks were asked for."""
     stack: Stack | None
     """The main stack of blocks of the model, if there is an obvious one, whether or not it was asked for."""
+    attention: tuple[nn.Module, nn.MultiheadAttention] | None
+    """A block, and attention in it that takes the sequence first: its call shows whether the block does, too."""
     runnable: tuple[nn.Module, ...]
     """What a probe may be run through: from the model as it is trained down to the one Hugging Face model inside."""
 
@@ -139,17 +141,23 @@ def resolve_layers(
             others=tuple(map(describe, point.others)),
         )
 
-    described = map(describe, points.values())
+    described = tuple(map(describe, points.values()))
     return Layers(
-        tuple(described),
+        described,
         tuple(dict.fromkeys(chain)),
         tuple(m for m in dict.fromkeys(inside) if m not in chain),
         tuple(m for m in above.get(root, ()) if m not in chain),
         frozenset(m for m in watched if any(isinstance(a, nn.TransformerEncoderLayer) for a in above.get(m, ()))),
         owner,
         main,
+        _attention_of(known.first) if known and any(p.is_own and p.sequence_first for p in described) else None,
         runnable=runnable,
     )
+
+
+def _attention_of(block: nn.Module) -> tuple[nn.Module, nn.MultiheadAttention] | None:
+    found = (m for m in block.modules() if isinstance(m, nn.MultiheadAttention))
+    return next(((block, attention) for attention in found), None)
 
 
 def _runnable(model: nn.Module, root: nn.Module, owner: nn.Module | None) -> tuple[nn.Module, ...]:
