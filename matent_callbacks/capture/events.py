@@ -103,6 +103,7 @@ class Events:
         self._called_again = {point.key for point in layers.points if point.others}
         self._has_counted = False
         self._input_is_unclear = False
+        self._is_layout_told = False
         self._layout: bool | None = None  # whether own blocks take the sequence first, once it is known
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
@@ -259,6 +260,13 @@ class Events:
         query = first_tensor(args or kwargs.get("query"))
         if self._layout is None and query is not None:
             self._layout = is_same_layout(forward.block_input, query)
+            if self._layout is None and not self._is_layout_told:
+                self._is_layout_told = True
+                warnings.warn(
+                    "Hidden states are read as (T, B, d), as attention without `batch_first` takes them: where batches "
+                    "are as large as sequences are long, it is not seen whether the blocks around it do, too.",
+                    stacklevel=2,
+                )
         forward.block_input = None
         waiting, forward.waiting = forward.waiting, None
         if waiting is not None:

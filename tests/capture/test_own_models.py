@@ -454,6 +454,51 @@ def check_sequences(model: Any, ids: Tensor) -> None:
             assert value == pytest.approx(sum(each) / len(each), abs=1e-9)
 
 
+class OfEmbeddings(Own):
+    """Called with embeddings, whose shape tells nothing of the layout."""
+
+    def __init__(self, turns: bool) -> None:
+        super().__init__()
+        self.turns, self.norm = turns, nn.LayerNorm(WIDTH)
+        self.blocks = nn.ModuleList(SequenceFirst(turns) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.turns else x.transpose(0, 1).contiguous()
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        states[-1] = self.norm(states[-1])
+        self.states = [state if self.turns else state.transpose(0, 1) for state in states]
+        return states[-1]
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_the_call_of_attention_shows_the_layout_of_the_blocks(turns):
+    torch.manual_seed(0)
+    model = OfEmbeddings(turns)
+    embedded = torch.randn(4, 9, WIDTH, dtype=torch.float64)
+    check_sequences(model, embedded)
+    monitor = EntropyMonitor(model, "all", metrics="sequence_matrix_entropy")
+    with pytest.warns(UserWarning, match=r"read as \(T, B, d\)"), monitor:
+        model(embedded[:, :4])
+
+
+def test_tokens_that_are_given_sequence_first():
+    torch.manual_seed(0)
+
+    class Turned(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.inner = nn.Embedding(VOCABULARY, WIDTH), OfEmbeddings(False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.inner(self.emb(ids).transpose(0, 1))
+            self.states = self.inner.states
+            return x
+
+    check_sequences(Turned(), IDS.t().contiguous())
+
+
 @pytest.mark.parametrize("size", [(4, 10), (8, 8)])
 @pytest.mark.parametrize("name", ["xlnet", "fsmt"])
 @pytest.mark.parametrize("masked", [True, False])
