@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from matent_callbacks.capture.blocks import ancestries
-from matent_callbacks.capture.layers import Layers
+from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.values import all_modules
 
 BeforeCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -26,8 +26,11 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
     if not any(map(_is_compiled, all_modules(model))):
         return None
     above = ancestries(model)
-    for point in (each for one in layers.points for each in (one, *one.others)):
-        entrance = next((m for m in above.get(point.module, ()) if _is_compiled(m)), None)
+    for point in layers.points:
+        # A norm outside of the compiled blocks is taken for the final one, without running these once more.
+        places = (point,) if point.role == "norm" else (point, *point.others)
+        within = (above.get(place.module, ()) for place in places)
+        entrance = next((m for path in within for m in path if _is_compiled(m)), None)
         if entrance is None:
             continue
         if layers.owner is None or entrance in above.get(layers.owner, ()):
@@ -35,6 +38,15 @@ def compiled_entrance(model: nn.Module, layers: Layers) -> nn.Module | None:
         # Only single blocks are compiled: the module around them is the one that is given the mask.
         return layers.owner
     return None
+
+
+def follows_compiled(model: nn.Module, point: ReadPoint) -> bool:
+    """Whether a final norm stands outside of compiled blocks, whose calls do not show that it follows them."""
+    if point.role != "norm" or not any(map(_is_compiled, all_modules(model))):
+        return False
+    above = ancestries(model)
+    block = next(other for other in point.others if other.role != "norm")
+    return any(_is_compiled(m) for m in above.get(block.module, ()) if m not in above.get(point.module, ()))
 
 
 def before_calls(module: nn.Module, before: BeforeCall) -> Callable[[], None]:

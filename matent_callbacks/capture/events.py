@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from matent_callbacks.capture.forward import Call, Forward, Reading, Seen
 from matent_callbacks.capture.inference import inference_depth
 from matent_callbacks.capture.labels import Labels
-from matent_callbacks.capture.last_state import LastStates, is_same_layout
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
+from matent_callbacks.capture.own_forward import OwnForwards
 from matent_callbacks.capture.purpose import (
     AdapterState,
     backward_pass,
@@ -98,13 +98,10 @@ class Events:
             for module in (*layers.chain, *layers.inside)
             if is_hugging_face(module) or module in own
         }
-        self._last_states = LastStates()
+        self._own = OwnForwards()
         # Of a layer that may be read at several modules, the last one counts, until it is known which that is.
         self._called_again = {point.key for point in layers.points if point.others}
         self._has_counted = False
-        self._input_is_unclear = False
-        self._is_layout_told = False
-        self._layout: bool | None = None  # whether own blocks take the sequence first, once it is known
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
         self._labels: dict[int, Labels] = {}
@@ -166,7 +163,8 @@ class Events:
             return False
         forward.is_past_embeddings &= module is not self.layers.owner
         forward.outputs.pop(module, None)
-        forward.packing, forward.packed_by = None, ()
+        if is_hugging_face(module):  # which is told itself that a batch is packed
+            forward.packing, forward.packed_by = None, ()
         for key in self._inside_of[module]:
             forward.tails.pop(key, None)
             held = forward.held.pop((key, forward.passes[key]), None)
@@ -249,7 +247,7 @@ class Events:
     def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a block of one's own is called with, to compare it with what its attention gets."""
         forward = None if torch.compiler.is_compiling() else self._forward
-        if forward is not None and forward.counts and self._layout is None:
+        if forward is not None and forward.counts and self._own.layout is None:
             forward.block_input = first_tensor(input_states(module, args, kwargs)[0])
 
     def see_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -258,15 +256,7 @@ class Events:
         if forward is None or forward.block_input is None:
             return
         query = first_tensor(args or kwargs.get("query"))
-        if self._layout is None and query is not None:
-            self._layout = is_same_layout(forward.block_input, query)
-            if self._layout is None and not self._is_layout_told:
-                self._is_layout_told = True
-                warnings.warn(
-                    "Hidden states are read as (T, B, d), as attention without `batch_first` takes them: where batches "
-                    "are as large as sequences are long, it is not seen whether the blocks around it do, too.",
-                    stacklevel=2,
-                )
+        self._own.compare(forward.block_input, query)
         forward.block_input = None
         waiting, forward.waiting = forward.waiting, None
         if waiting is not None:
@@ -275,16 +265,7 @@ class Events:
     def read_input(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward = self._forward
         if forward is None or not forward.is_past_embeddings:
-            value, is_told = args[0] if args else kwargs.get("hidden_states"), True
-            if point.is_own:
-                value, is_told = input_states(module, args, kwargs)
-            if not is_told and not self._input_is_unclear:
-                self._input_is_unclear = True
-                warnings.warn(
-                    f"Layer {point.key!r} is read at the first tensor that {type(module).__name__} is called with: "
-                    "which of several are the hidden states is not told by their names or dimensions.",
-                    stacklevel=2,
-                )
+            value = self._own.input_states(point, module, args, kwargs)
             if forward is not None and forward.block_input is not None and point.sequence_first and point.is_own:
                 forward.waiting = point, module, args, kwargs, value
             else:
@@ -305,8 +286,7 @@ class Events:
                 return
             self.seen.counted = True
             self._has_counted |= not in_backward()
-            if point.is_own and point.sequence_first and self._layout is not None:
-                point = replace(point, sequence_first=self._layout, is_own=False)
+            point = self._own.in_layout(point)
             if point.role != "plain":
                 settled = self._settled(forward, point, (*args, *kwargs.values()), value)
                 if settled is None:
@@ -331,7 +311,7 @@ class Events:
         key = point.key
         if forward is None:  # no order of calls is known
             return point if point.others else None
-        settled = self._last_states.settle(forward.tails, point, given, value)
+        settled = self._own.settle(forward.tails, point, given, value)
         if settled is not None and settled.role == "norm":
             own = key, forward.passes[key]
             if own not in forward.read:

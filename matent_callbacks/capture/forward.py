@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.labels import Labels, Unlabelled
-from matent_callbacks.capture.last_state import Tails, comes_from
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
+from matent_callbacks.capture.own_forward import Tails, comes_from
 from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing, may_number
 from matent_callbacks.capture.purpose import functions_running
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from matent_callbacks.capture.blocks import ancestries
 from matent_callbacks.capture.calls import around_calls
-from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance
+from matent_callbacks.capture.compiled import before_calls, call_eagerly, compiled_entrance, follows_compiled
 from matent_callbacks.capture.events import Events, Wanted
 from matent_callbacks.capture.forward import Seen
 from matent_callbacks.capture.inference import inference_depth, preserved
@@ -133,6 +134,9 @@ class Capture:
             block, attention = layers.attention
             yield block.register_forward_pre_hook(self._events.enter_block, with_kwargs=True).remove
         for point in points:
+            if not self._events.runs_eagerly and follows_compiled(self._events.model, point):
+                yield self._read_hook(replace(point, role="plain", others=()))
+                continue
             for each in (point, *point.others):
                 yield self._read_hook(each)
         if layers.attention is not None:

@@ -388,6 +388,21 @@ def test_a_norm_around_the_encoder_of_torch(batch_first, length):
     check(Outer(batch_first), IDS[:, :length])
 
 
+@pytest.mark.parametrize("names", [("emb", "blocks", "norm"), ("emb", "norm", "blocks")])
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_a_norm_behind_compiled_blocks(names, layers, what):
+    torch.manual_seed(0)
+    model = scaled(GPT(names=names)).double()
+    for block in model.blocks if what == "blocks" else [model]:
+        block.compile(backend="eager")
+    monitor = EntropyMonitor(model, layers, metrics="matrix_entropy", dtype=torch.float64)
+    with monitor:
+        model(IDS)
+    expected = slow_pooled_entropy(model.states[-1].detach())
+    assert monitor.compute()["matrix_entropy/last"] == pytest.approx(expected, abs=1e-9)
+
+
 # Blocks around attention that takes the sequence first
 
 

@@ -1,7 +1,8 @@
-"""Tells, when a model of one's own runs, whether its last hidden state is that of the last block, or a norm follows."""
+"""Tells from the calls in a model of one's own what its modules do not: where its last hidden state is, its layout."""
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.layers import ReadPoint
-from matent_callbacks.capture.values import first_tensor
+from matent_callbacks.capture.values import first_tensor, input_states
 
 Tails = dict[str, "tuple[ReadPoint, Tensor | None] | None"]
 """By layer: what the last block gave in this forward; None: a norm has followed it."""
@@ -19,19 +20,49 @@ Tails = dict[str, "tuple[ReadPoint, Tensor | None] | None"]
 _STEPS = 2000
 
 
-class LastStates:
-    """Where the last hidden state is read, for layers that may be read at several modules."""
+class OwnForwards:
+    """What the forwards of a model of one's own have shown, which is not told by its modules."""
 
     def __init__(self) -> None:
         self._followed: set[str] = set()
         self._called_before: set[nn.Module] = set()
+        self._told: set[str] = set()
+        self.layout: bool | None = None
+        """Whether the blocks take the sequence first, once it is known."""
 
-    def is_followed(self, key: str) -> bool:
-        """Whether a norm is known to follow the last block."""
-        return key in self._followed
+    def input_states(self, point: ReadPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hidden states that a block is called with."""
+        if not point.is_own:
+            return args[0] if args else kwargs.get("hidden_states")
+        value, is_told = input_states(module, args, kwargs)
+        if not is_told:
+            self._warn(
+                f"Layer {point.key!r} is read at the first tensor that {type(module).__name__} is called with: which "
+                "of several are the hidden states is not told by their names or dimensions."
+            )
+        return value
+
+    def compare(self, states: Tensor, query: Tensor | None) -> None:
+        """Learn the layout of a block from what it and the attention in it, which takes the sequence first, get."""
+        if self.layout is None and query is not None:
+            self.layout = _is_same_layout(states, query)
+            if self.layout is None:
+                self._warn(
+                    "Hidden states are read as (T, B, d), as attention without `batch_first` takes them: where batches "
+                    "are as large as sequences are long, it is not seen whether the blocks around it do, too."
+                )
+
+    def in_layout(self, point: ReadPoint) -> ReadPoint:
+        """A read point with the layout that is known by now."""
+        if not (point.is_own and point.sequence_first) or self.layout is None:
+            return point
+        return replace(point, sequence_first=self.layout, is_own=False)
 
     def settle(self, tails: Tails, point: ReadPoint, given: tuple[Any, ...], output: Any) -> ReadPoint | None:
-        """Where to read what a module gave, if it is to be read; ``given``: what it was called with."""
+        """Where to read what a module gave, if it is to be read; ``given``: what it was called with.
+
+        The last block is read unless a norm follows it, and where one is known to follow, the norm alone.
+        """
         if point.role != "norm":
             tails[point.key] = point, first_tensor(output)
             return point if point.role == "block" and point.key not in self._followed else None
@@ -51,12 +82,15 @@ class LastStates:
             point, sequence_first=block.sequence_first != _is_transposed(states, normed), is_own=block.is_own
         )
 
+    def _warn(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
+
 
 def _is_normed(states: Tensor, given: Tensor, *, is_near: bool) -> bool:
     """Whether a norm is given the hidden states; ``is_near``: or perhaps what an operation such as dropout made."""
-    if states.is_nested != given.is_nested:  # padded, as at the end of torch's fast path
-        return is_near and states.shape[-1] == given.shape[-1] if not states.is_nested else is_near
-    if states.is_nested:
+    if states.is_nested or given.is_nested:  # torch's fast path ends with padding
         return is_near
     if states.ndim != given.ndim or states.shape[-1] != given.shape[-1]:
         return False
@@ -75,7 +109,7 @@ def _is_transposed(states: Tensor, given: Tensor) -> bool:
     return states.stride()[:2] != given.stride()[:2] and states.stride()[:2] == given.stride()[1::-1]
 
 
-def is_same_layout(states: Tensor, query: Tensor) -> bool | None:
+def _is_same_layout(states: Tensor, query: Tensor) -> bool | None:
     """Whether attention inside a block is called on what has the layout of its hidden states; None: not known."""
     if states.ndim != 3 or query.ndim != 3 or states.is_nested or query.is_nested or states.shape[0] == states.shape[1]:
         return None
@@ -103,6 +137,7 @@ def comes_from(given: Tensor, states: Tensor) -> bool:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a.layout != torch.strided or b.layout != torch.strided or a.is_nested or b.is_nested:
+    # Of others, such as distributed tensors, the memory is not their own.
+    if any(type(x) is not Tensor or x.layout != torch.strided for x in (a, b)):
         return a is b
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
