@@ -106,7 +106,7 @@ def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
     paths = own_stack.find_paths(model) if hugging_face is None else _paths_in_hugging_face(hugging_face)
     if not paths:
         raise ValueError(
-            f"`layers` needs a stack of blocks (an nn.ModuleList or nn.Sequential), and none was found in "
+            f"`layers` needs a stack of blocks (an nn.ModuleList, nn.ModuleDict or nn.Sequential), and none was found in "
             f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`"
             f"{_could_be(model)}."
         )
