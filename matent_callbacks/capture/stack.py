@@ -106,8 +106,8 @@ def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
     paths = own_stack.find_paths(model) if hugging_face is None else _paths_in_hugging_face(hugging_face)
     if not paths:
         raise ValueError(
-            f"`layers` needs a stack of blocks (an nn.ModuleList, nn.ModuleDict or nn.Sequential), and none was found in "
-            f"{type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`"
+            f"`layers` needs a stack of blocks (an nn.ModuleList, nn.ModuleDict or nn.Sequential), and none was found "
+            f"in {type(model).__name__}. Pass module names or globs as `layers`, or the part to look in as `module`"
             f"{_could_be(model)}."
         )
     if hugging_face is None:
@@ -124,7 +124,12 @@ def find_stack(model: nn.Module, around: tuple[nn.Module, ...] = ()) -> Stack:
     if are_parallel_lists(parent, found):
         blocks = _ends_of_post_norm(parent, next(iter(nearest)))
     last, owner = _last_state(path)
-    return Stack(blocks, last, owner, first)
+    is_known = any(kind.__module__.startswith("transformers.models.") for kind in type(owner).__mro__)
+    if is_known or not (last is blocks[-1] or is_norm(last)):
+        return Stack(blocks, last, owner, first)
+    # A class of one's own, made as those of transformers are.
+    norms = tuple(own_stack.norms_beside(path, (), []))
+    return Stack(blocks, own_stack.likeliest(norms, path) or blocks[-1], owner, first, norms)
 
 
 def _own_stack(

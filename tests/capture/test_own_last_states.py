@@ -91,3 +91,29 @@ def test_a_norm_behind_compiled_blocks(names, layers, what):
         model(IDS)
     expected = slow_pooled_entropy(model.states[-1].detach())
     assert monitor.compute()["matrix_entropy/last"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("names", [("norm", "blocks"), ("norm0", "blocks"), ("blocks", "emb_norm", "norm")])
+def test_a_class_of_ones_own_that_is_made_as_those_of_transformers(names):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+
+    class Mine(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            gpt = GPT(2, names=("emb", *names))
+            for name, child in gpt.named_children():
+                self.add_module(name, child)
+            self.out, self.final, self.of_embeddings = nn.Linear(WIDTH, 9), gpt.final, gpt.of_embeddings
+            self.end = gpt.end
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.emb
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            states = GPT.forward(self, input_ids)  # type: ignore[arg-type]
+            return self.out(states)
+
+    check(Mine(transformers.LlamaConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2)), layers="last")
