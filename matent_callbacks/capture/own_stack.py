@@ -192,7 +192,16 @@ def _is_around_one_stack(blocks: nn.Module) -> bool:
 
 def _has_stack_inside(module: nn.Module) -> bool:
     inner = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential | nn.ModuleDict)]
-    return any(len(list(m.children())) > 1 and is_stack(m) and all(map(_mixes, m.children())) for m in inner)
+    found = (list(m.children()) for m in inner if is_stack(m))
+    return any(
+        len(blocks) > 1 and all(_mixes(block) and not _is_attention(block) for block in blocks) for blocks in found
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module is attention alone, or one head of it."""
+    name = type(module).__name__
+    return bool((_MIXES.search(name) or name.endswith("Head")) and not re.search("(Block|Layer)s?$", name))
 
 
 def _mixes(module: nn.Module) -> bool:

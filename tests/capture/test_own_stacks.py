@@ -194,3 +194,20 @@ def test_two_lists_of_blocks_in_one_module():
     with pytest.raises(ValueError, match=r"`module` must say .*: decoder_blocks, first, second"):
         EntropyMonitor(TwoLists("first", "second"))
     check(TwoLists("first", "second"), module="first")
+
+
+class Heads(nn.Module):
+    """Attention with a module for each head, and a bias for each distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.bias = nn.ModuleList(Attention() for _ in range(2)), nn.Embedding(VOCABULARY, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(head(x) for head in self.heads)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_list_of_heads_of_attention_is_no_stack(depth):
+    torch.manual_seed(0)
+    check(GPT(nn.ModuleList(Block(Heads) for _ in range(depth))))
