@@ -148,6 +148,8 @@ class Forward:
             padded, mask = _padded(hidden_states)
             mask = self._of_samples(mask)
             return (padded, mask) if self.labels is None else self._in_loss(point, padded, mask, seen)
+        if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
+            hidden_states = hidden_states.reshape(*self._rows(point, len(hidden_states)), hidden_states.shape[-1])
         packing = self.packing
         if packing is not None and packing.fits(hidden_states.shape[:-1]):
             packing = packing.of_rows(len(hidden_states))
@@ -168,7 +170,7 @@ class Forward:
             hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is not None:
             counted = self._of_samples(fitting)
-            if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
+            if hidden_states.ndim == 2:
                 hidden_states = hidden_states.reshape(*counted.shape, -1)
             if self.labels is not None:
                 return self._in_loss(point, hidden_states, counted, seen)
@@ -184,6 +186,12 @@ class Forward:
         if self.samples is None or hidden_states.ndim not in (2, 3):
             return hidden_states, None
         return hidden_states, self._of_samples(torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+
+    def _rows(self, point: ReadPoint, number: int) -> tuple[int, ...]:
+        """The shape ``(B, T)`` of as many tokens, or ``(number,)`` where it is not known or T is 1."""
+        given = (tokens.shape[:2] for module, tokens in self.given.items() if module in point.masked_by)
+        fitting = (shape for shape in given if len(shape) == 2 and shape[1] > 1 and shape.numel() == number)
+        return tuple(next(fitting, (number,)))
 
     def _in_loss(
         self, point: ReadPoint, hidden_states: Tensor, mask: Tensor | None, seen: Seen
