@@ -86,7 +86,8 @@ class Events:
         self.guard = guard
         self._discard = discard
         self._whole_sequences = whole_sequences
-        self.only_in_loss = only_in_loss
+        self.reads_labels = only_in_loss or any(point.is_decoder for point in layers.points)
+        self._only_in_loss = only_in_loss
         self._read_modules = frozenset(point.module for point in layers.points)
         # The layers inside each transformer: its call on other tokens is a new pass over them.
         self._inside_of = {
@@ -346,9 +347,14 @@ class Events:
 
     def _new_forward(self) -> Forward:
         labels = None
-        if self.only_in_loss:
+        if self.reads_labels:
             labels = self._labels.get(threading.get_ident()) or Labels(self.model, self.wanted.labels)
-        return Forward(Masks(self.model, self.wanted.mask, self.wanted.batch_mask), self.wanted.samples, labels)
+        return Forward(
+            Masks(self.model, self.wanted.mask, self.wanted.batch_mask),
+            self.wanted.samples,
+            labels,
+            only_in_loss=self._only_in_loss,
+        )
 
     @property
     def _alone(self) -> Forward:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.labels import Labels, Unlabelled
+from matent_callbacks.capture.labels import Labels, Unlabelled, up_to_last
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.packing import PACKED_BY, Packing, find_packing, may_number
@@ -74,7 +74,9 @@ class Forward:
     samples: Tensor | None
     """``(B,)``: which samples count."""
     labels: Labels | None = None
-    """Tell which tokens count in the loss; None: it does not matter."""
+    """Tell which tokens count in the loss, or which tokens of a decoder are padding; None: it does not matter."""
+    only_in_loss: bool = False
+    """Whether only tokens that count in the loss are read."""
     graph_task: int = -1
     """The backward pass that it runs in, as where a loss embeds again to get its gradients; -1: in none."""
     packing: Packing | None = None
@@ -147,7 +149,7 @@ class Forward:
         if hidden_states.is_nested:
             padded, mask = _padded(hidden_states)
             mask = self._of_samples(mask)
-            return (padded, mask) if self.labels is None else self._in_loss(point, padded, mask, seen)
+            return (padded, mask) if not self.only_in_loss else self._in_loss(point, padded, mask, seen)
         if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
             hidden_states = hidden_states.reshape(*self._rows(point, len(hidden_states)), hidden_states.shape[-1])
         packing = self.packing
@@ -158,7 +160,7 @@ class Forward:
                 valid = packing.inside & outer.to(valid.device).flatten()[packing.tokens]
             if samples is not None and len(samples) == packing.shape[0]:
                 valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
-            if self.labels is not None:
+            if self.only_in_loss:
                 every = torch.ones(packing.shape, dtype=torch.bool, device=valid.device)
                 valid = valid & self._in_loss(point, hidden_states, every, seen)[1].flatten()[packing.tokens]
             return packing.unpack(hidden_states), valid
@@ -172,12 +174,16 @@ class Forward:
             counted = self._of_samples(fitting)
             if hidden_states.ndim == 2:
                 hidden_states = hidden_states.reshape(*counted.shape, -1)
-            if self.labels is not None:
+            if self.only_in_loss:
                 return self._in_loss(point, hidden_states, counted, seen)
             return hidden_states, counted
         self.masks.check_outer(hidden_states.shape[:-1])
-        if self.labels is not None:  # which padding has none of
+        if self.only_in_loss:  # which padding has none of
             return self._in_loss(point, hidden_states, None, seen)
+        if point.is_decoder and self.labels is not None:
+            found = self.labels.fitting(point, hidden_states)
+            if not isinstance(found, Unlabelled) and found[0].ndim == 3:
+                return found[0], self._of_samples(up_to_last(found[1]))
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
