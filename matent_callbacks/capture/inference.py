@@ -67,6 +67,31 @@ def preserved(model: nn.Module) -> Iterator[None]:
             restore()
 
 
+def adapters_around(part: Any, model: nn.Module) -> Any:
+    """Return the PEFT model in ``model`` whose base is ``part`` or holds it; None if there is none."""
+    wrappers = (m for m in model.modules() if hasattr(m, "disable_adapter") and hasattr(m, "peft_config"))
+    return next((m for m in wrappers if m is not part and any(inside is part for inside in m.modules())), None)
+
+
+@contextmanager
+def without_adapters(peft_model: Any) -> Iterator[None]:
+    """Switch the adapters of a PEFT model off; afterwards they are as they were.
+
+    Raises:
+        ValueError: If they are merged into the weights, which would be computed anew.
+    """
+    if any(getattr(module, "merged", False) for module in peft_model.modules()):
+        raise ValueError("the adapters are merged into the weights of the base model, so it is not what it was.")
+    # PEFT lets all weights of the active adapters train when they are switched on again.
+    trained = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
+
+
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     if type(module).__name__ == "FullyShardedDataParallel":
         return {"training": module.training}  # sets itself up in its first forward, and must not do so again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -217,6 +218,29 @@ def test_a_resumed_run_has_the_reference_of_its_start():
     monitor.close()
     assert logged == whole
     assert logged[-1][1]["diff_erank/last"] != 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_base_inside_of_a_peft_model_is_a_reference_without_the_adapter(frozen):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    base = llama(layers=2, dropout=0.0)
+    apart = copy.deepcopy(base)
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name and not frozen)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found: list[dict[str, float]] = []
+    for reference in (base, model.get_base_model(), apart, model):
+        arguments: dict[str, Any] = {"metrics": ["effective_rank", "drift"], "probe": batch(1), "reference": reference}
+        monitor = LoopMonitor(model, 1, log=lambda v, step: found.append(v), on_error="raise", **arguments)
+        with monitor, monitor.step(1):
+            pass
+    assert found[0] == found[1] == pytest.approx(found[2], abs=1e-6)
+    assert abs(found[0]["diff_erank/last"]) > 0.1
+    assert found[3]["drift/last"] == found[3]["diff_erank/last"] == 0
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert not any(getattr(module, "disable_adapters", False) is True for module in model.modules())
 
 
 def test_resumed_without_its_state_there_is_no_reference_and_a_warning():
