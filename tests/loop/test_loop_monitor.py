@@ -126,6 +126,35 @@ def test_steps_from_zero():
     assert [step for step, _ in logged] == [0, 2, 4]
 
 
+@pytest.mark.parametrize(("steps", "due"), [(range(3, 28, 3), [6, 9, 12, 18, 21, 24]), ([1, 2, 9, 10], [9])])
+def test_numbers_of_steps_may_be_left_out(steps, due):
+    model = llama(layers=1)
+    logged: Logged = []
+    with LoopMonitor(model, 4, log=lambda v, step: logged.append((step, v)), on_error="raise") as monitor:
+        for step in steps:
+            with monitor.step(step):
+                model(**batch(step))
+    assert [step for step, _ in logged] == due
+
+
+def test_a_step_goes_on_after_an_evaluation_inside():
+    model = llama(layers=2, dropout=0.0)
+    logged: Logged = []
+    for evaluates in (False, True):
+        with LoopMonitor(model, 1, log=lambda v, step: logged.append((step, v)), on_error="raise") as monitor:
+            with monitor.step(1):
+                model(**batch(1))
+                if evaluates:
+                    with monitor.evaluation(), torch.no_grad():
+                        model(**batch(2))
+                model(**batch(3))
+            with monitor.step(1):
+                model(**batch(4))
+    (_, alone), (_, evaluated), (_, with_evaluation) = logged
+    assert with_evaluation == alone
+    assert evaluated.keys() == {f"eval_{key}" for key in alone}
+
+
 def test_an_evaluation_has_its_values_in_the_dict_and_in_the_log():
     logged: Logged = []
     model = llama(layers=2, dropout=0.0)
