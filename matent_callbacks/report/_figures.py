@@ -11,6 +11,7 @@ from matent_callbacks.plot import layer_heatmap, layer_profile, spectrum_shares,
 from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
 from matent_callbacks.report._findings import collapses, moved, without_reading
 from matent_callbacks.report._keys import DRIFT, LAYER_METRICS, Quantity
+from matent_callbacks.report._pairs import pairs, stages
 from matent_callbacks.report._picture import Picture, Table, empty_figure, how_many, peaks, picture, style
 from matent_callbacks.report._picture import table_over_steps as table
 from matent_callbacks.report._run import Curve, Run
@@ -88,19 +89,21 @@ def _metric(run: Run, metric: str) -> Iterator[Picture]:
 
 
 def _alignment(run: Run) -> Iterator[Picture]:
+    measured = pairs(run)
+    about = "At evaluations other pairs were measured, or the same ones at other steps." if len(measured) > 1 else ""
     for place, title in PAIRS.items():
-        curves = {"training": run.curve(Quantity("alignment", place))}
-        points = _held_out(run, "alignment", place)
-        yield from _curves(run, f"alignment-{place}", capital(title), pair_unit(place), curves, points)
+        curves = {group.name: group.curve(run, "alignment", place) for group in measured}
+        points = {name: curves.pop(name) for name in [*curves][1:]}
+        yield from _curves(run, f"alignment-{place}", capital(title), pair_unit(place), curves, points, about)
 
 
 def _stages(run: Run) -> Iterator[Picture]:
     for metric in ("effective_rank", "matrix_entropy"):
         for name, places in (("stages", STAGES), ("towers", TOWERS)):
-            sources = {place: next(iter(run.sources(metric, place)), None) for place in places}
-            curves = {place_name(p): run.curve(Quantity(metric, p, source)) for p, source in sources.items()}
+            group, curves = stages(run, metric, places)
+            curves = {place_name(place): curve for place, curve in curves.items()}
             title = ("Where the image goes: " if name == "stages" else "Both towers: ") + metric_name(metric)
-            about = "On the held-out data." if any(source is not None for source in sources.values()) else ""
+            about = f"Data: {group}."
             ranks = metric in LOGARITHMIC
             yield from _curves(run, f"{name}-{metric}", title, AXES[metric], curves, {}, about, ranks=ranks)
 

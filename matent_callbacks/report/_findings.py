@@ -8,6 +8,7 @@ from statistics import median
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
+from matent_callbacks.report._pairs import pairs, stages
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
     PAIRS,
@@ -125,20 +126,20 @@ def collapses(run: Run) -> list[str]:
 
 
 def _pairs(run: Run) -> list[str]:
+    measured = pairs(run)
     return [
-        moved(_on(held_out) + name, run.curve(Quantity("alignment", place, held_out)))
+        moved(f"{name}, {group.name},", group.curve(run, "alignment", place))
         for place, name in PAIRS.items()
-        for held_out in run.sources("alignment", place)
+        for group in measured
     ]
 
 
 def _stages(run: Run) -> list[str]:
     found = []
     for metric in ("effective_rank", "matrix_entropy"):
-        for place in (*STAGES, *TOWERS):
-            held_out = next(iter(run.sources(metric, place)), None)
-            name = f"{_on(held_out)}{metric_name(metric)} of {place_name(place)}"
-            found.append(moved(name, run.curve(Quantity(metric, place, held_out))))
+        data, curves = stages(run, metric, (*STAGES, *TOWERS))
+        for place, curve in curves.items():
+            found.append(moved(f"{metric_name(metric)} of {place_name(place)}, {data},", curve))
     return found
 
 
