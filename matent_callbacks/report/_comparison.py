@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, layer_ticks, rank_scale
-from matent_callbacks.report._findings import moved
+from matent_callbacks.report._findings import ZERO, moved, without_zeros
 from matent_callbacks.report._keys import Quantity
 from matent_callbacks.report._pairs import Pairs
 from matent_callbacks.report._picture import Picture, empty_figure, peaks, picture, style, table_over_steps
@@ -122,7 +122,9 @@ def first_at_best(curves: Sequence[Curve]) -> tuple[float, list[float | None]] |
 
 def _losses(runs: Sequence[Run], held_out: str | None, name: str, title: str) -> Shared:
     curves = [run.curve(Quantity("loss", "", held_out)) for run in runs]
-    return Shared(name, title, AXES["loss"], curves, lower_is_better=True)
+    kept = curves if held_out is not None else [without_zeros(curve) for curve in curves]
+    about = f"Readings of exactly 0 are left out: {ZERO}." * (kept != curves)
+    return Shared(name, title, AXES["loss"], kept, lower_is_better=True, about=about)
 
 
 def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]:
