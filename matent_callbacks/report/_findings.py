@@ -65,9 +65,10 @@ def moved_loss(name: str, curve: Curve) -> str:
         return moved(name, curve)
     first = curve.steps[curve.values.index(0)]
     told = moved(name, rest) or f"{capital(name)}: no reading is another number."
+    are = "is" if zeros == 1 else "are"
     return (
-        f"{told} {zeros:,} of its {len(curve.steps):,} readings {'is' if zeros == 1 else 'are'} exactly 0, from step "
-        f"{step(first)} on, and left out here: {ZERO}."
+        f"{told} {zeros:,} of its {len(curve.steps):,} readings {are} exactly 0, the first at step {step(first)}, and "
+        f"left out here: {ZERO}."
     )
 
 

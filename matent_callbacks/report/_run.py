@@ -217,7 +217,7 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
             begins = min(itertools.chain(*now.values()), default=math.inf)
             if begins <= begin < math.inf:
                 raise SeveralRunsError("logs that do not continue one another")
-            steps = f"{part.name}, with steps {at(first)} to {at(last)}."
+            steps = f"{part.name}, with step{f's {at(first)} to' * (first < last)} {at(last)}."
             if not shared:
                 notes.append(f"The log has another part, {steps} Its values stand beside those of the same steps.")
             # One reading at the very end is no step that was run twice: an evaluation may log names of training, too.

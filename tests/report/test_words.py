@@ -93,7 +93,7 @@ def test_a_loss_that_is_nan_is_not_praised_as_the_lowest(make_trainer: Any) -> N
     (said,) = summary(runs[1])["Loss"]
     assert said.startswith(f"Training loss fell from {number(first)} at step 1 to {number(last)} at step 3, by ")
     assert said.endswith(
-        " 3 of its 6 readings are exactly 0, from step 4 on, and left out here: Hugging Face's Trainer logs 0 "
+        " 3 of its 6 readings are exactly 0, the first at step 4, and left out here: Hugging Face's Trainer logs 0 "
         "where the loss is NaN."
     )
     (picture, *_) = pictures(runs[1])["Loss beside entropy and effective rank"]
@@ -104,7 +104,7 @@ def test_a_loss_that_is_nan_is_not_praised_as_the_lowest(make_trainer: Any) -> N
     assert "<td>never</td>" in html or ">never<" in html
     nothing = [{"step": s, "loss": 0.0} for s in (1, 2)]
     assert summary(Run("a", "b", nothing))["Loss"][0].startswith(
-        "Training loss: no reading is another number. 2 of its 2 readings are exactly 0, from step 1 on"
+        "Training loss: no reading is another number. 2 of its 2 readings are exactly 0, the first at step 1"
     )
 
 
