@@ -111,7 +111,8 @@ def main() -> None:
     history = trainer.state.log_history
     stop = plateau(history)
     looks = begins_to_look(history)
-    figure = alignment_overview(history, stop=stop, title="A small LLaVA learns to say what is where in a picture")
+    title = "A small LLaVA learns to say what is where in a picture"
+    figure = alignment_overview(history, stop=stop, title=title, probe_is_held_out=True)
     if looks is not None:
         lines = [axis.axvline(looks, color="0.6", linewidth=1, zorder=0) for axis in figure.axes]
         figure.legend(lines[:1], [f"begins to look, step {looks}"], loc="outside lower left", frameon=False)

@@ -27,13 +27,10 @@ class LoopMonitor:
     It does what ``MatrixEntropyCallback`` does in a Trainer: the forwards inside ``with monitor.step(step):`` are read
     if the step is due, and nothing happens at other steps. Training is bitwise what it is without it.
 
-    A step ends when the next one begins, when an evaluation begins, or with :meth:`close`; only then are its values
-    computed, and logged under its own number. So a step may be entered several times, once for each micro-batch, and a
-    probe is run with the weights after the update. ``step(step, ends=True)`` says that a block is the last of its step:
-    the values are then logged when the block ends.
-
-    Logged are ``<metric>/<layer>`` at each monitored step, ``eval_<metric>/<layer>`` over each evaluation, and whatever
-    else :class:`matent_callbacks.transformers.MatrixEntropyCallback` lists. On several ranks, each has to make the same
+    A step ends when the next one begins, when an evaluation begins after it, or with :meth:`close`; only then are its
+    values computed, and logged under its number. So a step may be entered several times, once for each micro-batch, and
+    a probe is run with the weights after the update. ``step(step, ends=True)`` says that a block is the last of a step.
+    Logged is what :class:`matent_callbacks.transformers.MatrixEntropyCallback` lists. Every rank has to make the same
     calls, and has the same values: those of the tokens of all ranks.
 
     Args:
@@ -48,8 +45,7 @@ class LoopMonitor:
             (nats), ``effective_rank``, ``spectrum``, ``rankme``, ``embedding_effective_rank`` and more. With
             ``reference`` also ``drift``, ``subspace_overlap`` and ``token_cosine``: what moved since then.
         probe: One batch (a mapping of the model's keyword arguments, or a tensor) or a list of them, which is read
-            in evaluation mode in place of the training forwards; or a mapping of several named probes, which are read
-            separately and logged as ``<probe>/<metric>/<layer>``.
+            in evaluation mode in place of the training forwards; or a mapping of probes, ``<probe>/<metric>/<layer>``.
         max_tokens: Upper bound on the tokens, without padding, that one reading accumulates per layer.
         embedding: Which vector stands for a sequence: the ``"mean"``, the ``"last"`` or the ``"first"`` of the tokens
             that count. A layer whose output is ``(B, d)``, such as a pooler, provides these vectors itself.
@@ -57,8 +53,8 @@ class LoopMonitor:
         tokens: ``"all"``, or ``"labels"``: only those that count in the loss.
         on_error: ``"warn"``: an error in monitoring is warned about once, and training goes on; ``"raise"``.
         reference: For Diff-eRank and ``drift``, measured on the probe: ``"start"``, or a model with the same layers.
-        reference_dir: Folder in which the hidden states of ``"start"`` are saved, since :meth:`state_dict` does not
-            have them: a run that is resumed needs it for ``drift``. ``None``: they are not saved.
+        reference_dir: Folder for the hidden states of ``"start"``, which :meth:`state_dict` does not have and a resumed
+            run needs for ``drift``. ``None``: they are not saved.
         drift_tokens: How many tokens of the probe are compared with the reference at most. Their hidden states in the
             reference are kept on the host: 2,048 tokens of 33 layers with d = 4,096 take 0.55 GB in bfloat16.
         mask: Function from a batch, also one of the probe, to its mask ``(B, T)``, which overrides the model's own.
@@ -70,8 +66,7 @@ class LoopMonitor:
             Warnings say once which layers these are, and what is exact all the same. ``"approximate"``: as ``"auto"``.
         background: Decompose in a thread, on the CPU; the values are logged at the next measurement, or at the end.
         name: Prefix of the names of all values, for a second monitor with the same layers.
-        window_steps: Number of optimizer steps that a measurement covers: the one that is due and the last ones before
-            it. Metrics of one vector per sequence need more sequences than one step has.
+        window_steps: Optimizer steps that a measurement covers, up to the one that is due: for metrics of sequences.
         pictures: With two layers or more, log the profile through the layers and heat maps (needs matplotlib).
         charts: ``"few"``: with more than 6 layers, W&B draws charts of three and has the values of all; ``"all"``.
         process_group: The ranks whose tokens belong together; ``None``: those of the data- and context-parallel
@@ -136,25 +131,28 @@ class LoopMonitor:
         owner = SimpleNamespace(accelerator=log, strategy=getattr(log, "strategy", None), model=model)
         self._run.watch(model, owner=owner)
         self._began = self._resumed = self._under_way = False
-        self._last = 0
+        self._last = self._done = 0
+        self._inside: tuple[Any, ...] = ()  # the batch of the step that is under way
 
     @contextmanager
     def step(self, step: int, *, batch: Any = None, ends: bool = False) -> Iterator[None]:
         """Read the forwards with gradients inside, if the step is due.
 
         Args:
-            step: The number of the optimizer step that the forwards are of, from 0 or 1 on.
+            step: The number of the optimizer step that the forwards are of, from 0 or 1 on; numbers may be left out.
             batch: What the argument ``mask`` is called with.
-            ends: This is the last micro-batch of the step: it ends with this block. With accelerate, pass
-                ``accelerator.sync_gradients``.
+            ends: The step ends with this block. With accelerate, pass ``accelerator.sync_gradients``.
         """
         self._begin_step(step)
-        self._begin_batch(step, batch)
+        self._begin_batch(batch)
+        self._inside = (batch,)
         try:
             yield
         except BaseException:
             self._end_batch(discard=True)
             raise
+        finally:
+            self._inside = ()
         self._end_batch()
         if ends:
             self._end_step()
@@ -167,7 +165,8 @@ class LoopMonitor:
             prefix: Put before the names of the values: ``"eval"`` gives ``eval_<metric>/<layer>``.
         """
         values: dict[str, float] = {}
-        self._end_step()
+        if not self._inside:
+            self._end_step()
         self._begin_evaluation()
         try:
             yield values
@@ -176,6 +175,8 @@ class LoopMonitor:
         found = self.guard.values("the values of an evaluation", lambda: self._run.evaluation_ends(self._model))
         values.update({f"{prefix}_{key}": value for key, value in found.items()})
         self._log.values({self._last: values})
+        if self._inside:
+            self._begin_batch(*self._inside)
 
     @guarded
     def evaluating(self, batch: Any, *, sample_mask: Tensor | None = None) -> None:
@@ -189,10 +190,7 @@ class LoopMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON types. It makes no collective call: one rank may do it alone."""
-        state: dict[str, Any] = {}
-        with self.guard("its state in the checkpoint"):
-            state |= self._run.state_dict()
-        return state
+        return self.guard.values("its state in the checkpoint", self._run.state_dict)
 
     @guarded
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,18 +216,20 @@ class LoopMonitor:
 
     @guarded
     def _begin_step(self, step: int) -> None:
-        if self._under_way and step != self._last:
-            self._end_step()
-        self._last, self._under_way = step, True
         if not self._began:
-            self._began = True
+            self._began, self._done = True, step - 1
             resumed = self._resumed or step > 1
-            self._run.run_begins(self._model, step=step - 1, resumed=resumed, **self._run_begins)
+            self._run.run_begins(self._model, step=self._done, resumed=resumed, **self._run_begins)
             self._run.save_reference()
+        elif step != self._last:
+            self._end_step()
+            self._done = min(self._last, step - 1)
+        self._last, self._under_way = step, True
 
     @guarded
-    def _begin_batch(self, step: int, batch: Any) -> None:
-        self._run.batch_begins(self._model, batch, step=step - 1, training_only=True)
+    def _begin_batch(self, batch: Any) -> None:
+        completes = self._last - self._done
+        self._run.batch_begins(self._model, batch, step=self._done, completes=completes, training_only=True)
 
     @guarded
     def _end_batch(self, *, discard: bool = False) -> None:

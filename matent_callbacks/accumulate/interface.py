@@ -40,6 +40,8 @@ class Statistic(ABC):
     """How many of what its metrics take."""
     fewest: ClassVar[int] = 1
     """How many tokens, or vectors, have a covariance: two where the mean of all is subtracted."""
+    centers_sequences: ClassVar[bool] = False
+    """Whether tokens that are alone in their sequence leave nothing, since its mean is subtracted."""
     of_whole_sequences: ClassVar[bool] = False
     """Whether it cannot be computed where ranks hold parts of the same sequences."""
     of_vectors: ClassVar[bool] = False

@@ -57,6 +57,7 @@ class Pooled(Covariance):
     """One covariance of all tokens, each centred by the mean of its sequence and scaled to unit length."""
 
     sources, center, normalize = ("pooled",), "sequence", True
+    takes, fewest, centers_sequences = (2, "token of one sequence"), 2, True
     derived = ("correlation",)
 
     def matrix(self, source: Source) -> Matrix | Discriminant:

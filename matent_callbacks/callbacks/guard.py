@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 OnError = Literal["warn", "raise"]
+_Value = TypeVar("_Value")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -56,9 +57,9 @@ class Guard:
                 )
                 warnings.warn(said, stacklevel=3)
 
-    def values(self, work: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def values(self, work: str, compute: Callable[[], dict[str, _Value]]) -> dict[str, _Value]:
         """Return what ``compute`` returns; an empty dict if it fails."""
-        values: dict[str, float] = {}
+        values: dict[str, _Value] = {}
         with self(work):
             values.update(compute())
         return values

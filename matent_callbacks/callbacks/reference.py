@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from matent_callbacks.accumulate.gathering import all_gather_ragged
 from matent_callbacks.accumulate.reduction import agreed_failures, is_distributed
 from matent_callbacks.callbacks.guard import Guard
+from matent_callbacks.capture.inference import adapters_around, without_adapters
 from matent_callbacks.capture.probes import hashes
 
 DATA_SET_RANK = "sequence_effective_rank"
@@ -79,14 +81,20 @@ class Reference:
         if of_start and resumed:
             self._keep_what_holds(before, layers)
             return True
-        reference = model if of_start else self.given
-        assert isinstance(reference, nn.Module)
-        self._ranks = self._guard.values("the reference", lambda: measure(reference))
+        adapted = None if of_start else adapters_around(self.given, model)
+        reference = self.given if isinstance(self.given, nn.Module) and not (of_start or adapted) else model
+
+        def measured() -> dict[str, float]:
+            with nullcontext() if adapted is None else without_adapters(adapted):
+                return measure(reference)
+
+        self._ranks = self._guard.values("the reference", measured)
         return False
 
     def is_of_start(self, model: nn.Module) -> bool:
-        """Whether it is the model as it is when training begins."""
-        return self.given == "start" or any(part is self.given for part in model.modules())
+        """Whether it is the model as it is when training begins; the base of a PEFT model is not."""
+        is_part = any(part is self.given for part in model.modules())
+        return self.given == "start" or (is_part and adapters_around(self.given, model) is None)
 
     def difference(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return ``diff_erank`` of the values of a probe: the rank of the reference minus that of the model now."""

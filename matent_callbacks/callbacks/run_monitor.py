@@ -181,7 +181,7 @@ class RunMonitor:
             self._measurement.reset()
 
     def batch_begins(
-        self, model: nn.Module, batch: Any = None, *, step: int, any_steps: bool = False, **how: Any
+        self, model: nn.Module, batch: Any = None, *, step: int, completes: int | None = 1, **how: Any
     ) -> None:
         """Begin to read a forward of training, unless it belongs to no step that is due.
 
@@ -189,10 +189,10 @@ class RunMonitor:
             model: The model as it is called.
             batch: What ``mask`` is called with; ``None``: it is not known.
             step: The steps that are done before it.
-            any_steps: Whether it may complete any number of steps, as in Lightning's manual optimization.
+            completes: How many steps it is part of; ``None``: any number, as in Lightning's manual optimization.
             **how: See :meth:`_begin`.
         """
-        if self._schedule.reads(step, any_steps=any_steps) and not self.has_probe:
+        if self._schedule.reads(step, completes=completes) and not self.has_probe:
             self._begin(lambda: self._measurement.monitor(model), batch, **how)
 
     def batch_ends(self) -> None:

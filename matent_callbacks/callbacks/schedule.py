@@ -31,14 +31,14 @@ class Schedule:
         self._most = 0
         self._skipped = self._overdue = False
 
-    def reads(self, step: int, *, any_steps: bool) -> bool:
+    def reads(self, step: int, *, completes: int | None) -> bool:
         """Whether a forward of training after ``step`` steps is read: it may belong to one that is due.
 
-        ``any_steps``: it may complete any number of steps. The largest number that any has completed is assumed, and
-        any before the first.
+        ``completes``: how many steps it is part of at most. ``None``: that is not known. The largest number that any
+        has completed is assumed, and any before the first.
         """
         self.step = step
-        most = self._most if any_steps else 1
+        most = self._most if completes is None else completes
         reads = self._overdue or most == 0 or self._is_due(step + most + self._window - 1)
         self._skipped |= not reads
         return reads

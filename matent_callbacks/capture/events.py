@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -85,7 +87,8 @@ class Events:
         self.guard = guard
         self._discard = discard
         self._whole_sequences = whole_sequences
-        self.only_in_loss = only_in_loss
+        self.reads_labels = only_in_loss or any(point.is_decoder for point in layers.points)
+        self._only_in_loss = only_in_loss
         self._read_modules = frozenset(point.module for point in layers.points)
         # The layers inside each transformer: its call on other tokens is a new pass over them.
         own = {layers.owner, layers.stack.owner if layers.stack else None}
@@ -174,6 +177,10 @@ class Events:
         return True
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Called after an error as well, without an output.
+        self._leave(output, has_failed=output is None and sys.exc_info()[0] is not None)
+
+    def _leave(self, output: Any, *, has_failed: bool) -> None:
         forward = None if torch.compiler.is_compiling() else self._forward
         if forward is None:
             return
@@ -182,10 +189,26 @@ class Events:
             forward.outputs[call.module] = first_tensor(output)
         if not forward.calls:
             del self._forwards[threading.get_ident()]
+            if has_failed:
+                self._forget_all(forward)
+                return
             graded = {key for key, _ in forward.read | forward.held.keys()}
             alone = {own: held for own, held in forward.without_gradients.items() if own[0] not in graded}
             for (key, _), held in (forward.held | alone).items():
                 self._record(key, held)
+
+    def _forget_all(self, failed: Forward) -> None:
+        """Forget what was read of all layers, since some layers have read a forward that failed in the middle."""
+        own = Counter(key for key, _ in failed.read)
+        if not own or self._discard is None:
+            return
+        if any(count > own[key] for key, count in self.seen.passes.items()):
+            warnings.warn(
+                "A forward failed in the middle: the tokens read so far are left out of this one reading.", stacklevel=2
+            )
+        for point in self.layers.points:
+            self._discard(point.key)
+        self.seen.passes.clear()
 
     # Wrappers around `forward`, which also see `module.forward(...)`.
 
@@ -200,9 +223,12 @@ class Events:
             points = [point for point in self.layers.points if point.module is module]
             for point in points:
                 forward = functools.partial(self.call_point, point, module, forward)
-            return forward(*args, **kwargs)
-        finally:
-            self.leave(module, args, None)
+            output = forward(*args, **kwargs)
+        except BaseException:
+            self._leave(None, has_failed=True)
+            raise
+        self._leave(output, has_failed=False)
+        return output
 
     def call_around(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         thread = threading.get_ident()
@@ -371,15 +397,21 @@ class Events:
         """Whether a forward that begins now is read, as far as its surroundings tell."""
         if self._is_of_another():
             return False
-        if self.wanted.adapters is not None and not self.wanted.adapters.unchanged():
+        adapters, in_training = self.wanted.adapters, self.wanted.training_only
+        if adapters is not None and not adapters.unchanged(in_training=in_training):
             return False
         return not self.wanted.training_only or torch.is_grad_enabled()
 
     def _new_forward(self) -> Forward:
         labels = None
-        if self.only_in_loss:
+        if self.reads_labels:
             labels = self._labels.get(threading.get_ident()) or Labels(self.model, self.wanted.labels)
-        return Forward(Masks(self.model, self.wanted.mask, self.wanted.batch_mask), self.wanted.samples, labels)
+        return Forward(
+            Masks(self.model, self.wanted.mask, self.wanted.batch_mask),
+            self.wanted.samples,
+            labels,
+            only_in_loss=self._only_in_loss,
+        )
 
     @property
     def _alone(self) -> Forward:

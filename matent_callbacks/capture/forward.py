@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matent_callbacks.capture.labels import Labels, Unlabelled
+from matent_callbacks.capture.labels import Labels, Unlabelled, up_to_last
 from matent_callbacks.capture.layers import ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.own_forward import Tails, comes_from
@@ -75,7 +75,9 @@ class Forward:
     samples: Tensor | None
     """``(B,)``: which samples count."""
     labels: Labels | None = None
-    """Tell which tokens count in the loss; None: it does not matter."""
+    """Tell which tokens count in the loss, or which tokens of a decoder are padding; None: it does not matter."""
+    only_in_loss: bool = False
+    """Whether only tokens that count in the loss are read."""
     graph_task: int = -1
     """The backward pass that it runs in, as where a loss embeds again to get its gradients; -1: in none."""
     packing: Packing | None = None
@@ -164,7 +166,9 @@ class Forward:
         if hidden_states.is_nested:
             padded, mask = _padded(hidden_states)
             mask = self._of_samples(mask)
-            return (padded, mask) if self.labels is None else self._in_loss(point, padded, mask, seen)
+            return (padded, mask) if not self.only_in_loss else self._in_loss(point, padded, mask, seen)
+        if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
+            hidden_states = hidden_states.reshape(*self._rows(point, len(hidden_states)), hidden_states.shape[-1])
         packing = self.packing
         if packing is not None and packing.fits(hidden_states.shape[:-1]):
             packing = packing.of_rows(len(hidden_states))
@@ -173,7 +177,7 @@ class Forward:
                 valid = packing.inside & outer.to(valid.device).flatten()[packing.tokens]
             if samples is not None and len(samples) == packing.shape[0]:
                 valid = valid & samples.to(valid.device)[packing.tokens // packing.shape[1]]
-            if self.labels is not None:
+            if self.only_in_loss:
                 every = torch.ones(packing.shape, dtype=torch.bool, device=valid.device)
                 valid = valid & self._in_loss(point, hidden_states, every, seen)[1].flatten()[packing.tokens]
             return packing.unpack(hidden_states), valid
@@ -185,14 +189,18 @@ class Forward:
             hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
         if fitting is not None:
             counted = self._of_samples(fitting)
-            if hidden_states.ndim == 2:  # all tokens in one long row, as experts see them
+            if hidden_states.ndim == 2:
                 hidden_states = hidden_states.reshape(*counted.shape, -1)
-            if self.labels is not None:
+            if self.only_in_loss:
                 return self._in_loss(point, hidden_states, counted, seen)
             return hidden_states, counted
         self.masks.check_outer(hidden_states.shape[:-1])
-        if self.labels is not None:  # which padding has none of
+        if self.only_in_loss:  # which padding has none of
             return self._in_loss(point, hidden_states, None, seen)
+        if point.is_decoder and self.labels is not None:
+            found = self.labels.fitting(point, hidden_states)
+            if not isinstance(found, Unlabelled) and found[0].ndim == 3:
+                return found[0], self._of_samples(up_to_last(found[1]))
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))
@@ -207,6 +215,14 @@ class Forward:
         if not point.is_own or not self.rows or [size == self.rows[0] for size in shape].count(True) != 1:
             return point.sequence_first
         return shape[1] == self.rows[0] and (point.sequence_first or shape == self.rows[::-1])
+
+    def _rows(self, point: ReadPoint, number: int) -> tuple[int, ...]:
+        """The shape ``(B, T)`` of as many tokens, or ``(number,)`` where it is not known or T is 1."""
+        if point.sequence_first:
+            return (number,)
+        given = (tokens.shape[:2] for module, tokens in self.given.items() if module in point.masked_by)
+        fitting = (shape for shape in given if len(shape) == 2 and shape[1] > 1 and shape.numel() == number)
+        return tuple(next(fitting, (number,)))
 
     def _in_loss(
         self, point: ReadPoint, hidden_states: Tensor, mask: Tensor | None, seen: Seen

@@ -149,7 +149,7 @@ class Capture:
 
     def _around(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
         """Look for labels among the arguments of modules around what is hooked."""
-        for module in modules if self._events.only_in_loss else ():
+        for module in modules if self._events.reads_labels else ():
             yield around_calls(module, self._events.call_around, replicas=False)
 
     def _read_hook(self, point: ReadPoint) -> Callable[[], None]:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from matent_callbacks.capture.compiled import call_eagerly
 from matent_callbacks.capture.randomness import same_random_numbers
+from matent_callbacks.capture.restoring import CONTAINERS, restoring
 from matent_callbacks.capture.stack import is_hugging_face, unwrap
 
+# What torch itself keeps in each module, such as hooks; but whether it is in training mode.
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
 # The models on which side-effect-free inference is running now, the innermost call last.
 _inferences: list[object] = []
 
@@ -46,15 +49,12 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Disable gradients; afterwards restore modes, counters, buffers and random states."""
+    """Disable gradients; afterwards restore modes, counters, buffers, lists and the like, and random states."""
     # `training` is one of these attributes; others are counters and the like that a forward may set.
     attributes = [(module, _plain_attributes(module)) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone(), _version(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    held = [list(own.values()) for _, own in (*attributes, *buffers)]
+    restore = restoring(held)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     with same_random_numbers(devices), torch.no_grad():
         try:
@@ -62,24 +62,44 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for module, before in attributes:
                 vars(module).update(before)
-            for module, name, buffer, values, version in buffers:
-                # A forward may write into a buffer, or replace it. A buffer that it did not touch is not written to
-                # here either: the backward pass of an earlier forward may need it, and would refuse it.
-                module._buffers[name] = buffer
-                if version is None or version != _version(buffer):
-                    buffer.copy_(values)
+            for module, before in buffers:
+                module._buffers.update(before)
+            restore()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written to; None where torch does not count that."""
-    return None if tensor.is_inference() else tensor._version
+def adapters_around(part: Any, model: nn.Module) -> Any:
+    """Return the PEFT model in ``model`` whose base is ``part`` or holds it; None if there is none."""
+    wrappers = (m for m in model.modules() if hasattr(m, "disable_adapter") and hasattr(m, "peft_config"))
+    return next((m for m in wrappers if m is not part and any(inside is part for inside in m.modules())), None)
+
+
+@contextmanager
+def without_adapters(peft_model: Any) -> Iterator[None]:
+    """Switch the adapters of a PEFT model off; afterwards they are as they were.
+
+    Raises:
+        ValueError: If they are merged into the weights, which would be computed anew.
+    """
+    if any(getattr(module, "merged", False) for module in peft_model.modules()):
+        raise ValueError("the adapters are merged into the weights of the base model, so it is not what it was.")
+    # PEFT lets all weights of the active adapters train when they are switched on again.
+    trained = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     if type(module).__name__ == "FullyShardedDataParallel":
         return {"training": module.training}  # sets itself up in its first forward, and must not do so again
     return {
-        name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | Tensor | None)
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_TORCH
+        and (type(value) in CONTAINERS or isinstance(value, bool | int | float | Tensor | None))
     }
 
 

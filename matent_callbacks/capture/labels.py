@@ -63,6 +63,11 @@ class Labels:
         return Unlabelled("unfit", self._shape, tuple(hidden_states.shape[:-1]))
 
 
+def up_to_last(counted: Tensor) -> Tensor:
+    """``(B, T)`` bool: the tokens up to the last one that counts in each row. What follows is padding."""
+    return counted.flip(1).cumsum(1).flip(1) > 0
+
+
 def _argument(name: str, arguments: Mapping[str, Any]) -> Tensor | None:
     """Find a tensor by its name among arguments, or in the batch, if one is passed on as a mapping."""
     batches = (value for value in arguments.values() if isinstance(value, Mapping))

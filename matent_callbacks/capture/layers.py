@@ -39,6 +39,8 @@ class ReadPoint:
     """The modules around it, and inside, whose masks describe the tokens of this tensor."""
     labelled_by: frozenset[nn.Module] = frozenset()
     """The modules around it whose labels ``(B, T)`` describe its tokens; none for an encoder beside a decoder."""
+    is_decoder: bool = False
+    """Whether it is in a decoder beside an encoder, whose labels may be all that tells its padding."""
     sequence_first: bool = False
     """Whether the tensor is ``(T, B, d)``, as in torch's own layers without ``batch_first``."""
     is_own: bool = False
@@ -131,11 +133,13 @@ def resolve_layers(
     def describe(point: ReadPoint) -> ReadPoint:
         path = above[point.module]
         masked_by = _masked_by(model, path, above[places[point.key]], main)
+        labelled_by, is_decoder = _labelled_by(model, path, masked_by)
         is_own = not any(map(is_hugging_face, path))
         return replace(
             point,
             masked_by=masked_by,
-            labelled_by=_labelled_by(model, path, masked_by),
+            labelled_by=labelled_by,
+            is_decoder=is_decoder,
             sequence_first=sequence_first(path) or (is_own and may_be_sequence_first(path)),
             is_own=is_own and not sequence_first(path),
             others=tuple(map(describe, point.others)),
@@ -201,16 +205,16 @@ def _masked_by(
 
 def _labelled_by(
     model: nn.Module, path: tuple[nn.Module, ...], masked_by: frozenset[nn.Module]
-) -> frozenset[nn.Module]:
-    """Modules whose labels describe a read point: where an encoder and a decoder are side by side, the decoder's."""
+) -> tuple[frozenset[nn.Module], bool]:
+    """Modules whose labels describe a read point, and whether it is in a decoder beside an encoder, whose they are."""
     for parent, child in pairwise(path):
         children = {module: name for name, module in parent.named_children()}
         kinds = {kind for name in children.values() for kind in ("encoder", "decoder") if name.endswith(kind)}
         if len(kinds) == 2 and children[child].endswith("encoder"):
-            return frozenset()
+            return frozenset(), False
         if len(kinds) == 2 and children[child].endswith("decoder"):
-            return frozenset((model, *path))
-    return masked_by
+            return frozenset((model, *path)), True
+    return masked_by, False
 
 
 def _matches(spec: str, named: dict[str, nn.Module], root: nn.Module) -> list[str] | None:

@@ -194,7 +194,7 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
     if isinstance(module, nn.MultiheadAttention) and arguments.get("key") is not arguments.get("query"):
         return
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim in (2, 3, 4):
+    if isinstance(mask, Tensor) and mask.ndim in (2, 3, 4) and (is_hugging_face(module) or not _is_causal(mask)):
         yield "attention_mask", mask
     padding = [name for name in _PADDING_OF_KEYS if isinstance(arguments.get(name), Tensor)]
     # An nn.Transformer takes separate masks for its encoder and its decoder.
@@ -204,8 +204,18 @@ def _masks_among(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tu
 
 def _perhaps_masks(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.ndim == 2 and (value.dtype == torch.bool or "mask" in name.lower()):
+        if not isinstance(value, Tensor) or value.ndim != 2 or name in ("attention_mask", *_PADDING_OF_KEYS):
+            continue
+        if (value.dtype == torch.bool or "mask" in name.lower()) and not _is_causal(value):
             yield name, value
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask ``(T, T)`` is that of a causal model, which says nothing of padding."""
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    sees = allowed(mask, "attention_mask", is_given=False)
+    return torch.equal(sees, torch.ones_like(sees).tril())
 
 
 def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:
@@ -218,12 +228,15 @@ def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:
     if name in _PADDING_OF_KEYS:
         return mask > _HIDES if mask.is_floating_point() else mask == 0
     if mask.dtype == torch.bool:
-        return mask
+        if is_flat or mask.shape[1] != mask.shape[2] or mask.shape[1] < 2:
+            return mask
+        # MPT's is true where a query does not see a key: for all that come after it, and not for all.
+        return mask ^ ((mask | torch.ones_like(mask).tril()).all() & ~mask.all())
     # A mask to multiply by holds 0 and 1; one that is added to the scores holds 0 and large negative numbers. What all
     # zeros are depends on who made them: a model's own mask of tokens is to multiply by, others are added.
     is_added = (mask < 0).any()
     if mask.is_floating_point() and not (is_flat and is_given):
-        is_added = is_added | ~(mask > 0).any()
+        is_added = is_added | ~(mask > 0).any() | (mask > 1).any()  # Longformer's has large numbers for global tokens
     return torch.where(is_added, mask > _HIDES, mask > 0)
 
 

@@ -103,7 +103,9 @@ def find_packing(arguments: Mapping[str, Any], *, numbered: bool = False) -> Pac
     if positions is not None:
         positions = positions.expand(-1, *shape)
         falls = positions < positions.gather(2, before.expand_as(positions))
-        again |= follows & (falls.all(0) | (positions == 0).all(0))
+        begins = falls.all(0) | (positions == 0).all(0)
+        # All zero, for a model without positions, they tell nothing.
+        again |= follows & begins & (positions != positions[..., :1]).any()
     for own in marks:
         number = own.to(device).expand(shape)
         again |= follows & (number != number.gather(1, before))

@@ -68,9 +68,12 @@ class AdapterState:
         self._wrapper: Any = next((m for m in all_modules(model) if hasattr(type(m), "get_base_model")), None)
         self._before = self._now()
 
-    def unchanged(self) -> bool:
-        """Whether the same adapters are active now."""
-        return self._now() == self._before
+    def unchanged(self, *, in_training: bool) -> bool:
+        """Whether the same adapters are active now; ``in_training``: or others that are trained as well."""
+        (layers, wrapper), (layers_before, wrapper_before) = self._now(), self._before
+        if in_training and layers is not None and layers_before is not None:
+            layers, layers_before = layers[:1], layers_before[:1]  # whether they are switched off
+        return (layers, wrapper) == (layers_before, wrapper_before)
 
     def _now(self) -> tuple[Any, ...]:
         layer, wrapper = self._layer, self._wrapper

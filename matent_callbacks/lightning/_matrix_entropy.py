@@ -221,9 +221,9 @@ class MatrixEntropyCallback(MeasuringCallback):
         if self._draws is None:
             self._draws = draws_its_batches(pl_module.training_step)
         given = None if self._draws else batch
-        any_steps = not pl_module.automatic_optimization
+        completes = 1 if pl_module.automatic_optimization else None
         step = trainer.global_step
-        self._run.batch_begins(pl_module, given, step=step, any_steps=any_steps, batch_mask=_mask_of(given))
+        self._run.batch_begins(pl_module, given, step=step, completes=completes, batch_mask=_mask_of(given))
 
     @guarded
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

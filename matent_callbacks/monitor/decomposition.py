@@ -86,8 +86,13 @@ def _decomposed(
     found: dict[Unit, Tensor] = {}
     for (size, num_features, source, device), units in alike.items():
         wanted = names[units[0]][:-2]
-        num_tokens = torch.stack([matrices[unit].moments.num_tokens for unit in units])
-        nonfinite = torch.stack([matrices[unit].moments.num_nonfinite for unit in units])
+        kind, moments = STATISTICS[source], [matrices[unit].moments for unit in units]
+        num_tokens = torch.stack([own.num_tokens for own in moments])
+        if kind.centers_sequences:
+            num_sequences = torch.stack([own.num_sequences for own in moments])
+            num_tokens = torch.where(num_tokens > num_sequences, num_tokens, 0)
+        nonfinite = torch.stack([own.num_nonfinite for own in moments])
+        del moments  # the matrices are freed one by one
         if size == 0:
             table = torch.full((len(units), len(wanted)), torch.nan, device=device)
         else:
@@ -97,7 +102,7 @@ def _decomposed(
             summary = compute(own, wanted, num_features)
             summary |= {name: torch.stack([own[name] for own in by_dimension]) for name in by_dimension[0]}
             table = torch.stack([summary[quantity(name)] for name in wanted], -1)
-        table = torch.where(num_tokens.unsqueeze(-1) >= STATISTICS[source].fewest, table, torch.nan)
+        table = torch.where(num_tokens.unsqueeze(-1) >= kind.fewest, table, torch.nan)
         table = torch.cat([table, torch.stack([num_tokens, nonfinite], -1).to(table.dtype)], -1)
         found.update(zip(units, table, strict=True))
     return found

@@ -193,7 +193,8 @@ def _why_unread(cause: Cause, empty: Collection[str], seen: Seen, layers: Layers
     unread = f"No valid token was seen, so there is no reading of: {', '.join(empty)}."
     if cause == "unwatched":
         return (
-            f"{unread} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a copy."
+            f"{unread} No forward of {type(model).__name__} was watched: perhaps another module is run, such as a "
+            "copy, or an error came before it."
         )
     if cause == "uncounted":
         return (

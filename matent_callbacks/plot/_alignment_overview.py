@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from matent_callbacks.functional.alignment import STAGES
@@ -15,17 +16,26 @@ if TYPE_CHECKING:
 _Records = list[Mapping[str, Any]]
 
 
-def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None = None, title: str = "") -> Figure:
+def alignment_overview(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    stop: int | None = None,
+    title: str = "",
+    probe_is_held_out: bool = False,
+) -> Figure:
     """One picture of a multimodal run: the five readings and the alignment over steps, beside the losses.
 
     If grounding or debiased measures were logged, there are three more plots: the grounding, the z scores of the
-    pairing, and the debiased CKA. Then the held-out loss with exchanged images is drawn as well (``eval_loss`` plus
-    ``alignment/grounding``, where both were logged at one step), and so is the alignment with exchanged images.
+    pairing, and the debiased CKA. Then the alignment with exchanged images is drawn as well.
 
     Args:
         records: What a Trainer logged with ``AlignmentCallback`` on a vision-language model.
         stop: The step that is marked as the one at which the plateau was reached.
         title: Above the picture.
+        probe_is_held_out: Whether the probe of the callback is the data of ``eval_loss``, which the records do not say.
+            Then the held-out loss with exchanged images is drawn beside the losses: ``eval_loss`` plus
+            ``alignment/grounding``, where both were logged at one step. Of a probe of other pairs this sum means
+            nothing.
 
     Returns:
         The figure.
@@ -46,9 +56,10 @@ def alignment_overview(records: Iterable[Mapping[str, Any]], *, stop: int | None
     records = list(records)
     if not series(records, "alignment/image_text")[0]:
         raise ValueError("`records` must hold values of `alignment/image_text`, and none was found.")
-    panels: list[Callable[[Axes, _Records], None]] = [_readings, _alignment, _losses]
+    losses, grounding = (partial(panel, probe_is_held_out=probe_is_held_out) for panel in (_losses, _grounding))
+    panels: list[Callable[[Axes, _Records], None]] = [_readings, _alignment, losses]
     if any(f"alignment/{name}" in record for record in records for name in ("grounding", "cka_z", "cka_debiased")):
-        panels = [_losses, _grounding, _against_chance, _alignment, _debiased, _readings]
+        panels = [losses, grounding, _against_chance, _alignment, _debiased, _readings]
     rows = len(panels) // 3
     figure, axes = plt.subplots(
         rows, 3, figsize=(14, 4.2 if rows == 1 else 7.6), layout="constrained", squeeze=False, sharex=True
@@ -83,8 +94,8 @@ def _alignment(axis: Axes, records: _Records) -> None:
     axis.set(ylabel="mean / max of image, text, both", title="Image-text alignment of the paper")
 
 
-def _losses(axis: Axes, records: _Records) -> None:
-    exchanged = _sum(records, "eval_loss", "alignment/grounding")
+def _losses(axis: Axes, records: _Records, probe_is_held_out: bool) -> None:
+    exchanged = _sum(records, "eval_loss", "alignment/grounding") if probe_is_held_out else ([], [])
     axis.plot(*series(records, "loss"), color=FIVE[0] if exchanged[0] else BLUE, alpha=0.85, label="training")
     if exchanged[0]:
         axis.plot(*series(records, "eval_loss"), color=BLUE, label="held out")
@@ -94,8 +105,9 @@ def _losses(axis: Axes, records: _Records) -> None:
     axis.set(ylabel="captioning loss (nats per token)", title="Loss")
 
 
-def _grounding(axis: Axes, records: _Records) -> None:
-    _from_zero(axis, records, "grounding", "grounding (nats per token)", "What the right image is worth")
+def _grounding(axis: Axes, records: _Records, probe_is_held_out: bool) -> None:
+    unit = f"grounding {'' if probe_is_held_out else 'on the probe '}(nats per token)"
+    _from_zero(axis, records, "grounding", unit, "What the right image is worth")
 
 
 def _debiased(axis: Axes, records: _Records) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from matent_callbacks.plot._style import BLUE, FIVE, LOGARITHMIC, ORANGE, layer_ticks, rank_scale
-from matent_callbacks.report._findings import moved
+from matent_callbacks.report._findings import ZERO, moved, without_zeros
 from matent_callbacks.report._keys import Quantity
+from matent_callbacks.report._pairs import Pairs
 from matent_callbacks.report._picture import Picture, empty_figure, peaks, picture, style, table_over_steps
 from matent_callbacks.report._run import Curve, Run
 from matent_callbacks.report._words import (
@@ -95,9 +96,8 @@ def _quantities(runs: Sequence[Run]) -> list[Shared]:
     for place, title in PAIRS.items():
         source = _most(runs, operator.methodcaller("sources", "alignment", place))
         curves = [run.curve(Quantity("alignment", place, source)) for run in runs]
-        found.append(
-            Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about_data(source, ""))
-        )
+        about = f"Data: {Pairs([source]).name}."
+        found.append(Shared(f"alignment-{place}", capital(title), pair_unit(place), curves, about=about))
     finite = [shared._replace(curves=[curve.finite() for curve in shared.curves]) for shared in found]
     return [shared for shared in finite if any(curve.steps for curve in shared.curves)]
 
@@ -122,7 +122,9 @@ def first_at_best(curves: Sequence[Curve]) -> tuple[float, list[float | None]] |
 
 def _losses(runs: Sequence[Run], held_out: str | None, name: str, title: str) -> Shared:
     curves = [run.curve(Quantity("loss", "", held_out)) for run in runs]
-    return Shared(name, title, AXES["loss"], curves, lower_is_better=True)
+    kept = curves if held_out is not None else [without_zeros(curve) for curve in curves]
+    about = f"Readings of exactly 0 are left out: {ZERO}." * (kept != curves)
+    return Shared(name, title, AXES["loss"], kept, lower_is_better=True, about=about)
 
 
 def _last_layer(runs: Sequence[Run], metrics: Sequence[str]) -> Iterator[Shared]:

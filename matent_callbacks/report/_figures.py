@@ -9,8 +9,9 @@ from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.plot import layer_heatmap, layer_profile, spectrum_shares, step_curves
 from matent_callbacks.plot._style import LOGARITHMIC, evenly, mark, short
-from matent_callbacks.report._findings import collapses, moved, without_reading
+from matent_callbacks.report._findings import ZERO, collapses, moved, moved_loss, without_reading
 from matent_callbacks.report._keys import DRIFT, LAYER_METRICS, Quantity
+from matent_callbacks.report._pairs import pairs, stages
 from matent_callbacks.report._picture import Picture, Table, empty_figure, how_many, peaks, picture, style
 from matent_callbacks.report._picture import table_over_steps as table
 from matent_callbacks.report._run import Curve, Run
@@ -62,7 +63,9 @@ def _sections(run: Run) -> dict[str, list[Picture]]:
 
 
 def _loss(run: Run) -> Iterator[Picture]:
-    yield from _curves(run, "loss", "Loss", AXES["loss"], {"training": run.curve(Quantity("loss"))}, _held_out(run))
+    training = run.curve(Quantity("loss"))
+    about = f"Where it is exactly 0, it may be none: {ZERO}." if 0 in training.values else ""
+    yield from _curves(run, "loss", "Loss", AXES["loss"], {"training": training}, _held_out(run), about)
 
 
 def _held_out(run: Run, metric: str = "loss", place: str = "", prefix: str = "") -> dict[str, Curve]:
@@ -79,28 +82,32 @@ def _metric(run: Run, metric: str) -> Iterator[Picture]:
         most = sorted(layers[1:-1], key=lambda layer: -abs(curves[layer].change(metric)))[: _CURVES - 2]
         curves = {layer: curve for layer, curve in curves.items() if layer in (layers[0], *most, layers[-1])}
         about = f"Of {len(layers)} layers the first, the last, and the two that moved most from first to last reading."
-    about = " ".join(filter(None, (about, about_data(source, run.measured) if source is None else "")))
     data = "" if source is None else f", {held_out_name(source)}"
     lines = {place_name(layer) + data: curve for layer, curve in curves.items()}
     points = _held_out(run, metric, layers[-1], f"{place_name(layers[-1])}, ") if source is None else {}
+    if source is None and run.measured:
+        others = "; what is held out, on the batches of evaluations" if points else ""
+        about = f"{about} Measured on {run.measured}{others}.".strip()
     title = capital(metric_name(metric))
     yield from _curves(run, metric, title, AXES.get(metric, metric), lines, points, about, ranks=metric in LOGARITHMIC)
 
 
 def _alignment(run: Run) -> Iterator[Picture]:
+    measured = pairs(run)
+    about = "At evaluations other pairs were measured, or the same ones at other steps." if len(measured) > 1 else ""
     for place, title in PAIRS.items():
-        curves = {"training": run.curve(Quantity("alignment", place))}
-        points = _held_out(run, "alignment", place)
-        yield from _curves(run, f"alignment-{place}", capital(title), pair_unit(place), curves, points)
+        curves = {group.name: group.curve(run, "alignment", place) for group in measured}
+        points = {name: curves.pop(name) for name in [*curves][1:]}
+        yield from _curves(run, f"alignment-{place}", capital(title), pair_unit(place), curves, points, about)
 
 
 def _stages(run: Run) -> Iterator[Picture]:
     for metric in ("effective_rank", "matrix_entropy"):
         for name, places in (("stages", STAGES), ("towers", TOWERS)):
-            sources = {place: next(iter(run.sources(metric, place)), None) for place in places}
-            curves = {place_name(p): run.curve(Quantity(metric, p, source)) for p, source in sources.items()}
+            group, curves = stages(run, metric, places)
+            curves = {place_name(place): curve for place, curve in curves.items()}
             title = ("Where the image goes: " if name == "stages" else "Both towers: ") + metric_name(metric)
-            about = "On the held-out data." if any(source is not None for source in sources.values()) else ""
+            about = f"Data: {group}."
             ranks = metric in LOGARITHMIC
             yield from _curves(run, f"{name}-{metric}", title, AXES[metric], curves, {}, about, ranks=ranks)
 
@@ -122,7 +129,8 @@ def _curves(
     count, kept = max((len(curve.steps), len(peaks(curve).steps)) for curve in everything.values())
     thinned = f"{kept:,} of {count:,} readings: of each stretch the first, the lowest, the highest and the last."
     caption = [about, f"Drawn are {thinned}" if kept < count else ""]
-    changes = [moved(label, curve) for label, curve in everything.items()]
+    describe = moved_loss if name == "loss" else moved
+    changes = [describe(label, curve) for label, curve in everything.items()]
     yield picture([figure], f"{run.ids}{name}", title, changes, table(everything), caption)
 
 

@@ -8,7 +8,9 @@ from statistics import median
 from matent_callbacks.accumulate.catalogue import SPECTRUM_TOP
 from matent_callbacks.functional.alignment import STAGES, TOWERS
 from matent_callbacks.report._keys import LAYER_METRICS, Quantity
+from matent_callbacks.report._pairs import pairs, stages
 from matent_callbacks.report._run import Curve, Run
+from matent_callbacks.report._settings import sinks_setting
 from matent_callbacks.report._words import (
     PAIRS,
     capital,
@@ -21,6 +23,9 @@ from matent_callbacks.report._words import (
     place_name,
     step,
 )
+
+# With `logging_nan_inf_filter`, which is on by default.
+ZERO = "Hugging Face's Trainer logs 0 where the loss is NaN"
 
 
 def moved(name: str, curve: Curve) -> str:
@@ -52,6 +57,27 @@ def moved(name: str, curve: Curve) -> str:
     return f"{name} {change}{''.join(f'; {text}' for text in between)}.{broken}"
 
 
+def moved_loss(name: str, curve: Curve) -> str:
+    """The same of a training loss, of which a reading of exactly 0 is more likely none than the best."""
+    rest = without_zeros(curve)
+    zeros = len(curve.steps) - len(rest.steps)
+    if not zeros:
+        return moved(name, curve)
+    first = curve.steps[curve.values.index(0)]
+    told = moved(name, rest) or f"{capital(name)}: no reading is another number."
+    are = "is" if zeros == 1 else "are"
+    return (
+        f"{told} {zeros:,} of its {len(curve.steps):,} readings {are} exactly 0, the first at step {step(first)}, and "
+        f"left out here: {ZERO}."
+    )
+
+
+def without_zeros(curve: Curve) -> Curve:
+    """Leave out readings of exactly 0."""
+    kept = [(s, v) for s, v in zip(*curve, strict=True) if v != 0]
+    return Curve([s for s, _ in kept], [v for _, v in kept])
+
+
 def summary(run: Run) -> dict[str, list[str]]:
     """Sentences on the quantities of the run by their topic, in the order of the pictures."""
     topics = {
@@ -67,7 +93,7 @@ def summary(run: Run) -> dict[str, list[str]]:
 def _by_topic(run: Run) -> dict[str, list[str]]:
     return {
         "Loss": [
-            moved("training loss", run.curve(Quantity("loss"))),
+            moved_loss("training loss", run.curve(Quantity("loss"))),
             *(moved(f"{_on(name)}loss", run.curve(Quantity("loss", "", name))) for name in run.held_out_sets("loss")),
         ],
         **{capital(metric_name(metric)): _layers(run, metric) for metric in LAYER_METRICS},
@@ -125,20 +151,20 @@ def collapses(run: Run) -> list[str]:
 
 
 def _pairs(run: Run) -> list[str]:
+    measured = pairs(run)
     return [
-        moved(_on(held_out) + name, run.curve(Quantity("alignment", place, held_out)))
+        moved(f"{name}, {group.name},", group.curve(run, "alignment", place))
         for place, name in PAIRS.items()
-        for held_out in run.sources("alignment", place)
+        for group in measured
     ]
 
 
 def _stages(run: Run) -> list[str]:
     found = []
     for metric in ("effective_rank", "matrix_entropy"):
-        for place in (*STAGES, *TOWERS):
-            held_out = next(iter(run.sources(metric, place)), None)
-            name = f"{_on(held_out)}{metric_name(metric)} of {place_name(place)}"
-            found.append(moved(name, run.curve(Quantity(metric, place, held_out))))
+        data, curves = stages(run, metric, (*STAGES, *TOWERS))
+        for place, curve in curves.items():
+            found.append(moved(f"{metric_name(metric)} of {place_name(place)}, {data},", curve))
     return found
 
 
@@ -154,12 +180,16 @@ def _layers(run: Run, metric: str) -> list[str]:
     curves = {layer: curve.finite() for layer, curve in run.curves(metric, layers, source).items()}
     curves = {layer: curve for layer, curve in curves.items() if len(curve.values) > 1}
     found = [sentence for sentence in found if sentence]
-    if len(curves) > 1:
-        rose, fell = (sum(sign * curve.change() > 0 for curve in curves.values()) for sign in (1, -1))
+    # What the digits do not show is no change.
+    moving = {layer: c for layer, c in curves.items() if number(c.values[0]) != number(c.values[-1])}
+    if len(curves) > 1 and not moving:
+        found.insert(1, f"From first to last reading it is the same in all {len(curves)} layers.")
+    elif len(curves) > 1:
+        rose, fell = (sum(sign * curve.change() > 0 for curve in moving.values()) for sign in (1, -1))
         all_of = [word for word, number_of in (("rose", rose), ("fell", fell)) if number_of == len(curves)]
         which = f"{all_of[0]} in all {len(curves)}" if all_of else f"rose in {rose} and fell in {fell} of {len(curves)}"
-        most = max(curves, key=lambda layer: abs(curves[layer].change()))
-        first, last = curves[most].values[0], curves[most].values[-1]
+        most = max(moving, key=lambda layer: abs(moving[layer].change()))
+        first, last = moving[most].values[0], curves[most].values[-1]
         found.insert(
             1,  # after the sentence on the same data
             f"From first to last reading it {which} layers, most in {_the(most)}: from {number(first)} to "
@@ -234,7 +264,7 @@ def _sinks(run: Run) -> str:
         return ""
     data = "" if source is None else f" ({held_out_name(source)})"
     what = {"True": "leave them out", "False": "include them"}.get(
-        run.settings.get("exclude_sinks", ""),
+        run.settings.get(sinks_setting(run.part), run.settings.get("exclude_sinks", "")),
         "leave them out, unless `exclude_sinks=False` was given, which the log does not say",
     )
     return (

@@ -8,7 +8,7 @@ from typing import Any
 
 from matent_callbacks.plateau import PlateauDetector
 from matent_callbacks.report._run import Part, Run, RunError, Stop, join, to_record
-from matent_callbacks.report._settings import SETTINGS, first_known, flat
+from matent_callbacks.report._settings import SETTINGS, first_known, flat, sinks_setting
 from matent_callbacks.report._words import step as at
 
 _STATE = "trainer_state.json"
@@ -54,7 +54,19 @@ def read(path: Path, files: list[Path]) -> Run:
     notes = [end, *_started_again(history), *gaps, *notes]
     model = first_known([file.parent, *(other.parent for other in files)])
     kept = _dict(_dict(state.get("stateful_callbacks")).get(SETTINGS))
-    return Run(name, f"Hugging Face Trainer, {where}", joined, notes, stop, {**model, **flat(kept)})
+    settings = {**model, **flat(kept), **_sinks(state)}
+    return Run(name, f"Hugging Face Trainer, {where}", joined, notes, stop, settings)
+
+
+def _sinks(state: dict[str, Any]) -> dict[str, str]:
+    """Whether attention sinks are left out, of callbacks with a ``reference``, which note what it was measured with."""
+    found = {}
+    for saved in _dict(_dict(state.get("stateful_callbacks")).get("matent_callbacks")).values():
+        of = _dict(_dict(saved).get("reference_of"))
+        left_out = _dict(of.get("settings")).get("exclude_sinks")
+        if isinstance(left_out, bool):
+            found.update({sinks_setting(prefix.rstrip("/")): str(left_out) for prefix in _dict(of.get("probes"))})
+    return found
 
 
 def _load(file: Path) -> dict[str, Any]:

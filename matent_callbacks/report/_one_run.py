@@ -69,8 +69,16 @@ def _read(path: Path) -> Run:
     try:
         run = first.read(path, first.files)
     except SeveralRunsError as error:
-        helps = all(file.parent.parent == path for file in first.files)
-        raise RunError(f"{error}{', or all with --all' * helps}") from error
+        names = _places(path, first.files)
+        helps = len(names) > 1 and all(file.parent.parent == path for file in first.files)
+        if len(names) == 1:
+            names = [str(file.relative_to(path)) for file in first.files]
+        seen = {file for log in own for file in log.files}
+        beside = [log.name for log in (*others, *inside.values()) if log in others or seen.isdisjoint(log.files)]
+        raise RunError(
+            f"holds {len(names)} {error}: name one of {', '.join(names)}{', or all with --all' * helps}"
+            + f". It also holds logs of other kinds: {', '.join(beside)}" * bool(beside)
+        ) from error
     seen = {file for log in own for file in log.files}
     others += [log for log in inside.values() if not seen.issuperset(log.files)]
     notes, different = [], []
@@ -131,8 +139,15 @@ def _own_logs(path: Path, inside: dict[Path, _Log]) -> Iterator[_Log]:
         files = [f for f in module.find(path) if all(log.read is module.read for log in _above(f, inside))]
         if not files or (module in (_csv_log, _tensorboard) and _is_of_several(files)):
             continue
-        places = [f.name if f.parent == path or f == path else str(f.parent.relative_to(path)) for f in files]
+        places = _places(path, files)
         yield _Log(path, files, module.read, places[0] if module is _huggingface else listed(places))
+
+
+def _places(path: Path, files: list[Path]) -> list[str]:
+    """Return what the user may name to have logs read: their folders, or files that are in the folder itself."""
+    return list(
+        dict.fromkeys(f.name if f.parent == path or f == path else str(f.parent.relative_to(path)) for f in files)
+    )
 
 
 def _above(file: Path, inside: dict[Path, _Log]) -> list[_Log]:

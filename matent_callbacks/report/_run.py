@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,8 @@ def to_record(step: Any, values: Mapping[str, Any]) -> Record | None:
 def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
     """Merge the parts of a log into one record per step, and collect notes for the reader.
 
-    Where a run was resumed from before its end, the later part counts from its first step on.
+    Where a run was resumed from before its end, the later part counts from its first step of training on. A part that
+    only evaluates is no resumption: its values stand beside those of the same steps.
 
     Raises:
         RunError: If there is nothing in them, or a later part does not go on from an earlier one.
@@ -202,26 +204,35 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
         raise RunError("holds a log without a single number in it")
     merged: dict[float, Record] = {}
     notes = []
-    begin = min(record["step"] for record in parts[0].records)
     for i, part in enumerate(parts):
         first, last = (end(record["step"] for record in part.records) for end in (min, max))
-        if i and first <= begin:
-            names = ", ".join(part.name for part in parts)
-            raise SeveralRunsError(f"holds {len(parts)} logs that do not continue one another: name one of {names}")
         if i:
-            end_before = max(merged)
-            overlap = f" Steps {at(first)} to {at(end_before)} were run twice: the later part counts." * (
-                first <= end_before
-            )
-            notes.append(
-                f"The run was resumed: its log has another part, {part.name}, with steps {at(first)} to {at(last)}."
-                f"{overlap}"
-            )
-            if first > end_before:
+            earlier, later = _steps(merged.values()), _steps(part.records)
+            before, now = _trained(earlier), _trained(later)
+            if not (before or now):
+                # Of evaluations alone, those that are repeated tell.
+                before, now = ({key: one[key] for key in earlier.keys() & later} for one in (earlier, later))
+            shared = before.keys() & now.keys()
+            begin, end_before = (end(itertools.chain(*before.values()), default=math.inf) for end in (min, max))
+            begins = min(itertools.chain(*now.values()), default=math.inf)
+            if begins <= begin < math.inf:
+                raise SeveralRunsError("logs that do not continue one another")
+            steps = f"{part.name}, with step{f's {at(first)} to' * (first < last)} {at(last)}."
+            if not shared:
+                notes.append(f"The log has another part, {steps} Its values stand beside those of the same steps.")
+            # One reading at the very end is no step that was run twice: an evaluation may log names of training, too.
+            elif begins < end_before or begins == end_before < last:
                 notes.append(
-                    f"Between steps {at(end_before)} and {at(first)} nothing is logged, where the run was resumed."
+                    f"The run was resumed: its log has another part, {steps} Steps {at(begins)} to {at(end_before)} "
+                    "were run twice: the later part counts."
                 )
-            merged = {step: record for step, record in merged.items() if step < first}
+                merged = {step: record for step, record in merged.items() if step < begins}
+            else:
+                notes.append(f"The run was resumed: its log has another part, {steps}")
+                if first > max(merged):
+                    notes.append(
+                        f"Between steps {at(max(merged))} and {at(first)} nothing is logged, where the run was resumed."
+                    )
         twice: set[float] = set()
         for record in part.records:
             into = merged.setdefault(record["step"], {})
@@ -234,6 +245,22 @@ def join(parts: Iterable[Part]) -> tuple[list[Record], list[str]]:
                 f"{'is' if len(twice) == 1 else 'are'} logged more than once in {part.name}: the last record counts."
             )
     return [merged[step] for step in sorted(merged)], notes
+
+
+def _steps(records: Iterable[Record]) -> dict[str, list[float]]:
+    """The steps at which each name was logged, without names that say nothing of whether it trains."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for key in record.keys() - {"step", "epoch", "hp_metric"}:
+            found.setdefault(key, []).append(record["step"])
+    return found
+
+
+def _trained(steps: Mapping[str, list[float]]) -> Mapping[str, list[float]]:
+    """Of names and steps those of training: the quantities that are known, or else whatever names no evaluation."""
+    found = {key: at for key, at in steps.items() if not key.startswith(("eval_", "test_", "test/"))}
+    known = {key: at for key, at in found.items() if (quantity := parse(key)) and quantity.metric != "plateau"}
+    return known or found
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,6 +20,11 @@ _LEFT_OUT = re.compile(
 )
 
 
+def sinks_setting(name: str) -> str:
+    """Return the setting that says whether the readings of a name, or those without one, leave attention sinks out."""
+    return f"matent_callbacks.exclude_sinks{name and '.'}{name}"
+
+
 def of_folder(folder: Path) -> dict[str, str]:
     """Read the settings in a folder: those of a model that was saved there, or of a logger of Lightning."""
     return {**flat(_mapping(folder / "config.json")), **flat(_mapping(folder / "hparams.yaml"))}

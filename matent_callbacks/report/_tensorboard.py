@@ -47,9 +47,8 @@ def read(path: Path, files: list[Path]) -> Run:
                 record = to_record(event.step, {tag: event.value})
                 if record is not None:
                     merged.setdefault(event.step, {}).update(record)
-        parts.append(
-            Part(file.name if file.parent == path else str(file.parent.relative_to(path)), list(merged.values()))
-        )
+        name = file.name if path in (file, file.parent) else str(file.parent.relative_to(path))
+        parts.append(Part(name, list(merged.values())))
     joined, notes = join(parts)
     end = (
         f"The log ends at step {at(joined[-1]['step'])}; a TensorBoard log does not tell whether the run was finished."

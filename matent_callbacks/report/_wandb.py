@@ -40,8 +40,7 @@ def read(path: Path, files: list[Path]) -> Run:
         raise RunError("is a W&B run, which needs W&B to be read: pip install wandb") from error
     identities = {file.stem for file in files}
     if len(identities) > 1:
-        names = ", ".join(str(file.parent.relative_to(path)) for file in files)
-        raise SeveralRunsError(f"holds {len(identities)} W&B runs: name one of {names}")
+        raise SeveralRunsError("W&B runs")
     parts: list[Part] = []
     name, end = files[0].stem, None
     config: dict[str, Any] = {}

@@ -106,7 +106,7 @@ def test_a_batch_that_makes_several_steps_is_due_once_it_has_passed_a_multiple(m
     monitor.watch(model)
     due = []
     for step in range(3, 16, 3):
-        monitor.batch_begins(model, step=step - 3, any_steps=True)
+        monitor.batch_begins(model, step=step - 3, completes=None)
         model(**batch(step))
         monitor.batch_ends()
         due.append(monitor.step_ends(model, step, at=step) is not None)

@@ -341,6 +341,9 @@ RULES: dict[str, Callable[[Tensor], Tensor | None]] = {
     "flat, numbers": lambda n: (torch.arange(8) < n.unsqueeze(1)).double(),
     "flat, added": lambda n: added(torch.arange(8) < n.unsqueeze(1)),
 }
+# As of MPT, where true hides a key; and of Longformer, which adds large numbers for tokens that attend to all.
+RULES["before, hidden"] = lambda n: ~pairs(n, torch.tril)
+RULES["flat, added, some global"] = lambda n: added(torch.arange(8) < n.unsqueeze(1)) + 1e4 * (torch.arange(8) == 0)
 TELL_NOTHING: dict[str, Callable[[Tensor], Tensor | None]] = {
     "window": lambda n: pairs(n, window),
     "rows of padding that see all": lambda n: (
@@ -380,6 +383,18 @@ def test_what_a_mask_does_not_tell_is_warned_of_once(rule):
         # Nor of a mask without padding.
         whole = {**BATCH, "lengths": torch.tensor([8, 8, 8])}
         read(EntropyMonitor(model, "all"), lambda: model(whole))
+
+
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("add", [False, True])
+def test_a_causal_mask_without_batch_is_no_padding(size, add, recwarn):
+    torch.manual_seed(0)
+    sees = torch.ones(8, 8, dtype=torch.bool).tril()
+    model = Makes(lambda n: added(sees) if add else sees)
+    batch = {"x": torch.randn(size, 8, 16, dtype=torch.float64), "lengths": torch.full((size,), 8)}
+    readings, output = read(EntropyMonitor(model, dtype=torch.float64), lambda: model(batch))
+    assert_reads(readings, [output], None, ["last"])
+    assert not recwarn.list
 
 
 def test_a_mask_that_tells_nothing_is_not_taken():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.capture.packing import find_packing
@@ -150,6 +150,34 @@ def test_padding_is_no_packing(mask):
     marks = {"attention_mask": mask.bool() if mask.is_floating_point() else mask}
     assert find_packing(marks, numbered=True) is None
     assert find_packing({**marks, "position_ids": found.long()}) is None or mask.is_floating_point()
+
+
+def test_positions_that_are_all_zero_tell_nothing():
+    assert find_packing({"position_ids": torch.zeros(2, SIZE, dtype=torch.long)}) is None
+
+
+@pytest.mark.parametrize("marks", [{}, {"attention_mask": PADDING}, MARKS["position ids"]])
+def test_experts_get_all_tokens_in_one_row_which_are_split_again(marks):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config).eval()
+    block = next(name for name, module in model.named_modules() if type(module).__name__ == "MixtralDecoderLayer")
+    (part,) = (
+        name for name in dict(model.get_submodule(block).named_children()) if name in ("mlp", "block_sparse_moe")
+    )
+    monitor = EntropyMonitor(model, f"{block}.{part}*", metrics="sequence_matrix_entropy")
+    with monitor, torch.no_grad():
+        model(torch.randint(64, (2, SIZE)), **marks)
+    of_tokens = [value for key, value in monitor.compute().items() if key.endswith((part, ".experts"))]
+    assert of_tokens == pytest.approx(of_tokens[:1] * len(of_tokens), abs=1e-5)
 
 
 def qwen() -> Any:

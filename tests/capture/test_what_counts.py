@@ -318,3 +318,59 @@ def test_two_passes_over_other_tokens_both_count_with_their_own_masks(make_llama
     ]
     found = monitor.compute()
     assert found["matrix_entropy/model.norm"] == pytest.approx(slow_pooled_entropy(rows), abs=1e-6)
+
+
+def test_in_training_each_adapter_counts_but_none_that_is_switched_off(make_llama):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(make_llama(dropout=0.0), config)
+    model.add_adapter("other", config)
+    monitor = EntropyMonitor(model)
+    for training_only, passes in ((True, 2), (False, 1)):
+        model.set_adapter("default")
+        monitor.start(training_only=training_only, same_adapters=True)
+        model(**BATCH)
+        with model.disable_adapter():
+            model(**BATCH)
+        model.set_adapter("other")
+        model(**BATCH)
+        monitor.stop()
+        assert count(monitor) == passes * TOKENS
+        monitor.reset()
+
+
+class Fails(nn.Module):
+    """Blocks of which the last one raises if it is told to, and a loop that tries again with half of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.fails and block is self.blocks[-1]:
+                self.fails = False
+                raise RuntimeError("out of memory")
+            x = block(x)
+        return x
+
+    def run(self, x: Tensor, *, by_forward: bool) -> Tensor:
+        try:
+            return self.forward(x) if by_forward else self(x)
+        except RuntimeError:
+            return self.run(x[:1], by_forward=by_forward)
+
+
+@pytest.mark.parametrize("by_forward", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_forward_that_fails_counts_in_no_layer(before, by_forward, recwarn):
+    torch.manual_seed(0)
+    model, batch = Fails(), torch.randn(2, 9, 16)
+    monitor = EntropyMonitor(model, "all")
+    with monitor:
+        for _ in range(before):
+            model(batch)
+        model.fails = True
+        model.run(batch, by_forward=by_forward)
+    assert {count(monitor, layer) for layer in monitor.layers} == {9}
+    assert [str(w.message).partition(":")[0] for w in recwarn.list] == ["A forward failed in the middle"] * before

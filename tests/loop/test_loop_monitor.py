@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -125,6 +126,35 @@ def test_steps_from_zero():
     assert [step for step, _ in logged] == [0, 2, 4]
 
 
+@pytest.mark.parametrize(("steps", "due"), [(range(3, 28, 3), [6, 9, 12, 18, 21, 24]), ([1, 2, 9, 10], [9])])
+def test_numbers_of_steps_may_be_left_out(steps, due):
+    model = llama(layers=1)
+    logged: Logged = []
+    with LoopMonitor(model, 4, log=lambda v, step: logged.append((step, v)), on_error="raise") as monitor:
+        for step in steps:
+            with monitor.step(step):
+                model(**batch(step))
+    assert [step for step, _ in logged] == due
+
+
+def test_a_step_goes_on_after_an_evaluation_inside():
+    model = llama(layers=2, dropout=0.0)
+    logged: Logged = []
+    for evaluates in (False, True):
+        with LoopMonitor(model, 1, log=lambda v, step: logged.append((step, v)), on_error="raise") as monitor:
+            with monitor.step(1):
+                model(**batch(1))
+                if evaluates:
+                    with monitor.evaluation(), torch.no_grad():
+                        model(**batch(2))
+                model(**batch(3))
+            with monitor.step(1):
+                model(**batch(4))
+    (_, alone), (_, evaluated), (_, with_evaluation) = logged
+    assert with_evaluation == alone
+    assert evaluated.keys() == {f"eval_{key}" for key in alone}
+
+
 def test_an_evaluation_has_its_values_in_the_dict_and_in_the_log():
     logged: Logged = []
     model = llama(layers=2, dropout=0.0)
@@ -217,6 +247,29 @@ def test_a_resumed_run_has_the_reference_of_its_start():
     monitor.close()
     assert logged == whole
     assert logged[-1][1]["diff_erank/last"] != 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_base_inside_of_a_peft_model_is_a_reference_without_the_adapter(frozen):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    base = llama(layers=2, dropout=0.0)
+    apart = copy.deepcopy(base)
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name and not frozen)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found: list[dict[str, float]] = []
+    for reference in (base, model.get_base_model(), apart, model):
+        arguments: dict[str, Any] = {"metrics": ["effective_rank", "drift"], "probe": batch(1), "reference": reference}
+        monitor = LoopMonitor(model, 1, log=lambda v, step: found.append(v), on_error="raise", **arguments)
+        with monitor, monitor.step(1):
+            pass
+    assert found[0] == found[1] == pytest.approx(found[2], abs=1e-6)
+    assert abs(found[0]["diff_erank/last"]) > 0.1
+    assert found[3]["drift/last"] == found[3]["diff_erank/last"] == 0
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert not any(getattr(module, "disable_adapters", False) is True for module in model.modules())
 
 
 def test_resumed_without_its_state_there_is_no_reference_and_a_warning():

@@ -362,3 +362,21 @@ def test_importing_the_package_imports_no_extra():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "matent_callbacks.monitor" in loaded
     assert not {"transformers", "lightning", "pytorch_lightning", "wandb", "matplotlib"} & set(loaded)
+
+
+def test_tokens_that_are_alone_in_their_sequence_have_no_spectrum(make_llama):
+    model = make_llama(dropout=0.0)
+    monitor = EntropyMonitor(model, metrics=["effective_rank", "top_share", "rankme"])
+    with monitor:
+        model(torch.arange(8).unsqueeze(1))
+    with pytest.warns(
+        UserWarning, match=r"no effective_rank, top_share of: last. It takes at least 2 tokens of one seq"
+    ):
+        values = monitor.compute()
+    assert math.isnan(values["effective_rank/last"])
+    assert math.isnan(values["top_share/last"])
+    assert values["rankme/last"] > 1
+    with monitor:
+        model(torch.arange(9).view(1, 9))
+        model(torch.arange(8).unsqueeze(1))
+    assert values.keys() == {key for key, value in monitor.compute().items() if value > 0}

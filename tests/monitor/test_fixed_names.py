@@ -60,10 +60,10 @@ def test_some_tokens_with_nan_are_not_called_all(embedding):
     ],
 )
 def test_what_a_metric_needs_is_told_once_though_another_has_a_value(metric, shape, needs):
-    monitor = EntropyMonitor(nn.Sequential(nn.Identity()), "0", metrics=("matrix_entropy", metric))
+    monitor = EntropyMonitor(nn.Sequential(nn.Identity()), "0", metrics=("token_norm", metric))
     states = torch.randn(*shape, WIDTH)
     values, (message,) = monitored(monitor, states)
-    assert not math.isnan(values["matrix_entropy/0"])
+    assert not math.isnan(values["token_norm/0"])
     assert math.isnan(values[f"{metric}/0"])
     assert f"so there is no {metric} of: 0. It takes {needs} ({metric}). " in message
     assert "`window_steps=`" in message

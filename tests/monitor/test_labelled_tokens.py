@@ -194,6 +194,23 @@ def test_labels_of_an_encoder_decoder_are_the_decoders(tuned, wrapped):
         assert math.isnan(entropy(run, outer, **({"module": "model.encoder"} if wrapped else {}))["last"])
 
 
+@pytest.mark.parametrize("own_mask", [False, True])
+def test_the_padding_of_a_decoder_is_known_by_labels_unless_it_has_a_mask(own_mask):
+    model = t5()
+    sources, targets = collate(text_examples(6)), collate(text_examples(6, start=50))
+    used = targets["attention_mask"].bool()
+    batch = {**sources, "labels": targets["labels"].masked_fill(~used, -100)}
+    batch["labels"][:, :3] = -100  # a prompt, which is no padding
+    if own_mask:
+        used[:, -6:] = False
+        batch["decoder_attention_mask"] = used.long()
+    monitor = EntropyMonitor(model, "all", module="decoder", metrics="matrix_entropy")
+    with monitor:
+        model(**batch)
+    for found, hidden in zip(monitor.compute().values(), states(model, batch), strict=True):
+        assert found == expected(hidden, used)
+
+
 def why(model: nn.Module, *runs: Callable[[], Any], labels: Tensor | None = None) -> tuple[list[str], dict[str, float]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -24,7 +24,7 @@ def curves(axis):
 
 
 def test_exchanged_images_beside_the_pairs():
-    figure = alignment_overview(RECORDS, stop=4)
+    figure = alignment_overview(RECORDS, stop=4, probe_is_held_out=True)
     losses, grounding, chance, alignment, debiased, readings = figure.axes
     assert curves(losses)["held out"] == ([2, 4], [3.5, 2.0])
     assert curves(losses)["held out, images exchanged"] == ([2], [4.0])  # where both were logged
@@ -39,6 +39,19 @@ def test_exchanged_images_beside_the_pairs():
     figure.canvas.draw()
     for axis in (losses, chance, alignment):
         assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
+
+
+def test_grounding_of_other_pairs_is_not_added_to_the_held_out_loss():
+    """As a probe is not said to be held out, whether evaluations read it, too, or not."""
+    for prefix in ("", "eval_"):
+        records = [{**record} for record in RECORDS]
+        records[2][f"{prefix}alignment/grounding"] = 0.5
+        losses, grounding, *_ = alignment_overview(records).axes
+        assert curves(losses) == {"training": ([2], [3.0]), "held out": ([2, 4], [3.5, 2.0])}
+        assert any(list(line.get_ydata()) == [0.5, 1.0] for line in grounding.get_lines())
+        assert grounding.get_ylabel() == "grounding on the probe (nats per token)"
+    grounding = alignment_overview(RECORDS, probe_is_held_out=True).axes[1]
+    assert grounding.get_ylabel() == "grounding (nats per token)"
 
 
 def test_the_readings_alone():

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+from matent_callbacks.accumulate.catalogue import measured_settings
 from matent_callbacks.plot._style import evenly
-from matent_callbacks.report import Run, Stop, read_run
+from matent_callbacks.report import Run, Stop, comparison, page, read_run
 from matent_callbacks.report._figures import pictures
-from matent_callbacks.report._findings import missing, moved, summary
+from matent_callbacks.report._findings import _sinks, missing, moved, summary
+from matent_callbacks.report._keys import Quantity
 from matent_callbacks.report._picture import peaks
 from matent_callbacks.report._run import Curve
+from matent_callbacks.report._words import number
+from tests.conftest import collate, text_examples
 from tests.report.conftest import Logged
 
 
@@ -51,6 +56,92 @@ def test_layers_that_went_different_ways() -> None:
         "Effective rank of layer_10 fell from 8 at step 1 to 7 at step 2, by 1.",
         "From first to last reading it fell in all 3 layers, most in layer_01: from 8 to 4.",
     ]
+
+
+def test_changes_that_the_digits_do_not_show_are_none() -> None:
+    records = [
+        {"step": s, "drift/layer_00": 0.0, "drift/layer_01": 2.7370 + 1e-5 * s, "drift/last": 2.7371 - 1e-5 * s}
+        for s in (1, 7)
+    ]
+    assert summary(Run("a", "b", records))["Drift from the reference"] == [
+        "Drift from the reference of the last layer is 2.737 at step 1 and at step 7.",
+        "From first to last reading it is the same in all 3 layers.",
+    ]
+    records[1]["drift/layer_01"] = 3.0
+    assert summary(Run("a", "b", records))["Drift from the reference"][1] == (
+        "From first to last reading it rose in 1 and fell in 0 of 3 layers, most in layer_01: from 2.737 to 3."
+    )
+
+
+def test_a_loss_that_is_nan_is_not_praised_as_the_lowest(make_trainer: Any) -> None:
+    from transformers import TrainerCallback
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                model.lm_head.weight.data.fill_(math.nan)
+
+    whole = make_trainer()
+    broken = make_trainer([Break()])
+    runs = []
+    for trainer in (whole, broken):
+        trainer.train()
+        trainer.save_state()
+        runs.append(read_run(trainer.args.output_dir))
+    assert runs[1].curve(Quantity("loss")).values[3:] == [0, 0, 0]
+    first, *_, last = runs[1].curve(Quantity("loss")).values[:3]
+    (said,) = summary(runs[1])["Loss"]
+    assert said.startswith(f"Training loss fell from {number(first)} at step 1 to {number(last)} at step 3, by ")
+    assert said.endswith(
+        " 3 of its 6 readings are exactly 0, the first at step 4, and left out here: Hugging Face's Trainer logs 0 "
+        "where the loss is NaN."
+    )
+    (picture, *_) = pictures(runs[1])["Loss beside entropy and effective rank"]
+    assert "Where it is exactly 0, it may be none" in picture.caption
+    assert "exactly 0" not in page(runs[0])
+    html = comparison(runs)
+    assert "Readings of exactly 0 are left out" in html
+    assert "<td>never</td>" in html or ">never<" in html
+    nothing = [{"step": s, "loss": 0.0} for s in (1, 2)]
+    assert summary(Run("a", "b", nothing))["Loss"][0].startswith(
+        "Training loss: no reading is another number. 2 of its 2 readings are exactly 0, the first at step 1"
+    )
+
+
+def test_a_picture_of_a_probe_says_that_evaluations_read_their_own_batches() -> None:
+    records = [
+        {"step": s, "p/effective_rank/last": 2.0 + s, "eval_p/effective_rank/last": 3.0, "p/rankme/last": 1.0 + s}
+        for s in (1, 2)
+    ]
+    sections = pictures(Run("a", "b", records, settings=measured_settings({"p": "a probe"})))
+    found = {picture.name.removeprefix("named-0-"): picture for group in sections.values() for picture in group}
+    assert found["effective_rank"].caption == ("Measured on a probe; what is held out, on the batches of evaluations.")
+    assert found["rankme"].caption == "Measured on a probe."
+
+
+def test_the_record_of_a_reference_tells_whether_sinks_are_left_out(make_trainer: Any) -> None:
+    from matent_callbacks.transformers import MatrixEntropyCallback
+
+    probe = collate(text_examples(4))
+    options: Any = {"probe": probe, "reference": "start"}
+    trainer = make_trainer(
+        [
+            MatrixEntropyCallback(2, exclude_sinks=False, **options),
+            MatrixEntropyCallback(2, name="wide", **options),
+            MatrixEntropyCallback(2, name="two", probe={"x": probe}, reference="start"),
+            MatrixEntropyCallback(2, name="none"),
+        ]
+    )
+    trainer.train()
+    trainer.save_state()
+    run = read_run(trainer.args.output_dir)
+    told = {}
+    for name in ("", "wide", "two/x", "none"):
+        key = f"{name and f'{name}/'}sink_tokens/layer_00"
+        with_sinks = Run("a", "b", [{"step": 1, key: 1.0}], settings=run.settings, part=name)
+        told[name] = next(iter(_sinks(with_sinks).rpartition("entropies and ranks ")[2:]))
+    unknown = "leave them out, unless `exclude_sinks=False` was given, which the log does not say."
+    assert told == {"": "include them.", "wide": "leave them out.", "two/x": "leave them out.", "none": unknown}
 
 
 def test_summary_of_the_real_run(stopped: Logged) -> None:
