@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +18,7 @@ from matent_callbacks.capture.labels import Labels
 from matent_callbacks.capture.layers import Layers, ReadPoint
 from matent_callbacks.capture.masks import Masks
 from matent_callbacks.capture.own_forward import OwnForwards
+from matent_callbacks.capture.passes import Guard, Passes, Reader
 from matent_callbacks.capture.purpose import (
     AdapterState,
     backward_pass,
@@ -31,12 +29,6 @@ from matent_callbacks.capture.purpose import (
 )
 from matent_callbacks.capture.stack import is_hugging_face
 from matent_callbacks.capture.values import first_tensor, input_states, named_arguments, sentence_embedding
-
-Reader = Callable[[str, Tensor | None, Tensor | None, Tensor | None], None]
-Guard = Callable[[str], AbstractContextManager[None]]
-
-# Held while a reader runs: the threads of nn.DataParallel update the same statistics.
-_reading = threading.RLock()
 
 
 @dataclass
@@ -77,15 +69,12 @@ class Events:
 
         ``only_in_loss``: of the tokens of the masks, those whose label says that they count in the loss.
         """
-        self.seen = Seen()
         self.wanted = Wanted()
         self.runs_eagerly = False
         """Whether a compiled module is being re-executed, to be read."""
         self.model = model
         self.layers = layers
-        self._reader = reader
         self.guard = guard
-        self._discard = discard
         self._whole_sequences = whole_sequences
         self.reads_labels = only_in_loss or any(point.is_decoder for point in layers.points)
         self._only_in_loss = only_in_loss
@@ -102,13 +91,21 @@ class Events:
             if is_hugging_face(module) or module in own
         }
         self._own = OwnForwards()
-        # Of a layer that may be read at several modules, the last one counts, until it is known which that is.
-        self._called_again = {point.key for point in layers.points if point.others}
+        self._passes = Passes(layers, reader, guard, discard)
         self._has_counted = False
         self._forwards: dict[int, Forward] = {}
         # By thread: those of modules around the chain, while such a module runs.
         self._labels: dict[int, Labels] = {}
         self._masks_alone: dict[int, Masks] = {}
+
+    @property
+    def seen(self) -> Seen:
+        """What ran since :meth:`forget_seen`."""
+        return self._passes.seen
+
+    def forget_seen(self) -> None:
+        """Begin a new record of what ran."""
+        self._passes.seen = Seen()
 
     def forget_forwards(self) -> None:
         """Drop every reference to forwards that have not come to their end."""
@@ -168,12 +165,7 @@ class Events:
         forward.outputs.pop(module, None)
         if is_hugging_face(module):  # which is told itself that a batch is packed
             forward.packing, forward.packed_by = None, ()
-        for key in self._inside_of[module]:
-            forward.tails.pop(key, None)
-            held = forward.held.pop((key, forward.passes[key]), None)
-            if held is not None:
-                self._record(key, held)
-            forward.passes[key] += 1
+        self._passes.begin(forward, self._inside_of[module])
         return True
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -189,26 +181,7 @@ class Events:
             forward.outputs[call.module] = first_tensor(output)
         if not forward.calls:
             del self._forwards[threading.get_ident()]
-            if has_failed:
-                self._forget_all(forward)
-                return
-            graded = {key for key, _ in forward.read | forward.held.keys()}
-            alone = {own: held for own, held in forward.without_gradients.items() if own[0] not in graded}
-            for (key, _), held in (forward.held | alone).items():
-                self._record(key, held)
-
-    def _forget_all(self, failed: Forward) -> None:
-        """Forget what was read of all layers, since some layers have read a forward that failed in the middle."""
-        own = Counter(key for key, _ in failed.read)
-        if not own or self._discard is None:
-            return
-        if any(count > own[key] for key, count in self.seen.passes.items()):
-            warnings.warn(
-                "A forward failed in the middle: the tokens read so far are left out of this one reading.", stacklevel=2
-            )
-        for point in self.layers.points:
-            self._discard(point.key)
-        self.seen.passes.clear()
+            self._passes.end(forward, has_failed=has_failed)
 
     # Wrappers around `forward`, which also see `module.forward(...)`.
 
@@ -314,7 +287,7 @@ class Events:
             self._has_counted |= not in_backward()
             point = self._own.in_layout(point)
             if point.role != "plain":
-                settled = self._settled(forward, point, (*args, *kwargs.values()), value)
+                settled = self._passes.settled(self._own, forward, point, (*args, *kwargs.values()), value)
                 if settled is None:
                     return
                 point = settled
@@ -325,59 +298,10 @@ class Events:
                 hidden_states, mask = (forward or self._alone).tokens(point, hidden_states, arguments, self.seen)
             reading = Reading(hidden_states, mask, sentence_embedding(value))
             if forward is None:
-                self._record(point.key, reading)
+                self._passes.record(point.key, reading)
             else:
-                is_alone = self.wanted.training_only and not has_gradients
-                self._read_in_pass(forward, point.key, reading, is_alone=is_alone)
-
-    def _settled(
-        self, forward: Forward | None, point: ReadPoint, given: tuple[Any, ...], value: Any
-    ) -> ReadPoint | None:
-        """Where to read a layer that may be read at several modules, if it is to be read at this one."""
-        key = point.key
-        if forward is None:  # no order of calls is known
-            return point if point.others else None
-        settled = self._own.settle(forward.tails, point, given, value)
-        if settled is not None and settled.role == "norm":
-            own = key, forward.passes[key]
-            if own not in forward.read:
-                self._called_again.discard(key)
-            forward.held.pop(own, None)
-            forward.without_gradients.pop(own, None)
-        return settled
-
-    def _read_in_pass(self, forward: Forward, key: str, reading: Reading, *, is_alone: bool) -> None:
-        """Read one call of a layer, or hold it where another one may follow that counts in its place.
-
-        ``is_alone``: it has no gradients, where only training counts. Then it counts if no other call has any.
-        """
-        own = key, forward.passes[key]
-        if is_alone and not self.runs_eagerly:
-            forward.without_gradients[own] = reading.kept()
-        elif key in self._called_again:
-            forward.held.pop(own, None)  # in the order of the last calls, which is that of all ranks
-            forward.held[own] = reading.kept()
-        elif own in forward.read:
-            # The first time that this is seen: the call before has been read as if it were the only one.
-            self._called_again.add(key)
-            if self._discard is not None:
-                self._discard(key)
-                if self.seen.passes[key] > 1:
-                    warnings.warn(
-                        f"Layer {key!r} ran several times in a forward, and once in those before: of these, the "
-                        "tokens read so far are left out of this one reading.",
-                        stacklevel=2,
-                    )
-                self.seen.passes[key] = 0
-            forward.held[own] = reading.kept()
-        else:
-            forward.read.add(own)
-            self._record(key, reading)
-
-    def _record(self, key: str, reading: Reading) -> None:
-        with self.guard(key), torch.no_grad(), _reading:
-            self.seen.passes[key] += 1
-            self._reader(key, *reading)
+                is_alone = self.wanted.training_only and not has_gradients and not self.runs_eagerly
+                self._passes.read(forward, point.key, reading, is_alone=is_alone)
 
     def _is_read(self, module: nn.Module) -> bool:
         forward = self._forward

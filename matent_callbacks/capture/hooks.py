@@ -45,7 +45,7 @@ class Capture:
 
     def forget_seen(self) -> None:
         """Begin a new record of what ran."""
-        self._events.seen = Seen()
+        self._events.forget_seen()
 
     def open(
         self,
