@@ -46,6 +46,17 @@ class Text:
                 raise TextError(f"--text has JSON in {file}: --field must name the field that holds the text.")
 
     @property
+    def note(self) -> str | None:
+        """What the user should know about the files, one sentence."""
+        tables = [file for file in self._files or [] if file.suffix.lower() in (".csv", ".tsv")]
+        if not tables or self._field is not None:
+            return None
+        return (
+            f"--text has a table in {tables[0]}: each of its lines counts as a document, also that with the names of "
+            "the columns. JSON Lines have the text in a field, --field."
+        )
+
+    @property
     def size(self) -> int | None:
         """Bytes; ``None`` for stdin, whose size is not known before its end."""
         if self._files is None:

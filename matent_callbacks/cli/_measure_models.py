@@ -62,6 +62,8 @@ def _run(request: Request, ranks: Ranks) -> int:
     if passes > 1 or results.has_read:
         text.keep()
     run = _Run(request, text, results, device, ranks)
+    if text.note:
+        run.say(text.note)
     code = 0
     with Interruption() as interruption:
         try:
