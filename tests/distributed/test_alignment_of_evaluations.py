@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from matent_callbacks import measure_alignment
-from tests.distributed.evaluations_on_ranks import KEY, NUM_PAIRS, SETS, on_rank
+from tests.distributed.evaluations_on_ranks import KEY, NUM_PAIRS, SETS, on_rank, on_rank_of_lightning
 from tests.pairs import collate_pairs, make_clip
 from tests.ranks import run_on_ranks
 
@@ -29,3 +29,12 @@ def test_pairs_that_are_not_found_on_one_rank_hold_nobody_up(found, name):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return run_on_ranks(on_rank, 2, str(tmp_path_factory.mktemp("ranks")))
+
+
+def test_loaders_that_are_loaded_early_on_each_rank_hold_nobody_up(tmp_path):
+    expected = measure_alignment(make_clip(), collate_pairs(SETS["x"][:NUM_PAIRS]), k=4)[KEY]
+    for rank in run_on_ranks(on_rank_of_lightning, 2, str(tmp_path)):
+        for more_calls, (without, watched) in enumerate(rank):
+            assert watched[0] == without[0]
+            assert watched[1] == without[1] + more_calls
+            assert watched[2] == pytest.approx({KEY: expected, f"val_{KEY}": expected}, abs=1e-5)
