@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from matent_callbacks.accumulate.gathering import held_first
 from matent_callbacks.accumulate.reduction import AllOrNone, agree, check_groups, is_distributed
 from matent_callbacks.alignment.dual_encoder import is_dual_encoder
+from matent_callbacks.alignment.first_pairs import FirstPairs, Probe
 from matent_callbacks.alignment.in_parts import in_parts
 from matent_callbacks.alignment.statistics import (
     EXCHANGED,
@@ -29,7 +30,7 @@ from matent_callbacks.alignment.values import SUMMARIZED_BY_MAXIMUM, AlignmentVa
 from matent_callbacks.capture.inference import device_of, side_effect_free
 from matent_callbacks.capture.influence import Influence, sample_of_weights
 from matent_callbacks.capture.meshes import parallel_groups
-from matent_callbacks.capture.probes import fingerprint, first_batch, prefix_of, probes_by_prefix
+from matent_callbacks.capture.probes import fingerprint, prefix_of, probes_by_prefix
 from matent_callbacks.functional.alignment import STAGES, TOWERS
 
 _Result = TypeVar("_Result")
@@ -80,6 +81,8 @@ def measure_alignment(
         >>> from matent_callbacks import measure_alignment
         >>> # measure_alignment(clip_model, {"input_ids": ids, "pixel_values": pixels})["alignment/cka"]
     """
+    if probe is None:
+        raise ValueError("`probe` must be a batch of pairs, a list of them, or several by name, got None.")
     return AlignmentMeasurement(
         probe=probe,
         basis=basis,
@@ -123,7 +126,7 @@ class AlignmentMeasurement:
             )
         prefix = prefix_of(name)
         # Functions of the user's may take any batch.
-        self._given_probes = self.probes = probes_by_prefix(probe, prefix, check=stages is None)
+        self._given = probes_by_prefix(probe, prefix, check=stages is None)
         self._prefix = prefix
         self._num_pairs = num_pairs
         self._name = name
@@ -132,14 +135,19 @@ class AlignmentMeasurement:
         self._stages = stages
         self._towers = towers
         self._warned: set[str] = set()
-        self._influences = {own: Influence() for own in self.prefixes}
+        self.forget()
 
     def renewed(self) -> AlignmentMeasurement:
         """Return a copy with the same arguments, but without a probe that was found."""
         new = copy.copy(self)
-        new.probes, new._group = self._given_probes, self._given_group
-        new._influences = {own: Influence() for own in self.prefixes}
+        new._group = self._given_group
+        new.forget()
         return new
+
+    def forget(self) -> None:
+        """Forget the probes that were found, and what earlier readings were."""
+        self._probes = {prefix: Probe(batches) for prefix, batches in self._given.items()}
+        self._first_pairs = FirstPairs(self._num_pairs)
 
     def set_up(self, trainer: Any, others: Iterable[AlignmentMeasurement], guard: Guard) -> None:
         """Find the ranks whose pairs belong together from a Trainer's device mesh, unless they were given.
@@ -157,9 +165,10 @@ class AlignmentMeasurement:
                     f"`name`; got `name` {other._name!r} and {self._name!r}."
                 )
 
-    def first_pairs(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> Any:
-        """Return the probe to use where none was given."""
-        return first_batch(dataset, collate, self._num_pairs)
+    @property
+    def is_given_a_probe(self) -> bool:
+        """Whether the user gave the probe, which is then measured everywhere."""
+        return bool(self._given)
 
     @property
     def summarized_by_maximum(self) -> list[str]:
@@ -169,79 +178,81 @@ class AlignmentMeasurement:
     @property
     def prefixes(self) -> tuple[str, ...]:
         """The prefixes of the names of the values, one for each probe."""
-        return tuple(self._given_probes) or (self._prefix,)
+        return tuple(self._given) or (self._prefix,)
 
     def measure(
         self,
         model: nn.Module,
         *,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        find_probe: Callable[[], Any] | None = None,
+        loader: Callable[[], Any] | None = None,
+        evaluates: bool = False,
     ) -> dict[str, float]:
-        """Measure all values on each probe; forwards run inside ``around()``, ``find_probe`` is used if none was given.
+        """Measure all values on each probe; forwards run inside ``around()``.
+
+        Where no probe was given, it is the first pairs of what ``loader`` returns: with ``evaluates`` of its data,
+        without it those of the first call, so that the readings of training are all of the same pairs.
 
         Raises:
             Exception: On every rank, if a probe cannot be read on one of them.
         """
         values: dict[str, float] = {}
         for prefix in self.prefixes:
-            statistics = self._statistics(model, prefix, around, find_probe)
+
+            def find(prefix: str = prefix) -> Probe:
+                if prefix in self._probes or loader is None:
+                    return self._probes[prefix]
+                return self._first_pairs.of(loader()) if evaluates else self._first_pairs.of_training(loader)
+
+            statistics, influence = self._statistics(model, find, around)
             distances: dict[str, Tensor] = {}
             if self._computed.needs_layers and not self._is_dual_encoder(model):
                 distances = distances_by_layer(statistics.layers, model, self._group)
             own = self._computed.compute(statistics, distances, self._warn_once)
-            if self._influences[prefix].is_missing(own, sample_of_weights(model)):
+            if influence.is_missing(own, sample_of_weights(model)):
                 warnings.warn(Influence.MISSING.format(probe="`probe`"), stacklevel=2)
             values |= {f"{prefix}{key}": value for key, value in own.items()}
         return values
 
     def _statistics(
-        self,
-        model: nn.Module,
-        prefix: str,
-        around: Callable[[], AbstractContextManager[Any]],
-        find_probe: Callable[[], Any] | None,
-    ) -> PairStatistics:
+        self, model: nn.Module, find: Callable[[], Probe], around: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[PairStatistics, Influence]:
         """Read a probe on each rank, and merge what was read from all batches on all ranks."""
 
-        def read() -> tuple[list[PairStatistics], list[int]]:
-            batches, fingerprints = self._found_probe(model, prefix, find_probe)
+        def read() -> tuple[list[PairStatistics], list[int], Influence]:
+            batches, fingerprints, influence = self._found(model, find)
             context = None if self._is_dual_encoder(model) else self._context_group
             with side_effect_free(model), around(), in_parts(model, context):
-                return self._read(model, batches), fingerprints
+                return self._read(model, batches), fingerprints, influence
 
-        of_batches, fingerprints = _on_all_ranks_or_none(read, "read the probe", model, self._group)
+        of_batches, fingerprints, influence = _on_all_ranks_or_none(read, "read the probe", model, self._group)
         stages = (*STAGES, *EXCHANGED) if self._computed.needs_exchange else STAGES
         names = TOWERS if self._is_dual_encoder(model) else stages
         if not is_distributed(self._group):
-            return merged(of_batches, names, model)
+            return merged(of_batches, names, model), influence
         # As a rule all ranks are given the same probe: each reads it, and it counts once.
         mine = held_first(fingerprints, device_of(model), self._group)
         own = [statistics for statistics, first in zip(of_batches, mine, strict=True) if first]
-        return over_ranks(merged(own, names, model), self._group)
+        return over_ranks(merged(own, names, model), self._group), influence
 
-    def _found_probe(
-        self, model: nn.Module, prefix: str, find_probe: Callable[[], Any] | None
-    ) -> tuple[list[Any], list[int]]:
+    def _found(self, model: nn.Module, find: Callable[[], Probe]) -> tuple[list[Any], list[int], Influence]:
         """Return the batches of this rank's probe, with hashes of them in a distributed run.
 
         On all ranks of a context group they are the same, or all raise.
         """
 
-        def find() -> tuple[list[Any], list[int]]:
-            if not self.probes and find_probe is not None:
-                self.probes = {self._prefix: find_probe()}
-            probe = self.probes[prefix]
-            batches = [probe] if isinstance(probe, Mapping | Tensor) else list(probe)
-            return batches, [fingerprint(batch) for batch in batches] if is_distributed() else []
+        def found() -> tuple[list[Any], list[int], Influence]:
+            probe = find()
+            batches = [probe.batches] if isinstance(probe.batches, Mapping | Tensor) else list(probe.batches)
+            return batches, [fingerprint(batch) for batch in batches] if is_distributed() else [], probe.influence
 
         group = self._context_group
         if group is None or not is_distributed(group):
-            return find()
-        batches, fingerprints = _on_all_ranks_or_none(find, "find the probe", model, group)
+            return found()
+        batches, fingerprints, influence = _on_all_ranks_or_none(found, "find the probe", model, group)
         if agree(str(fingerprints), False, device_of(model), group).descriptions:
             raise ValueError("`probe` must be the same on all ranks of `context_group`, got unlike batches.")
-        return batches, fingerprints
+        return batches, fingerprints, influence
 
     def _read(self, model: nn.Module, batches: list[Any]) -> list[PairStatistics]:
         """Read the batches of this rank's probe."""

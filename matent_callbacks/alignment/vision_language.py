@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from matent_callbacks.alignment.connector_inputs import as_taken, calls_of_parts
 from matent_callbacks.alignment.joint_forward import JointForward, describe, not_found
 from matent_callbacks.capture.compiled import eagerly
 from matent_callbacks.capture.values import first_tensor
@@ -40,9 +41,9 @@ def vision_language_stages(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     """Read image-text samples where the paper does (Wei et al., arXiv 2401.17139, e1 to e5).
 
     ==================  =============================================================================================
-    ``vision_encoder``  the image as the connector takes it: the last hidden states of the vision encoder, or those
-                        of the layers that ``vision_feature_layer`` selects. The class token is left out where
-                        ``vision_feature_select_strategy`` drops it; other class and register tokens stay in
+    ``vision_encoder``  the image as the connector is seen to take it: of the layers that the model selects, without
+                        the class token or padding that it drops. Where the connector is inside the encoder, that
+                        follows from ``vision_feature_layer`` and ``vision_feature_select_strategy``
     ``connector``       the image as the language model takes it, with the row separators that some models put in
     ``image``           the image alone after the final norm of the language model
     ``text``            all that is not an image token, alone, after the final norm
@@ -96,7 +97,8 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         # Early releases of transformers 5 hand Pixtral's sizes on without naming them.
         taken, as_output = taken | {"image_sizes"}, {"return_dict": True}
-    features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, **as_output)
+    with calls_of_parts(model) as calls:
+        features = model.get_image_features(**{k: v for k, v in batch.items() if k in taken}, **as_output)
     states, pooled = _encoder_states(features, model.config, batch), getattr(features, "pooler_output", None)
     if states is None:
         raise not_found(model, "vision_encoder", _why_no_states())
@@ -111,6 +113,11 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
             f"{sum(lengths)}, got {sum(counts)}."
         )
     ends = _ends_of_samples(lengths, counts)
+    connected = _padded(torch.split_with_sizes(torch.cat(units), list(counts)))
+    states, of_units = as_taken(model, calls, features, states, len(units))
+    if of_units:
+        of_samples = [of_units[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return _padded([torch.cat(own) for own in of_samples if own]), connected
     if isinstance(pooled, Tensor) or len(states) == 1:
         # Every image token stands for the same number of patches.
         patches = _shares(states.shape[0] * states.shape[1], counts)
@@ -123,11 +130,11 @@ def _vision_stages(model: Any, batch: Mapping[str, Any], counts: Sequence[int]) 
             model, "vision_encoder", f"it is not clear which of its states, {describe(states)}, belong to which sample"
         )
     encoded = torch.split_with_sizes(states.flatten(0, 1), patches)
-    return _padded(encoded), _padded(torch.split_with_sizes(torch.cat(units), list(counts)))
+    return _padded(encoded), connected
 
 
 def _encoder_states(features: Any, config: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """``(rows, patches, d)``, as the connector takes them; the images are one row if they are packed."""
+    """``(rows, patches, d)``, by the config as the connector takes them; the images are one row if they are packed."""
     layer, strategy = (
         batch.get(name, getattr(config, name, None))
         for name in ("vision_feature_layer", "vision_feature_select_strategy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,11 +62,39 @@ def first_batch(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -
     """Collate the first ``count`` examples of a data set."""
     # A data set may draw random numbers: for augmentation, or to seed an iterator.
     with same_random_numbers():
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            examples = [dataset[i] for i in range(min(count, len(dataset)))]
-        else:
-            examples = list(itertools.islice(iter(dataset), count))
-        return collate(examples)
+        return collate(_checked(list(itertools.islice(_items(dataset), count))))
+
+
+def first_batches(dataset: Any, convert: Callable[[Any], Any], count: int, *, size: Callable[[Any], int]) -> list[Any]:
+    """Return as many batches of a data set of batches as hold ``count`` examples by ``size``, or all of them."""
+    batches: list[Any] = []
+    with same_random_numbers():
+        for item in _items(dataset):
+            batches.append(convert(item))
+            count -= size(batches[-1])
+            if count <= 0:
+                break
+    return _checked(batches)
+
+
+def _items(dataset: Any) -> Iterator[Any]:
+    """Yield what is in a data set, from its beginning.
+
+    Raises:
+        ValueError: If it gives its examples only once, so that those taken here would be missing in training.
+    """
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return (dataset[i] for i in range(len(dataset)))
+    items: Iterator[Any] = iter(dataset)
+    if items is dataset or any(own is items for own in getattr(dataset, "__dict__", {}).values()):
+        raise ValueError(f"`probe` must be given, since the data can be read only once: {type(dataset).__name__}.")
+    return items
+
+
+def _checked(items: list[Any]) -> list[Any]:
+    if not items:
+        raise ValueError("`probe` must be given, since there is no example in the data to take it from.")
+    return items
 
 
 def fingerprint(batch: Any) -> int:

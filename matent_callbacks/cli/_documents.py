@@ -6,11 +6,12 @@ import json
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 STDIN = "-"
+OTHER_TEXT = "--text is not what it was when this measurement was interrupted: give another --out."
 # A line is cut here, so that a file without line ends cannot fill the memory; no model reads that far.
 _LONGEST_LINE = 2**24
 
@@ -45,6 +46,17 @@ class Text:
                 raise TextError(f"--text has JSON in {file}: --field must name the field that holds the text.")
 
     @property
+    def note(self) -> str | None:
+        """What the user should know about the files, one sentence."""
+        tables = [file for file in self._files or [] if file.suffix.lower() in (".csv", ".tsv")]
+        if not tables or self._field is not None:
+            return None
+        return (
+            f"--text has a table in {tables[0]}: each of its lines counts as a document, also that with the names of "
+            "the columns. JSON Lines have the text in a field, --field."
+        )
+
+    @property
     def size(self) -> int | None:
         """Bytes; ``None`` for stdin, whose size is not known before its end."""
         if self._files is None:
@@ -67,6 +79,23 @@ class Text:
             text, trouble = _read(line, self._field)
             yield Document(text, trouble, place, end, checksum)
 
+    def checksums(self, ends: Iterable[int], *, whole: bool = False) -> tuple[dict[int, int], int]:
+        """Return the CRC-32 of all up to each of ``ends`` that is the end of a document, and how far was read.
+
+        That is to the end of the text with ``whole``, or else as far as it takes.
+        """
+        asked, found = set(ends), {0: 0}
+        end = checksum = 0
+        for line, _ in self._lines() if whole or asked - {0} else ():
+            if line is None:
+                continue
+            end, checksum = end + len(line), zlib.crc32(line, checksum)
+            if end in asked:
+                found[end] = checksum
+            if not whole and end >= max(asked):
+                break
+        return found, end
+
     def _lines(self) -> Iterator[tuple[bytes | None, str]]:
         if self._files is None:
             for number, line in enumerate(self._stdin_lines(), 1):
@@ -88,7 +117,8 @@ class Text:
         yield from _whole_lines(self._kept)
         # The rest, which earlier models did not need to read.
         for line in _whole_lines(self._stdin):
-            self._kept.write(line if line.endswith(b"\n") else line + b"\n")
+            # Of a line that is too long the rest has been left out.
+            self._kept.write(line + b"\n" if len(line) == _LONGEST_LINE else line)
             yield line
 
 

@@ -19,6 +19,7 @@ from matent_callbacks.cli._adapters import ModelError
 from matent_callbacks.cli._baseline import compare, kept
 from matent_callbacks.cli._documents import Text, TextError
 from matent_callbacks.cli._entries import GROUPS, interval, layer_samples
+from matent_callbacks.cli._fingerprints import fingerprint, joined
 from matent_callbacks.cli._interruption import Interruption
 from matent_callbacks.cli._models import LayersError, Loaded, first_sentence, load, training_progress
 from matent_callbacks.cli._progress import with_bar
@@ -58,15 +59,21 @@ def _run(request: Request, ranks: Ranks) -> int:
         raise typer.BadParameter(str(error)) from error
     models = models_of(request)
     passes = len(models) * (2 if request.untrained else 1)
-    if passes > 1:
+    if passes > 1 or results.has_read:
         text.keep()
     run = _Run(request, text, results, device, ranks)
+    if text.note:
+        run.say(text.note)
     code = 0
     with Interruption() as interruption:
         try:
+            if said := results.forget_other_texts(text):
+                run.say(said)
             for model in models:
-                if ranks.from_first(results.finished(model)):
-                    run.say(f"{model} is in {request.out} already.")
+                known, said = ranks.from_first(results.check(model, request.baseline))
+                if said:
+                    run.say(said)
+                if known:
                     continue
                 failed = run.measure(model, interruption)
                 code = max(code, failed)
@@ -127,6 +134,7 @@ class _Run:
     def _measure(self, name: str, interruption: Interruption) -> None:
         request, ranks = self._request, self._ranks
         with ranks.together():
+            before = fingerprint(name, baseline=request.baseline) if ranks.is_first else {}
             loaded = load(
                 name,
                 dtype=request.dtype,
@@ -141,6 +149,11 @@ class _Run:
         bound = min(request.max_length, loaded.max_length or request.max_length)
         if bound < request.max_length:
             self.say(f"{name} takes {bound:,} tokens at most: longer documents are cut there.")
+        with ranks.together():
+            if ranks.is_first:
+                own = joined(before, fingerprint(name, baseline=request.baseline))
+                if said := self._results.begin(name, own, self._text):
+                    self.say(said)
         states = self._results.states(name)
         trained = self._state(states, "trained")
         self._pass(name, "trained", loaded.model, loaded, bound, states, interruption)
@@ -187,7 +200,7 @@ class _Run:
             of_baseline = next(one for one in results.models if one["model"] == self._request.baseline)
             for note in compare(entry, samples, checksum, baseline=of_baseline, before=results.baseline):
                 self.say(note)
-        results.finish(entry)
+        results.finish(entry, trained)
         self._save()
 
     def _state(self, states: dict[str, State], which: str) -> State:

@@ -92,7 +92,10 @@ def draw(models: list[dict[str, Any]], metrics: list[str], path: Path) -> int:
 def _table(models: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each model and layer."""
     names = _names(models)
-    made = Table(caption=f"below each value: its {LEVEL:.0%} bootstrap interval over sequences", caption_justify="left")
+    quantities = [of.get(name) for entry in models for of in entry["layers"].values() for name in names]
+    has_intervals = any(of is not None and of["low"] is not None for of in quantities)
+    caption = f"below each value: its {LEVEL:.0%} bootstrap interval over sequences" if has_intervals else None
+    made = Table(caption=caption, caption_justify="left")
     for head in ("model", "layer"):
         made.add_column(head, overflow="fold")
     for head in ("parameters", "sequences", *names.values()):
@@ -112,11 +115,20 @@ def _differences(models: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each layer of each model that was compared with the baseline."""
     compared = [entry for entry in models if "baseline" in entry]
     names = _names(compared)
+    differences = [
+        of["baseline_difference"]
+        for entry in compared
+        for quantities in entry["layers"].values()
+        for of in quantities.values()
+        if "baseline_difference" in of
+    ]
     made = Table(
         title=Cell(f"minus {compared[0]['baseline']}, the baseline, on the same documents"),
         title_justify="left",
         caption=f"below each difference: its {LEVEL:.0%} interval, of the paired bootstrap over sequences; of the "
-        f"jackknife over {GROUPS} groups of documents for what is pooled; * where 0 is not in it",
+        f"jackknife over {GROUPS} groups of documents for what is pooled; * where 0 is not in it"
+        if any(own["low"] is not None for own in differences)
+        else None,
         caption_justify="left",
     )
     for head in ("model", "layer"):

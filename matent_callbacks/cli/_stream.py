@@ -21,7 +21,7 @@ from matent_callbacks.capture.hooks import Capture
 from matent_callbacks.capture.inference import run, side_effect_free
 from matent_callbacks.capture.layers import Layers
 from matent_callbacks.cli._adapters import ModelError
-from matent_callbacks.cli._documents import Document, Text, TextError
+from matent_callbacks.cli._documents import OTHER_TEXT, Document, Text, TextError
 from matent_callbacks.cli._models import runnable
 from matent_callbacks.cli._state import Floats, Pooled, State, draws, group_of, weighted_sums
 from matent_callbacks.functional._precision import statistics_dtype
@@ -127,7 +127,7 @@ def _go_to(documents: Iterator[tuple[int, Document]], state: State) -> None:
         return
     last = next(islice(documents, state.document - 1, state.document), None)
     if last is None or last[1].checksum != state.checksum:
-        raise TextError("--text is not what it was when this measurement was interrupted: give another --out.")
+        raise TextError(OTHER_TEXT)
 
 
 def _window(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -13,22 +14,31 @@ from matent_callbacks.callbacks.guard import Guard, guarded
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
 from matent_callbacks.capture.stack import hugging_face_models
+from matent_callbacks.lightning._loaders import evaluated_loader, loader_of_run, num_evaluated
 from matent_callbacks.lightning._measuring import MeasuringCallback
-from matent_callbacks.lightning._trainer import log, planned_steps, summarize_by_maximum
+from matent_callbacks.lightning._trainer import (
+    log,
+    planned_steps,
+    publish,
+    summarize_by_maximum,
+    takes_names_with_a_loader,
+)
 
 
 class AlignmentCallback(MeasuringCallback):
     """Logs how well image and text agree inside a multimodal model while Lightning trains it.
 
     What is logged, and how it is measured, is described at :class:`matent_callbacks.transformers.AlignmentCallback`;
-    here the values of validation and test epochs have the prefixes ``val_`` and ``test_``. The model is the
-    transformers model inside the LightningModule, or the LightningModule itself.
+    here the values of validation and test epochs have the prefixes ``val_`` and ``test_``, and with several loaders and
+    no ``probe`` ``/dataloader_idx_0``, ``/dataloader_idx_1``, ... behind their names. The model is the transformers
+    model inside the LightningModule, or the LightningModule itself.
 
     Args:
         every_n_steps: Optimizer steps between two readings.
-        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
-            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
-            of several named probes; each name is put before the names of its values.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them, measured everywhere.
+            Or a mapping of several named probes; each name is put before the names of its values. ``None``: the first
+            ``num_pairs`` of the data, through the run's own collator: each evaluation measures the data that it
+            evaluates, and training those of the first evaluation set, or the training data where there is none.
         num_pairs: How many pairs ``probe=None`` takes.
         during_eval: Also measure at the end of each evaluation.
         basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
@@ -109,8 +119,12 @@ class AlignmentCallback(MeasuringCallback):
         warn_if_never_due(self.every_n_steps, planned_steps(trainer, pl_module), at_end=True)
         with self.guard("the greatest values in W&B's table of runs"):
             summarize_by_maximum(trainer, self.guard, *self._alignment.summarized_by_maximum)
+        # The callback may have been in another run, on other data.
+        self._alignment.forget()
+        # Not in the measurement: if a hook of the user's failed there on one rank, that rank would wait for the others.
+        loader = None if self._alignment.is_given_a_probe else loader_of_run(trainer)
         # A probe or a model that cannot be read raises now, not in the middle of the run.
-        self._measure(trainer, pl_module)
+        self._measure(trainer, pl_module, lambda: loader)
 
     def step_values(self, trainer: Any, pl_module: Any, *, due: bool, last: bool) -> dict[str, float] | None:
         return self._measure_or_warn(trainer, pl_module) if due or last else None
@@ -126,23 +140,38 @@ class AlignmentCallback(MeasuringCallback):
     def _log_evaluation(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         if self.off or trainer.sanity_checking or not self.during_eval:
             return
-        values = {f"{prefix}_{key}": value for key, value in self._measure_or_warn(trainer, pl_module).items()}
-        log(pl_module, values, prog_bar=self.prog_bar, add_dataloader_idx=False)
+        if self._alignment.is_given_a_probe:
+            self._log_under(trainer, pl_module, prefix, "", self._measure_or_warn(trainer, pl_module))
+            return
+        for index in range(num_loaders := num_evaluated(trainer)):
+            # Each is warned about by itself, since there is no value of it.
+            what = f"the readings of the first pairs of {prefix!r} data" + f", loader {index}" * (num_loaders > 1)
+            measure = functools.partial(
+                self._measure, trainer, pl_module, functools.partial(evaluated_loader, trainer, index), evaluates=True
+            )
+            suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
+            self._log_under(trainer, pl_module, prefix, suffix, self.guard.values(what, measure))
+
+    def _log_under(self, trainer: Any, pl_module: Any, prefix: str, suffix: str, values: dict[str, float]) -> None:
+        named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
+        with self.guard("the log of an evaluation"):
+            if suffix and not takes_names_with_a_loader(trainer):
+                publish(trainer, named, self.guard)
+            else:
+                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
 
     def _measure_or_warn(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         return self.guard.values("the readings of the probe", lambda: self._measure(trainer, pl_module))
 
-    def _measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def _measure(
+        self, trainer: Any, pl_module: Any, loader: Callable[[], Any] = lambda: None, *, evaluates: bool = False
+    ) -> dict[str, float]:
         return self._alignment.measure(
             _model(pl_module),
             around=lambda: trainer.precision_plugin.forward_context(),
-            find_probe=lambda: self._first_pairs(trainer),
+            loader=loader,
+            evaluates=evaluates,
         )
-
-    def _first_pairs(self, trainer: Any) -> Any:
-        loaders = trainer.val_dataloaders or trainer.test_dataloaders or trainer.train_dataloader
-        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        return self._alignment.first_pairs(loader.dataset, loader.collate_fn)
 
 
 def _model(pl_module: Any) -> Any:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
 from transformers import Trainer, TrainerState
+from transformers.utils import is_datasets_available
 
+from matent_callbacks.alignment.first_pairs import Examples
 from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.alignment.statistics import Stages
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
+from matent_callbacks.capture.purpose import frames
 from matent_callbacks.transformers._measuring import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
@@ -50,9 +54,10 @@ class AlignmentCallback(MeasuringCallback):
 
     Args:
         every_n_steps: Optimizer steps between two readings.
-        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them; ``None``: the first
-            ``num_pairs`` of the evaluation data, or of the training data, through the run's own collator. Or a mapping
-            of several named probes; each name is put before the names of its values.
+        probe: One batch of pairs (a mapping of the model's keyword arguments) or a list of them, measured everywhere.
+            Or a mapping of several named probes; each name is put before the names of its values. ``None``: the first
+            ``num_pairs`` of the data, through the run's own collator: each evaluation measures the data that it
+            evaluates, and training those of the first evaluation set, or the training data where there is none.
         num_pairs: How many pairs ``probe=None`` takes.
         during_eval: Also measure at the end of each evaluation.
         basis: What the two ratios are computed from, ``"effective_rank"`` or ``"entropy"``.
@@ -124,6 +129,7 @@ class AlignmentCallback(MeasuringCallback):
         super().start_over()
         self._alignment = self._alignment.renewed()
         self._summarized = False
+        self._evaluated: Any = None
 
     def attach(self, trainer: Trainer) -> None:
         super().attach(trainer)
@@ -144,17 +150,34 @@ class AlignmentCallback(MeasuringCallback):
 
     def step_values(self, state: TrainerState) -> dict[str, float]:
         due = state.global_step % self.every_n_steps == 0 or state.global_step == state.max_steps
-        return self.evaluation_values() if due else {}
+        return self.guard.values("the readings of the probe", self._measure) if due else {}
+
+    def join_evaluation(self, model: Any, batch: Any) -> None:
+        loops = (frame.f_locals for frame in frames() if frame.f_code.co_name == "evaluation_loop")
+        self._evaluated = next((names.get("dataloader") for names in loops if names.get("self") is self.trainer), None)
+
+    def _before_evaluation(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super()._before_evaluation(evaluation_loop, *args, **kwargs)
+        self._evaluated = kwargs.get("dataloader", args[0] if args else None)
 
     def evaluation_values(self) -> dict[str, float]:
-        return self.guard.values("the readings of the probe", self._measure)
+        loader, self._evaluated = self._evaluated, None
+        # Without a probe each data set is warned about by itself, since there is no value of it.
+        own = f"the readings of the first pairs of {self._prefix or 'an evaluation'!r}"
+        what = "the readings of the probe" if self._alignment.is_given_a_probe else own
+        return self.guard.values(what, lambda: self._measure(lambda: loader, evaluates=True))
 
-    def _measure(self) -> dict[str, float]:
-        return self._alignment.measure(self.trainer.model, find_probe=self._first_pairs)
+    def _measure(self, loader: Callable[[], Any] | None = None, *, evaluates: bool = False) -> dict[str, float]:
+        return self._alignment.measure(self.trainer.model, loader=loader or self._examples, evaluates=evaluates)
 
-    def _first_pairs(self) -> Any:
+    def _examples(self) -> Examples:
+        """Return the data that readings during training are of, as the Trainer itself loads them."""
         trainer = self.trainer
-        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        evaluates = trainer.eval_dataset is not None
+        dataset = trainer.eval_dataset if evaluates else trainer.train_dataset
         if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        return self._alignment.first_pairs(dataset, trainer.data_collator)
+            dataset = next(iter(dataset.values()), None)
+        description = "evaluation" if evaluates else "training"
+        if is_datasets_available() and isinstance(dataset, importlib.import_module("datasets").Dataset):
+            return Examples(trainer._remove_unused_columns(dataset, description), trainer.data_collator)
+        return Examples(dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description))

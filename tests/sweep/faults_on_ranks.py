@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.serialization import register_package
 
 from matent_callbacks import EntropyMonitor, PlateauDetector
-from matent_callbacks.alignment import measurement as alignment_measurement
+from matent_callbacks.alignment import first_pairs
 from matent_callbacks.alignment.measurement import AlignmentMeasurement
 from matent_callbacks.callbacks.layer_pictures import LayerPictures
 from matent_callbacks.callbacks.measurement import Measurement
@@ -146,7 +146,7 @@ def alignment_fails(here: bool, run: Callable[[list[Any]], tuple[int, float]], c
     with broken([], here) as caught, mock.patch.object(AlignmentMeasurement, "_read", fails_later):
         later = run([callback(1, stages=stages, pair_measures=[], probe=probe())])
     told = any("boom" in str(w.message) or "Another rank failed" in str(w.message) for w in caught)
-    with broken([(alignment_measurement, "first_batch")], here):
+    with broken([(first_pairs, "first_batch")], here):
         try:
             run([callback(1, stages=stages, pair_measures=[])])
             at_start = ""
