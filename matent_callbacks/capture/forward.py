@@ -187,6 +187,10 @@ class Forward:
         if fitting is None:
             self.masks.collect(point.module, arguments())
             hidden_states, fitting = self.masks.fitting(hidden_states, point.masked_by)
+        if point.is_decoder and not (self.only_in_loss or self.masks.has_given(point.masked_by)):
+            found = Unlabelled("none") if self.labels is None else self.labels.fitting(point, hidden_states)
+            if not isinstance(found, Unlabelled) and found[0].ndim == 3:
+                return found[0], self._of_samples(up_to_last(found[1]))
         if fitting is not None:
             counted = self._of_samples(fitting)
             if hidden_states.ndim == 2:
@@ -197,10 +201,6 @@ class Forward:
         self.masks.check_outer(hidden_states.shape[:-1])
         if self.only_in_loss:  # which padding has none of
             return self._in_loss(point, hidden_states, None, seen)
-        if point.is_decoder and self.labels is not None:
-            found = self.labels.fitting(point, hidden_states)
-            if not isinstance(found, Unlabelled) and found[0].ndim == 3:
-                return found[0], self._of_samples(up_to_last(found[1]))
         length = self.masks.length_of_unfit(hidden_states, point.masked_by)
         if length is not None:
             seen.unmasked.setdefault(point.key, (length, hidden_states.shape[-2]))

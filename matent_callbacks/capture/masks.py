@@ -92,10 +92,13 @@ class Masks:
                     return hidden_states, tokens.expand(rows)
         return hidden_states, None
 
+    def has_given(self, modules: Collection[nn.Module]) -> bool:
+        """Whether some of these modules were given a mask, and not only one that the model has made itself."""
+        return any(mask.is_for(modules) and not mask.is_own for mask in self._masks)
+
     @property
     def _known(self) -> list[_Mask]:
-        # A model that is given no mask makes some of its own, of pairs, that know nothing of padding.
-        is_given_none = all(mask.is_of_pairs and not mask.is_given for mask in self._masks)
+        is_given_none = all(mask.is_own for mask in self._masks)
         return self._of_batch if self._of_batch and is_given_none else self._masks
 
     def outer(self, shape: torch.Size) -> Tensor | None:
@@ -156,6 +159,11 @@ class _Mask:
     @property
     def is_of_pairs(self) -> bool:
         return self.tensor.ndim > 2
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model seems to have made it itself: of pairs, it may know nothing of padding then."""
+        return self.is_of_pairs and not self.is_given
 
     def is_for(self, modules: Collection[nn.Module]) -> bool:
         if self.of_any_layer:

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen2_5_VLConfig, Qw
 from matent_callbacks import EntropyMonitor
 from matent_callbacks.capture.packing import find_packing
 from tests.conftest import slow_pooled_entropy
+from tests.versions import needs
 
 LENGTHS = [[5, 4, 3], [6, 2, 2]]
 """Of the documents in each row; two tokens of the second row are padding."""
@@ -156,6 +157,7 @@ def test_positions_that_are_all_zero_tell_nothing():
     assert find_packing({"position_ids": torch.zeros(2, SIZE, dtype=torch.long)}) is None
 
 
+@needs("transformers", "5.0")  # before, experts are called one by one
 @pytest.mark.parametrize("marks", [{}, {"attention_mask": PADDING}, MARKS["position ids"]])
 def test_experts_get_all_tokens_in_one_row_which_are_split_again(marks):
     torch.manual_seed(0)
