@@ -75,12 +75,9 @@ def compare(model: Any, name: str) -> str:
     monitor = EntropyMonitor(
         model, "all", metrics="matrix_entropy", dtype=torch.float64, on_error="raise", exclude_sinks=False
     )
-    with torch.no_grad():
+    with torch.no_grad(), monitor:
         torch.manual_seed(3)
-        model(**inputs, output_hidden_states=True)
-        with monitor:
-            torch.manual_seed(3)
-            output = model(**inputs, output_hidden_states=True)
+        output = model(**inputs, output_hidden_states=True)
     readings = list(monitor.compute().values())
     states = own_states(model, output)
     if states is None:
