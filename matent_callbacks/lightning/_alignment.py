@@ -16,13 +16,7 @@ from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_nev
 from matent_callbacks.capture.stack import hugging_face_models
 from matent_callbacks.lightning._loaders import evaluated_loader, loader_of_run, num_evaluated
 from matent_callbacks.lightning._measuring import MeasuringCallback
-from matent_callbacks.lightning._trainer import (
-    log,
-    planned_steps,
-    publish,
-    summarize_by_maximum,
-    takes_names_with_a_loader,
-)
+from matent_callbacks.lightning._trainer import planned_steps, summarize_by_maximum
 
 
 class AlignmentCallback(MeasuringCallback):
@@ -141,7 +135,7 @@ class AlignmentCallback(MeasuringCallback):
         if self.off or trainer.sanity_checking or not self.during_eval:
             return
         if self._alignment.is_given_a_probe:
-            self._log_under(trainer, pl_module, prefix, "", self._measure_or_warn(trainer, pl_module))
+            self.log_evaluation(trainer, pl_module, prefix, self._measure_or_warn(trainer, pl_module))
             return
         for index in range(num_loaders := num_evaluated(trainer)):
             # Each is warned about by itself, since there is no value of it.
@@ -149,16 +143,8 @@ class AlignmentCallback(MeasuringCallback):
             measure = functools.partial(
                 self._measure, trainer, pl_module, functools.partial(evaluated_loader, trainer, index), evaluates=True
             )
-            suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
-            self._log_under(trainer, pl_module, prefix, suffix, self.guard.values(what, measure))
-
-    def _log_under(self, trainer: Any, pl_module: Any, prefix: str, suffix: str, values: dict[str, float]) -> None:
-        named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
-        with self.guard("the log of an evaluation"):
-            if suffix and not takes_names_with_a_loader(trainer):
-                publish(trainer, named, self.guard)
-            else:
-                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            values = self.guard.values(what, measure)
+            self.log_evaluation(trainer, pl_module, prefix, values, loader=index, loaders=num_loaders)
 
     def _measure_or_warn(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         return self.guard.values("the readings of the probe", lambda: self._measure(trainer, pl_module))

@@ -22,14 +22,12 @@ from matent_callbacks.lightning._trainer import (
     checkpoint_folder,
     compiled_whole,
     draws_its_batches,
-    log,
     log_settings,
     logging_step,
     planned_steps,
     publish,
     runs_of_wandb,
     show,
-    takes_names_with_a_loader,
     takes_pictures,
 )
 
@@ -346,14 +344,8 @@ class MatrixEntropyCallback(MeasuringCallback):
         if not self._reads_evaluation(trainer, pl_module):
             return
         for index in range(num_loaders):
-            suffix = f"/dataloader_idx_{index}" if num_loaders > 1 else ""
             values = self._run.evaluation_ends(pl_module, data_set=index)
-            named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
-            with self.guard("the readings of an evaluation"):
-                if suffix and not takes_names_with_a_loader(trainer):
-                    publish(trainer, named, self.guard)
-                else:
-                    log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+            named = self.log_evaluation(trainer, pl_module, prefix, values, loader=index, loaders=num_loaders)
             self._hide_charts(trainer, named)
 
     def _hide_charts(self, trainer: Any, names: Iterable[str]) -> None:

@@ -6,7 +6,14 @@ import warnings
 from typing import Any
 
 from matent_callbacks.callbacks.guard import guarded
-from matent_callbacks.lightning._trainer import GuardedCallback, log, log_to_loggers, logging_step, publish
+from matent_callbacks.lightning._trainer import (
+    GuardedCallback,
+    log,
+    log_to_loggers,
+    logging_step,
+    publish,
+    takes_names_with_a_loader,
+)
 
 
 class MeasuringCallback(GuardedCallback):
@@ -28,6 +35,19 @@ class MeasuringCallback(GuardedCallback):
 
     def was_logged(self, trainer: Any, values: dict[str, float], *, step: int) -> None:
         """Called when readings are in the loggers, at ``step`` of their x axis."""
+
+    def log_evaluation(
+        self, trainer: Any, pl_module: Any, prefix: str, values: dict[str, float], *, loader: int = 0, loaders: int = 1
+    ) -> dict[str, float]:
+        """Log the readings of one of several loaders; returns them under their whole names."""
+        suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
+        named = {f"{prefix}_{key}{suffix}": value for key, value in values.items()}
+        with self.guard("the log of an evaluation"):
+            if suffix and not takes_names_with_a_loader(trainer):
+                publish(trainer, named, self.guard)
+            else:
+                log(pl_module, named, prog_bar=self.prog_bar, add_dataloader_idx=False)
+        return named
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
