@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matent_callbacks.capture.inference import run
+from matent_callbacks.capture.masks import allowed
 from matent_callbacks.capture.stack import unwrap
 from matent_callbacks.capture.values import first_tensor, named_arguments
 from matent_callbacks.functional._precision import statistics_dtype
@@ -93,8 +94,9 @@ def _masks(arguments: Mapping[str, Any]) -> list[Tensor]:
     found = []
     for name, value in arguments.items():
         if name.endswith("mask") and isinstance(value, Tensor) and value.ndim == 2:
-            # Torch's own name for the other way round.
-            found.append(~value if name.endswith("key_padding_mask") and value.dtype == torch.bool else value)
+            # Torch's own, which hides the keys, also stands behind other names.
+            kind = "key_padding_mask" if name.endswith("key_padding_mask") else name
+            found.append(allowed(value, kind, is_given=True))
     return found
 
 

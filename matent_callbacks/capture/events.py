@@ -107,6 +107,11 @@ class Events:
         """Begin a new record of what ran."""
         self._passes.seen = Seen()
 
+    @property
+    def attention(self) -> tuple[nn.Module, nn.MultiheadAttention] | None:
+        """A block, and attention in it, to learn the layout of the blocks from; None: there is nothing to learn."""
+        return self.layers.attention if self._own.layout is None else None
+
     def forget_forwards(self) -> None:
         """Drop every reference to forwards that have not come to their end."""
         self._forwards.clear()

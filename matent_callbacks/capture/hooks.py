@@ -60,8 +60,7 @@ class Capture:
         """Start reading.
 
         ``attention_mask`` overrides the masks the model is given, ``batch_mask`` is used where it is given none, and
-        ``sample_mask`` applies as well. ``labels`` are used
-        where no module is given labels that fit.
+        ``sample_mask`` applies as well. ``labels`` are used where no module is given labels that fit.
         """
         self.close()
         wanted = self._events.wanted = Wanted(
@@ -130,8 +129,9 @@ class Capture:
             else:
                 collect = functools.partial(self._events.collect_inside, module)
                 yield module.register_forward_pre_hook(collect, with_kwargs=True).remove
-        if layers.attention is not None:
-            block, attention = layers.attention
+        learning = self._events.attention
+        if learning is not None:
+            block, attention = learning
             yield block.register_forward_pre_hook(self._events.enter_block, with_kwargs=True).remove
         for point in points:
             if not self._events.runs_eagerly and follows_compiled(self._events.model, point):
@@ -139,7 +139,7 @@ class Capture:
                 continue
             for each in (point, *point.others):
                 yield self._read_hook(each)
-        if layers.attention is not None:
+        if learning is not None:
             yield attention.register_forward_pre_hook(self._events.see_attention, with_kwargs=True).remove
         for module in chain:
             yield around_calls(module, self._events.call, replicas=module in hooked)

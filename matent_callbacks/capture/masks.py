@@ -239,7 +239,7 @@ def allowed(mask: Tensor, name: str, *, is_given: bool) -> Tensor:
         if is_flat or mask.shape[1] != mask.shape[2] or mask.shape[1] < 2:
             return mask
         # MPT's is true where a query does not see a key: for all that come after it, and not for all.
-        return mask ^ ((mask | torch.ones_like(mask).tril()).all() & ~mask.all())
+        return mask ^ ((mask | mask.new_ones(mask.shape[1:]).tril()).all() & ~mask.all())
     # A mask to multiply by holds 0 and 1; one that is added to the scores holds 0 and large negative numbers. What all
     # zeros are depends on who made them: a model's own mask of tokens is to multiply by, others are added.
     is_added = (mask < 0).any()

@@ -16,7 +16,7 @@ from matent_callbacks.alignment.statistics import Stages
 from matent_callbacks.callbacks.guard import Guard
 from matent_callbacks.callbacks.measurement import measured_arguments
 from matent_callbacks.callbacks.schedule import check_every_n_steps, warn_if_never_due
-from matent_callbacks.capture.purpose import frames
+from matent_callbacks.transformers._attach import running_evaluation
 from matent_callbacks.transformers._measuring import MeasuringCallback
 from matent_callbacks.transformers._reporters import summarize_by_maximum
 
@@ -153,8 +153,8 @@ class AlignmentCallback(MeasuringCallback):
         return self.guard.values("the readings of the probe", self._measure) if due else {}
 
     def join_evaluation(self, model: Any, batch: Any) -> None:
-        loops = (frame.f_locals for frame in frames() if frame.f_code.co_name == "evaluation_loop")
-        self._evaluated = next((names.get("dataloader") for names in loops if names.get("self") is self.trainer), None)
+        under_way = running_evaluation(self.trainer)
+        self._evaluated = None if under_way is None else under_way.get("dataloader")
 
     def _before_evaluation(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super()._before_evaluation(evaluation_loop, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -134,11 +135,11 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def running_evaluation(trainer: Trainer) -> tuple[Any, Any] | None:
-    """Return model and batch of the evaluation loop that is under way, if there is one."""
+def running_evaluation(trainer: Trainer) -> Mapping[str, Any] | None:
+    """Return the local names of the evaluation loop that is under way, if there is one."""
     for frame in frames():
         if frame.f_code.co_name == "evaluation_loop" and frame.f_locals.get("self") is trainer:
-            return frame.f_locals["model"], frame.f_locals["inputs"]
+            return frame.f_locals
     return None
 
 

@@ -145,7 +145,7 @@ class MeasuringCallback(AttachedCallback):
         if self.during_eval and under_way is not None:
             self._in_evaluation = self._joined_late = True
             with self.guard("the first batch of the evaluation"):
-                self.join_evaluation(*under_way)
+                self.join_evaluation(under_way["model"], under_way["inputs"])
 
     @guarded
     def on_predict(
